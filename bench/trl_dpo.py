@@ -1,0 +1,211 @@
+"""The peer: TRL's DPOTrainer on a CPU, plain DPO, timed in pairs per second.
+
+    python bench/trl_dpo.py --model DIR --data hh.jsonl.gz --pairs 32 --batch 16 --micro 4
+
+TRL at its fastest on a CPU: no gradient checkpointing (its default is on), no saving, logging or
+reporting, fused AdamW, padding kept small by length-grouped batches and by a length-sorted reference
+pass. Padding-free batches need FlashAttention, and TRL has them switched off in this version. Pairs
+are read by nanoPO's own reader, so that both contenders get the same ones.
+
+Wall-clock covers the reference log-probabilities and the training steps, not loading, tokenising or
+imports, which are reported apart. The last line of stdout is one JSON object. Option names: TRL 1.16
+`DPOConfig`, transformers 5.23 `TrainingArguments`.
+"""
+
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from cli import UserError, flag, parse, run  # noqa: E402
+from data import Drops, read_pairs  # noqa: E402
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+@dataclass
+class Settings:
+    """Flags of one measurement."""
+
+    model: str = flag(None, "Hugging Face directory of a chat model")
+    data: str = flag("../shared/data/hh-harmless-test.jsonl.gz", "preference pairs")
+    pairs: int = flag(32, "pairs in the dataset: the first of the file")
+    batch: int = flag(16, "pairs per optimizer step")
+    micro: int = flag(4, "pairs per forward (per_device_train_batch_size)")
+    steps: int | None = flag(None, "optimizer steps; None: one pass over the pairs")
+    dtype: str = flag(
+        "fp32",
+        "bf16: autocast over fp32 weights; bf16_pure: bf16 weights and optimizer state",
+        choices=["fp32", "bf16", "bf16_pure"],
+    )
+    precompute: bool = flag(True, "reference log-probabilities before training, not in each step")
+    max_len: int = flag(1024, "tokens of prompt and answer; the end is cut off")
+    optim: str = flag("adamw_torch_fused", "transformers' name of the optimizer")
+    beta: float = flag(0.1, "DPO's beta")
+    lr: float = flag(5e-7, "learning rate")
+    seed: int = flag(0, "order of the pairs")
+
+
+def conversational(pairs, tokenizer):
+    """nanoPO pairs -> TRL's explicit conversational rows plus `length`, the shortest first.
+
+    `length` feeds the length-grouped sampler; the sorting helps the reference pass, which TRL runs
+    in the order of the dataset.
+    """
+    rows = []
+    for pair in pairs:
+        row = {"prompt": pair.prompt}
+        for side in ("chosen", "rejected"):
+            row[side] = [{"role": "assistant", "content": getattr(pair, side)}]
+        texts = [
+            tokenizer.apply_chat_template(pair.prompt + row[side], tokenize=False)
+            for side in ("chosen", "rejected")
+        ]
+        row["length"] = max(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
+        rows.append(row)
+    return sorted(rows, key=lambda row: row["length"])
+
+
+def timed_trainer():
+    """DPOTrainer with a stopwatch: `seconds` by phase, and counts of what training saw."""
+    from trl import DPOTrainer
+
+    class Timed(DPOTrainer):
+        def __init__(self, *args, **kwargs):
+            self.seconds = {"tokenise": 0.0, "reference": 0.0}
+            self.step_ends, self.pairs, self.tokens, self.padded_tokens = [], 0, 0, 0
+            super().__init__(*args, **kwargs)
+
+        def _prepare_dataset(self, *args, **kwargs):
+            return self._timed("tokenise", super()._prepare_dataset, *args, **kwargs)
+
+        def _precompute_ref_logps(self, *args, **kwargs):
+            return self._timed("reference", super()._precompute_ref_logps, *args, **kwargs)
+
+        def _timed(self, phase, function, *args, **kwargs):
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            self.seconds[phase] += time.perf_counter() - start
+            return result
+
+        def training_step(self, model, inputs, *args, **kwargs):
+            self.pairs += len(inputs["input_ids"]) // 2
+            self.tokens += int(inputs["attention_mask"].sum())
+            self.padded_tokens += inputs["attention_mask"].numel()
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    return Timed
+
+
+def config(settings, steps, out):
+    """The settings as TRL's DPOConfig, everything off that is not training."""
+    from trl import DPOConfig
+
+    return DPOConfig(
+        output_dir=out,
+        use_cpu=True,
+        bf16=settings.dtype == "bf16",
+        per_device_train_batch_size=settings.micro,
+        gradient_accumulation_steps=settings.batch // settings.micro,
+        max_steps=steps,
+        max_length=settings.max_len,
+        precompute_ref_log_probs=settings.precompute,
+        train_sampling_strategy="group_by_length",
+        length_column_name="length",
+        remove_unused_columns=False,  # it would remove `length` before the sampler looks for it
+        gradient_checkpointing=False,
+        optim=settings.optim,
+        learning_rate=settings.lr,
+        beta=settings.beta,
+        seed=settings.seed,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+
+
+def measure(settings):
+    """Train, and return the figures: seconds by phase, pairs per second, peak memory."""
+    import datasets
+    import torch
+    import transformers
+    import trl
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    steps = settings.steps or settings.pairs // settings.batch
+    pairs = read_pairs(settings.data, Drops(), limit=settings.pairs)
+    start = time.perf_counter()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(settings.model)
+    weights = torch.bfloat16 if settings.dtype == "bf16_pure" else torch.float32
+    model = transformers.AutoModelForCausalLM.from_pretrained(settings.model, dtype=weights)
+    loaded = time.perf_counter()
+    rows = conversational(pairs, tokenizer)
+    sorted_by = time.perf_counter()
+    with tempfile.TemporaryDirectory() as out:
+        trainer = timed_trainer()(
+            model=model,
+            args=config(settings, steps, out),
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )
+        ready = time.perf_counter()
+        result = trainer.train()
+        train_seconds = time.perf_counter() - ready
+    seconds = trainer.seconds
+    reference_pairs = len(trainer.train_dataset) if settings.precompute else 0
+    per_pair = train_seconds / trainer.pairs
+    per_pair += seconds["reference"] / reference_pairs if reference_pairs else 0.0
+    inside = seconds["tokenise"] + seconds["reference"]
+    return {
+        "contender": "trl",
+        **asdict(settings),
+        "steps": steps,
+        "pairs_per_second": 1 / per_pair,
+        "train_seconds": train_seconds,
+        "reference_seconds": seconds["reference"],
+        "reference_pairs": reference_pairs,
+        "trained_pairs": trainer.pairs,
+        "tokens": trainer.tokens,
+        "padded_tokens": trainer.padded_tokens,
+        "cut_pairs": sum(row["length"] > settings.max_len for row in rows),
+        "load_seconds": (loaded - start) + (ready - sorted_by) - inside,
+        "tokenise_seconds": (sorted_by - loaded) + seconds["tokenise"],
+        "peak_rss_gb": peak_rss_gb(),
+        "loss": result.training_loss,
+        "threads": torch.get_num_threads(),
+        "versions": {m.__name__: m.__version__ for m in (trl, transformers, torch)},
+    }
+
+
+def peak_rss_gb():
+    """Highest resident memory of this process so far, in 1e9 bytes. Linux counts KiB, macOS bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def main():
+    settings = parse(Settings, __doc__.splitlines()[0])
+    if settings.model is None:
+        raise UserError("--model: give a Hugging Face directory, such as python tests/smollm2.py")
+    if settings.batch % settings.micro:
+        raise UserError(f"--batch {settings.batch} is not a multiple of --micro {settings.micro}")
+    if settings.pairs < settings.batch:
+        raise UserError(f"--pairs {settings.pairs} is less than one --batch {settings.batch}")
+    try:
+        figures = measure(settings)
+    except ImportError as error:
+        raise UserError(f"{error}: pip install -r requirements-dev.txt") from error
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,57 @@
+"""The command line: flags are the fields of a dataclass; a user's mistake is told in one line."""
+
+import argparse
+import dataclasses
+import os
+import sys
+import types
+import typing
+
+
+class UserError(Exception):
+    """Something a user can put right. The message names the file or flag, the row, and the cure."""
+
+
+def flag(default, help, choices=None):
+    """A dataclass field that is also a command-line flag. None as default: decided at run time."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def parser_of(settings, description):
+    """argparse parser with one flag per field of the dataclass `settings`."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    hints = typing.get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        kind = hints[field.name]
+        if isinstance(kind, types.UnionType):  # `float | None`: the flag itself is a float
+            kind = next(t for t in typing.get_args(kind) if t is not types.NoneType)
+        if kind is bool:
+            kwargs = {"action": argparse.BooleanOptionalAction}
+        else:
+            kwargs = {"type": kind, "choices": field.metadata["choices"]}
+        parser.add_argument(
+            f"--{field.name}", default=field.default, help=field.metadata["help"], **kwargs
+        )
+    return parser
+
+
+def parse(settings, description, argv=None):
+    """argv -> an instance of the dataclass `settings`; unknown flags and values exit with 2."""
+    return settings(**vars(parser_of(settings, description).parse_args(argv)))
+
+
+def run(main):
+    """Run an entry point; a UserError becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":  # under torchrun every rank raises the same error
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except BrokenPipeError:  # `generate.py … | head` closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

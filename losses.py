@@ -1,0 +1,339 @@
+"""The objectives of InSPO and IFSR: pure functions of log-probabilities, and the table of names.
+
+Each objective takes (B,) tensors, one entry per preference pair (x, y_w, y_l), and gives (B,)
+losses. Its positional arguments say what it needs, in these names:
+
+    chosen, rejected            S   sum of the answer's token log-probabilities under the policy
+    mean_chosen, mean_rejected  A   their mean per token
+    ref_chosen, ref_rejected    R   the sum under the reference model
+    len_chosen, len_rejected    |y| number of scored tokens
+    kl                          z   KTO's reference point, one number for the whole batch
+
+Its keyword arguments are its hyperparameters, with the papers' defaults; they are also the
+command-line flags. No objective can tell log pi(y_w | x) from log pi(y_w | x, y_l): on which
+*path* a log-probability was taken is decided by the condition (CONDITIONS below), so that
+
+    InSPO  ins_dpo   = dpo on the cross paths, reference on the prompt alone    (Eq. 14-15, Table 1)
+    IFSR   ifsr_dpo  = dpo on the cross paths, reference on the same paths      (Eq. 4)
+
+InSPO's bidirectional variant (appendix C.3) is the same formula as `ins_dpo`: both answers are
+already learnt behind each other.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import logsigmoid
+
+from cli import UserError
+
+# ----------------------------------------------------------------------------- objectives
+
+
+def dpo(chosen, rejected, ref_chosen, ref_rejected, *, beta=0.1, label_smoothing=0.0):
+    """-log sigmoid(beta [(S_w - R_w) - (S_l - R_l)])            (DPO, Rafailov et al. 2023, Eq. 7)
+
+    A larger beta keeps the policy nearer to the reference. With label_smoothing e the labels are
+    taken to be wrong with probability e: (1-e) loss + e loss of the swapped pair (cDPO).
+    """
+    margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    return -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
+
+
+def ipo(chosen, rejected, ref_chosen, ref_rejected, *, tau=0.1):
+    """((S_w - R_w) - (S_l - R_l) - 1/(2 tau))^2                   (IPO, Azar et al. 2023, Eq. 17)
+
+    The log-ratio gap is regressed to 1/(2 tau): a larger tau keeps nearer to the reference.
+    """
+    gap = (chosen - ref_chosen) - (rejected - ref_rejected)
+    return (gap - 1 / (2 * tau)) ** 2
+
+
+def rdpo(
+    chosen, rejected, ref_chosen, ref_rejected, len_chosen, len_rejected, *, beta=0.1, alpha=0.1
+):
+    """-log sigmoid(beta [(S_w - R_w) - (S_l - R_l)] + alpha (|y_w| - |y_l|))
+    (R-DPO, Park et al. 2024, Eq. 9, in the sign of InSPO Table 1)
+
+    A pair whose chosen answer is the longer one counts as partly won already, so length is
+    rewarded less; a larger alpha pushes harder against length.
+    """
+    margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    return -logsigmoid(margin + alpha * (len_chosen - len_rejected))
+
+
+def simpo(mean_chosen, mean_rejected, *, beta=2.0, gamma=1.0):
+    """-log sigmoid(beta A_w - beta A_l - gamma)                (SimPO, Meng et al. 2024, Eq. 6)
+
+    gamma is the margin that the chosen answer must win by; it is not divided by beta.
+    """
+    return -logsigmoid(beta * (mean_chosen - mean_rejected) - gamma)
+
+
+def orpo(mean_chosen, mean_rejected, *, lam=0.1):
+    """-A_w - lam log sigmoid(logit(e^{A_w}) - logit(e^{A_l}))    (ORPO, Hong et al. 2024, Eq. 6-7)
+
+    lam weighs the odds ratio against the likelihood of the chosen answer.
+    """
+    return -mean_chosen - lam * logsigmoid(_log_odds(mean_chosen) - _log_odds(mean_rejected))
+
+
+def _log_odds(mean_logp):
+    """logit(e^A) = A - log(1 - e^A), kept finite where the answer is certain (A = 0)."""
+    mean_logp = mean_logp.clamp(max=-1e-6)
+    return mean_logp - torch.log(-torch.expm1(mean_logp))
+
+
+def cpo(chosen, rejected, mean_chosen, *, beta=0.1, lam=0.1):
+    """-log sigmoid(beta (S_w - S_l)) - lam A_w                      (CPO, Xu et al. 2024, Eq. 5)
+
+    DPO with a uniform reference, and a likelihood term of weight lam that keeps it in place.
+    """
+    return -logsigmoid(beta * (chosen - rejected)) - lam * mean_chosen
+
+
+def slic(chosen, rejected, mean_chosen, *, delta=1.0, lam=0.1):
+    """max(0, delta - (S_w - S_l)) - lam A_w                  (SLiC-HF, Zhao et al. 2023, Eq. 1)"""
+    return (delta - (chosen - rejected)).clamp(min=0) - lam * mean_chosen
+
+
+def rrhf(mean_chosen, mean_rejected, *, lam=1.0):
+    """max(0, A_l - A_w) - lam A_w                              (RRHF, Yuan et al. 2023, Eq. 2-4)"""
+    return (mean_rejected - mean_chosen).clamp(min=0) - lam * mean_chosen
+
+
+def kto(chosen, rejected, ref_chosen, ref_rejected, kl, *, beta=0.1, lambda_w=1.0, lambda_l=1.0):
+    """lambda_w (1 - sigmoid(beta (S_w - R_w - z))) + lambda_l (1 - sigmoid(beta (z - (S_l - R_l))))
+    (KTO, Ethayarajh et al. 2024, Eq. 8)
+
+    z = max(0, mean log-ratio of mismatched answers), taken over the whole batch without gradient.
+    """
+    wins = torch.sigmoid(beta * (chosen - ref_chosen - kl))
+    losses = torch.sigmoid(beta * (kl - (rejected - ref_rejected)))
+    return lambda_w * (1 - wins) + lambda_l * (1 - losses)
+
+
+def sft(chosen):
+    """-S_w, later divided by the target tokens of the global batch (maximum likelihood)."""
+    return -chosen
+
+
+def reward(chosen, rejected):
+    """-log sigmoid(r_w - r_l) on a scalar head             (Bradley-Terry; InstructGPT, Eq. 1)"""
+    return -logsigmoid(chosen - rejected)
+
+
+# ----------------------------------------------------------------------------- the table
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One row of the table: the function, what one unit of it is, and the head that it reads."""
+
+    loss: Callable
+    per: str = "pair"  # the step's loss is the mean over its pairs, or over its target tokens
+    head: str = "logps"  # values are token log-probabilities, or one scalar "reward" per answer
+
+    @cached_property
+    def _parameters(self):
+        return inspect.signature(self.loss).parameters.values()
+
+    @cached_property
+    def inputs(self):
+        """Names of the (B,) arguments that the function takes."""
+        return tuple(p.name for p in self._parameters if p.kind is not p.KEYWORD_ONLY)
+
+    @cached_property
+    def defaults(self):
+        """Hyperparameters and their default values."""
+        return {p.name: p.default for p in self._parameters if p.kind is p.KEYWORD_ONLY}
+
+    @property
+    def uses_reference(self):
+        return "ref_chosen" in self.inputs
+
+    @property
+    def answers(self):
+        """Which of the pair's answers are scored: both, or the chosen one alone."""
+        both = {"rejected", "mean_rejected"} & set(self.inputs)
+        return ("chosen", "rejected") if both else ("chosen",)
+
+
+OBJECTIVES = {
+    "dpo": Objective(dpo),
+    "ipo": Objective(ipo),
+    "rdpo": Objective(rdpo),
+    "simpo": Objective(simpo),
+    "orpo": Objective(orpo),
+    "cpo": Objective(cpo),
+    "slic": Objective(slic),
+    "rrhf": Objective(rrhf),
+    "kto": Objective(kto),
+    "sft": Objective(sft, per="token"),
+    "reward": Objective(reward, head="reward"),
+}
+
+
+class Path(NamedTuple):
+    """log pi(target | prompt, context). `context` is None, an answer, or the instruction."""
+
+    context: str | None
+    target: str
+
+    def __str__(self):
+        return f"{self.target}|{self.context or 'prompt'}"
+
+
+# What stands between prompt and answer: one (context of chosen, context of rejected) per view.
+# The loss is the mean over views.
+CONDITIONS = {
+    "none": ((None, None),),  # DPO and friends
+    "cross": (("rejected", "chosen"),),  # each sees the other: InSPO Eq. 14-15, IFSR Eq. 4
+    "one_sided": (("rejected", "rejected"),),  # InSPO section 5.3 (ii)
+    "averaged": ((None, None), ("rejected", "chosen")),  # InSPO section 5.3 (iv)
+    "instruct": (("instruct", "instruct"),),  # IFSR without the pseudo response
+}
+
+
+class Preset(NamedTuple):
+    """What `--loss NAME` stands for; --condition, --bridge and --reference override it."""
+
+    objective: str
+    condition: str = "none"
+    bridge: str = "sep"
+    reference: str = "conditioned"  # on the policy's paths, or "plain": on the prompt alone
+
+
+PRESETS = {name: Preset(name) for name in OBJECTIVES}
+for _name in [name for name in OBJECTIVES if name not in ("sft", "reward")]:
+    PRESETS[f"ins_{_name}"] = Preset(_name, "cross", "sep", "plain")  # InSPO Table 1
+    PRESETS[f"ifsr_{_name}"] = Preset(_name, "cross", "turn", "conditioned")  # IFSR Eq. 4
+PRESETS["irft"] = Preset("sft", "averaged", "turn")  # IFSR stage I
+
+# ----------------------------------------------------------------------------- one recipe
+
+
+class PairLosses(NamedTuple):
+    """The step's loss is losses.sum() / units.sum(), over all rows and ranks."""
+
+    losses: torch.Tensor  # (B,) differentiable
+    units: torch.Tensor  # (B,) pairs or target tokens
+    rewards: dict  # answer -> (B,) implicit reward, detached
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A resolved objective: which paths are scored, and what their log-probabilities become."""
+
+    name: str
+    objective: Objective
+    condition: str
+    bridge: str
+    reference: str
+    hyper: dict = field(default_factory=dict)
+
+    @cached_property
+    def views(self):
+        """One dict {answer: Path} per view of the condition."""
+        contexts = CONDITIONS[self.condition]
+        pairs = [dict(zip(("chosen", "rejected"), view, strict=True)) for view in contexts]
+        return [{a: Path(view[a], a) for a in self.objective.answers} for view in pairs]
+
+    @property
+    def paths(self):
+        """The policy's paths, each once."""
+        return unique(path for view in self.views for path in view.values())
+
+    @property
+    def kl_paths(self):
+        """A mismatched answer behind each context, for KTO's reference point; else none."""
+        if "kl" not in self.objective.inputs:
+            return []
+        return unique(Path(path.context, "mismatched") for path in self.paths)
+
+    def reference_path(self, path):
+        """The path on which the reference scores what the policy scores on `path`."""
+        return path if self.reference == "conditioned" else Path(None, path.target)
+
+    @property
+    def reference_paths(self):
+        """The paths that the reference pass must compute; empty without a reference."""
+        if not self.objective.uses_reference:
+            return []
+        return unique(self.reference_path(path) for path in self.paths + self.kl_paths)
+
+    def __call__(self, sums, counts, reference, kl=None):
+        """Losses of B pairs.
+
+        sums, counts, reference: {Path: (B,)} log-probability under the policy, scored tokens,
+        log-probability under the reference. kl: KTO's z. Returns PairLosses.
+        """
+        per_view = [self._view(view, sums, counts, reference, kl) for view in self.views]
+        losses = sum(losses for losses, _ in per_view)
+        rewards = {
+            answer: sum(rewards[answer] for _, rewards in per_view) / len(per_view)
+            for answer in self.objective.answers
+        }
+        if self.objective.per == "token":
+            units = sum(counts[path] for view in self.views for path in view.values())
+            return PairLosses(losses, units, rewards)
+        return PairLosses(losses / len(per_view), torch.ones_like(losses), rewards)
+
+    def _view(self, view, sums, counts, reference, kl):
+        known = {"kl": kl}
+        for answer, path in view.items():
+            known[answer] = sums[path]
+            known[f"mean_{answer}"] = sums[path] / counts[path]
+            known[f"len_{answer}"] = counts[path]
+            if self.objective.uses_reference:
+                known[f"ref_{answer}"] = reference[self.reference_path(path)]
+        inputs = (known[name] for name in self.objective.inputs)
+        losses = self.objective.loss(*inputs, **self.hyper)
+        return losses, {answer: self._reward(known, answer) for answer in view}
+
+    @property
+    def scale(self):
+        """What the implicit reward is scaled by: beta, or IPO's tau, or 1."""
+        return self.hyper.get("beta", self.hyper.get("tau", 1.0))
+
+    def _reward(self, known, answer):
+        """The implicit reward: beta (S - R), without a reference beta S, or beta A."""
+        if self.objective.uses_reference:
+            value = known[answer] - known[f"ref_{answer}"]
+        else:
+            summed = "chosen" in self.objective.inputs
+            value = known[answer] if summed else known[f"mean_{answer}"]
+        return self.scale * value.detach()
+
+
+def unique(items):
+    """The items in order, each once."""
+    return list(dict.fromkeys(items))
+
+
+def recipe(name, condition=None, bridge=None, reference=None, **hyper):
+    """Resolve `--loss NAME`, its overrides and hyperparameters (None: the table's value).
+
+    Raises UserError for an unknown name or a hyperparameter that the objective does not have.
+    """
+    if name not in PRESETS:
+        raise UserError(f"--loss {name}: unknown objective; choose from {', '.join(PRESETS)}")
+    preset = PRESETS[name]
+    objective = OBJECTIVES[preset.objective]
+    given = {key: value for key, value in hyper.items() if value is not None}
+    for key in given:
+        if key not in objective.defaults:
+            known = ", ".join(f"--{k}" for k in objective.defaults) or "none"
+            raise UserError(f"--{key} does not apply to --loss {name}; its flags are: {known}")
+    return Recipe(
+        name,
+        objective,
+        condition or preset.condition,
+        bridge or preset.bridge,
+        reference or preset.reference,
+        objective.defaults | given,
+    )

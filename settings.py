@@ -1,0 +1,132 @@
+"""The settings of a training run: every flag, its default, and the run directory they open."""
+
+import dataclasses
+import json
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cli import UserError, flag
+from losses import CONDITIONS
+from weights import write_json
+
+ASSETS = Path(__file__).parent / "assets"
+
+# InSPO D.1, where a flag is not given; the embedded default brings its own.
+PAPER = {"lr": 5e-7, "batch": 128, "epochs": 3.0, "max_len": 4096}
+EMBEDDED = {"lr": 3e-4, "batch": 32, "steps": 60, "max_len": 256}
+
+
+@dataclass
+class Settings:
+    """Every flag. None: decided by the objective, the data or the device, and then printed."""
+
+    loss: str = flag("ins_dpo", "objective; the README has the table")
+    model: str | None = flag(None, "HF directory or hub id; default: the embedded tiny model")
+    data: str | None = flag(None, "jsonl, json, parquet, glob or hub dataset id[:split]")
+    eval_data: str | None = flag(None, "validation pairs; default: --eval_pairs held out of --data")
+    out: str | None = flag(None, "run directory; default: runs/LOSS, or the next free LOSS-2, …")
+    ref_model: str | None = flag(None, "reference model; default: --model")
+    condition: str | None = flag(None, "what each answer is conditioned on", tuple(CONDITIONS))
+    bridge: str | None = flag(None, "between a context answer and what follows", ("sep", "turn"))
+    reference: str | None = flag(None, "paths of the reference", ("plain", "conditioned"))
+    instruction: str = flag("better", "refining instruction: better, another, worse, or your text")
+    sep: str | None = flag(None, "InSPO's separator; default: a reserved token, else a blank line")
+    beta: float | None = flag(None, "scale of the log-ratio (dpo, rdpo, simpo, cpo, kto)")
+    tau: float | None = flag(None, "regularisation (ipo)")
+    alpha: float | None = flag(None, "length penalty (rdpo)")
+    gamma: float | None = flag(None, "target margin (simpo)")
+    delta: float | None = flag(None, "hinge margin (slic)")
+    lam: float | None = flag(None, "weight of the second term (orpo, cpo, slic, rrhf)")
+    label_smoothing: float | None = flag(None, "assumed share of wrong labels (dpo)")
+    lambda_w: float | None = flag(None, "weight of chosen answers (kto)")
+    lambda_l: float | None = flag(None, "weight of rejected answers (kto)")
+    score_eos: bool = flag(True, "score the end token too")
+    steps: int | None = flag(None, "optimizer steps; default: by --epochs")
+    epochs: float | None = flag(None, "passes over the data (default 3)")
+    batch: int | None = flag(None, "pairs per optimizer step, over all ranks (default 128)")
+    row_tokens: int | None = flag(None, "tokens per row; default: by device and longest pair")
+    max_len: int | None = flag(None, "tokens of every single path (default 4096)")
+    draft_cap: float = flag(0.4, "share of max_len that a rejected context answer may take")
+    limit: int | None = flag(None, "read only the first N pairs")
+    lr: float | None = flag(None, "peak learning rate (default 5e-7)")
+    warmup: float = flag(0.1, "share of the steps with rising learning rate")
+    final_lr: float = flag(0.1, "share of the peak that the cosine ends at")
+    weight_decay: float = flag(0.01, "AdamW weight decay")
+    clip: float = flag(1.0, "largest gradient norm")
+    seed: int = flag(0, "order of the pairs and hold-out")
+    eval_pairs: int | None = flag(None, "validation pairs; default: 1000, at most a tenth")
+    eval_every: int | None = flag(None, "steps between validations; default: a tenth of the run")
+    save_every: int | None = flag(None, "steps between checkpoints; default: as --eval_every")
+    keep: int = flag(2, "checkpoints kept")
+    resume: bool = flag(False, "go on from the newest whole checkpoint in --out")
+    dtype: str | None = flag(
+        None, "compute dtype; default: bf16 on CUDA, else fp32", ("bf16", "fp32")
+    )
+    device: str = flag("auto", "where to run", ("auto", "cpu", "cuda"))
+    attention: str = flag("auto", "attention kernel; auto: flex on CUDA", ("auto", "sdpa", "flex"))
+    compile: bool | None = flag(None, "compile the blocks; default: on CUDA")
+    checkpoint_activations: bool = flag(False, "recompute blocks in backward, to save memory")
+    offload: bool = flag(False, "keep parameters and optimizer state in CPU memory")
+
+
+HYPER = ("beta", "tau", "alpha", "gamma", "delta", "lam", "label_smoothing", "lambda_w", "lambda_l")
+
+
+def resolve(s, kind):
+    """Fill in what was not given, for the embedded default (returns True then) or as the paper."""
+    embedded = s.model is None and s.data is None
+    defaults = EMBEDDED if embedded else PAPER
+    if embedded:
+        s.eval_data = s.eval_data or str(ASSETS / "world" / "test.jsonl")
+    s.model = s.model or str(ASSETS / "start")
+    s.data = s.data or str(ASSETS / "world" / "pairs.jsonl")
+    length_given = s.steps is not None or s.epochs is not None
+    for name, value in defaults.items():
+        if getattr(s, name) is None and not (length_given and name in ("steps", "epochs")):
+            setattr(s, name, value)
+    s.dtype = s.dtype or ("bf16" if kind == "cuda" else "fp32")
+    s.attention = ("flex" if kind == "cuda" else "sdpa") if s.attention == "auto" else s.attention
+    s.compile = kind == "cuda" if s.compile is None else s.compile
+    return embedded
+
+
+def open_out(s, ranks):
+    """Choose and create the run directory; never one that holds another run."""
+
+    def choose():
+        if s.out is None:
+            tries = [Path("runs") / (s.loss + (f"-{n}" if n > 1 else "")) for n in range(1, 10**6)]
+            free = next(i for i, path in enumerate(tries) if not path.exists())
+            s.out = str(tries[max(0, free - 1) if s.resume else free])
+        out = Path(s.out)
+        if (out / "config.json").exists() and not s.resume:
+            raise UserError(f"--out {out} holds a run; add --resume to go on, or choose another")
+        out.mkdir(parents=True, exist_ok=True)
+        return str(out)
+
+    s.out = ranks.share(choose)
+
+
+MAY_CHANGE = ("out", "resume", "save_every", "keep", "device", "offload", "checkpoint_activations")
+
+
+def write_config(s, ranks, extra):
+    """OUT/config.json: the resolved settings and versions; a resumed run must agree with it."""
+    file, now = Path(s.out) / "config.json", dataclasses.asdict(s)
+
+    def write():
+        if file.exists():
+            then = json.loads(file.read_text(encoding="utf-8"))["settings"]
+            for name, value in now.items():
+                if name not in MAY_CHANGE and then.get(name) != value:
+                    was = then.get(name)
+                    raise UserError(f"--resume: --{name} is {value}, but {file} has {was}")
+            return
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        content = {"settings": now, "versions": versions, "ranks": ranks.world} | extra
+        write_json(file, content)
+
+    ranks.share(write)

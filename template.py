@@ -1,0 +1,175 @@
+"""Text to tokens: a checkpoint's tokenizer and chat template, and what follows from them.
+
+Prompt and answer are rendered by the checkpoint's own template and tokenised separately with no
+special tokens added, so that no merge crosses the boundary and no BOS is doubled.
+"""
+
+import json
+import re
+from datetime import datetime
+from pathlib import Path
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import numpy as np
+import tokenizers
+
+from cli import UserError
+
+INSTRUCTIONS = {  # IFSR's refining instructions (section 3.1, Table 6)
+    "better": "please generate a better response",
+    "another": "please generate another response",
+    "worse": "please generate a worse response",
+}
+PROBE = "qzx-answer-qzx"  # stands for an answer when the template is asked what it puts around one
+
+# For base models, after HALOs' legacy form: a role line, the text, and the end token after answers.
+FALLBACK_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '\\n<|' + m['role'] + '|>\\n' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n<|assistant|>\\n' }}{% endif %}"
+)
+
+
+class GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}…{% endgeneration %}` renders its body, as in transformers."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class Template:
+    """A checkpoint's tokenizer and chat template, with transformers' semantics (sandboxed jinja2).
+
+    Derived once, from a probe dialogue:
+        end    the end-of-turn text that closes an answer ("<|im_end|>", "<|eot_id|>", …)
+        fallback   True when the checkpoint has no template of its own
+    """
+
+    def __init__(self, directory):
+        self.directory = Path(directory)
+        file = self.directory / "tokenizer.json"
+        if not file.exists():
+            raise UserError(f"{directory}: no tokenizer.json; save the tokenizer in its fast form")
+        self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        settings = read_json(self.directory / "tokenizer_config.json")
+        tokens = {k: v for k, v in settings.items() if k.endswith("_token")}
+        text = {k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items()}
+        self.special = {k: v or "" for k, v in ({"bos_token": "", "eos_token": ""} | text).items()}
+        source = self._find(settings)
+        self.fallback = source is None
+        self.source = source or FALLBACK_TEMPLATE
+        self._template = self._compile()
+        probe = self.render([_message("user", "u"), _message("assistant", PROBE)])
+        self.end = probe.rpartition(PROBE)[2].strip() or self.special["eos_token"]
+        if not self.end:
+            raise UserError(
+                f"{directory}: no end of turn; name an eos_token in tokenizer_config.json"
+            )
+        self.end_ids = self.encode([self.end])[0]
+
+    def _find(self, settings):
+        """chat_template.jinja wins over tokenizer_config.json, whose value may be a list."""
+        file = self.directory / "chat_template.jinja"
+        if file.exists():
+            return file.read_text(encoding="utf-8")
+        value = settings.get("chat_template")
+        if isinstance(value, list):
+            value = {t["name"]: t["template"] for t in value}.get("default")
+        return value
+
+    def _compile(self):
+        def raise_exception(message):
+            raise jinja2.TemplateError(message)
+
+        def strftime_now(form):
+            return datetime.now().strftime(form)
+
+        env = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[jinja2.ext.loopcontrols, GenerationTag],
+        )
+        env.filters["tojson"] = lambda x, indent=None: json.dumps(
+            x, ensure_ascii=False, indent=indent
+        )
+        env.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+        try:
+            return env.from_string(self.source)
+        except jinja2.TemplateError as error:
+            raise UserError(f"{self.directory}: the chat template is broken: {error}") from error
+
+    def render(self, messages, generation=False):
+        """Messages -> text; generation=True opens the assistant's reply."""
+        try:
+            return self._template.render(
+                messages=messages, add_generation_prompt=generation, **self.special
+            )
+        except jinja2.TemplateError as error:
+            raise UserError(f"{self.directory}: the chat template refuses: {error}") from error
+
+    def answer(self, messages, text, closed=True):
+        """The text of an answer as the template writes it behind the rendered prompt.
+
+        Ends with `end` if closed, and with whatever white space the template puts after it if not.
+        """
+        prompt = self.render(messages, generation=True)
+        whole = self.render([*messages, {"role": "assistant", "content": text}])
+        if not whole.startswith(prompt):  # a template that rewrites what came before
+            return text.strip() + self.end
+        answer = whole[len(prompt) :]
+        if self.end not in answer:  # a template without an end of turn
+            answer += self.end
+        return answer[: answer.rindex(self.end) + len(self.end)] if closed else answer
+
+    def turn(self, instruction):
+        """What stands between a closed answer and the next reply when the user asks for another."""
+        turns = [("user", "u"), ("assistant", PROBE), ("user", instruction)]
+        text = self.render([_message(*turn) for turn in turns], generation=True)
+        return text.partition(PROBE)[2].lstrip().removeprefix(self.end)
+
+    def encode(self, texts):
+        """Texts -> list of (n,) int32 arrays, no special tokens added."""
+        encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(e.ids, dtype=np.int32) for e in encoded]
+
+    def decode(self, ids, skip_special=True):
+        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def separator(self):
+        """InSPO's separator: a reserved special token that nothing else uses, else a blank line."""
+        reserved = re.compile(r"reserved_special_token|^<unused|^<extra_id|^<\|?reserved")
+        added = self.tokenizer.get_added_tokens_decoder()
+        named = (added[i].content for i in sorted(added) if added[i].special)
+        return next((t for t in named if reserved.search(t) and t != self.end), "\n\n")
+
+
+def read_json(file):
+    """A JSON file's content; {} where there is none."""
+    if not file.exists():
+        return {}
+    return parse_json(file.read_text(encoding="utf-8"), str(file))
+
+
+def parse_json(text, where):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: broken JSON ({error}); mend or delete the row") from error
+
+
+def _message(role, content):
+    return {"role": role, "content": content}
+
+
+def with_suffix(messages, instruction):
+    """IFSR's (x, i): the instruction as a suffix of the last user turn."""
+    last = messages[-1]
+    return [*messages[:-1], last | {"content": f"{last['content']}\n{instruction}"}]

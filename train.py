@@ -1,0 +1,474 @@
+"""Train a language model from preference pairs: `torchrun train.py --loss ins_dpo`.
+
+Reads top to bottom: the run (reference pass, step, validation), the set-up, the loop. One process
+or many make no difference to the numbers: which pairs make up a step is fixed by the plan
+(rows.py), and a step's loss is a sum over its pairs divided by their number.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from tqdm import tqdm
+
+import checkpoint
+import weights
+from cli import UserError, parse, run
+from data import Dataset, Drops, Limits, hold_out, plain_paths, read_pairs
+from losses import recipe, unique
+from metrics import Metrics
+from ranks import Ranks, build_model, reshard
+from rows import Plan, build_row, pack
+from settings import HYPER, Settings, open_out, resolve, write_config
+from template import Template
+
+# ----------------------------------------------------------------------------- the run
+
+
+def by_path(values, paths):
+    """(B, P) -> {path: (B,)}."""
+    return dict(zip(paths, values.unbind(1), strict=True))
+
+
+def reference_key(s, datasets, paths, source):
+    """What the reference log-probabilities depend on, as one digest."""
+    sha = hashlib.sha256(weights.Weights(source).digest().encode())
+    sha.update(json.dumps([s.dtype, s.attention, s.score_eos, list(map(str, paths))]).encode())
+    for dataset in datasets:
+        for i in range(len(dataset)):
+            for path in paths:
+                for segment in dataset.path(i, path)[0]:
+                    sha.update(segment.tobytes())
+    return sha.hexdigest()
+
+
+class Run:
+    """The model in training, and what is computed with it."""
+
+    def __init__(self, s, ranks, rule, model, train, validation, plan):
+        self.s, self.ranks, self.rule, self.model, self.plan = s, ranks, rule, model, plan
+        self.train, self.validation = train, validation
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=s.lr,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            weight_decay=s.weight_decay,
+            fused=ranks.kind == "cuda" and not s.offload,
+        )
+        self.reference = {}  # id(dataset) -> (N, P) log-probabilities of self.reference_paths
+        self.best = math.inf
+
+    @cached_property
+    def plain(self):
+        """The prompt-only paths: what is deployed, validated beside the conditioned ones."""
+        return plain_paths(self.rule)
+
+    @cached_property
+    def reference_paths(self):
+        logps = self.rule.objective.head == "logps"
+        return unique([*self.rule.reference_paths, *(self.plain if logps else [])])
+
+    def rows(self, dataset, pairs, paths):
+        """This rank's share of the rows that hold these pairs; equally many on every rank."""
+        packed = pack([dataset.size(i, paths) for i in pairs], self.s.row_tokens, self.ranks.world)
+        fixed = self.s.attention == "flex" or self.s.compile  # one length: one compilation
+        for row in packed[self.ranks.rank :: self.ranks.world]:
+            numbers = [pairs[j] for j in row]
+            tries = [dataset.trie(i, paths) for i in numbers]
+            pad_to = self.s.row_tokens if fixed else 0
+            yield build_row(tries, row, len(paths), pad_to).to(self.ranks.device)
+
+    @torch.no_grad()
+    def score(self, model, dataset, pairs, paths):
+        """(len(pairs), P) sums of scored values, on every rank; no gradient."""
+        out = torch.zeros(len(pairs), len(paths), device=self.ranks.device)
+        for row in self.rows(dataset, pairs, paths):
+            out[row.pairs] = row.sums(model(row))
+        reshard(model)
+        return self.ranks.sum(out)
+
+    def score_all(self, model, dataset, paths, label):
+        """The same over a whole dataset, in blocks, with a progress bar."""
+        blocks = [range(len(dataset))[i : i + 256] for i in range(0, len(dataset), 256)]
+        hidden = not self.ranks.first
+        with tqdm(total=len(dataset), desc=label, unit="pair", disable=hidden, leave=False) as bar:
+            parts = []
+            for block in blocks:
+                parts.append(self.score(model, dataset, block, paths))
+                bar.update(len(block))
+        return torch.cat(parts)
+
+    def counts(self, dataset, pairs, paths):
+        """(len(pairs), P) number of scored tokens."""
+        counts = [[dataset.path(i, path)[1] for path in paths] for i in pairs]
+        return torch.tensor(counts, dtype=torch.float32, device=self.ranks.device)
+
+    # -- reference
+
+    def compute_reference(self, source):
+        """Reference log-probabilities, once per run: from the cache, or by one pass.
+
+        Returns {reference_seconds, reference_pairs}, or None when the cache served.
+        """
+        datasets = {"train": self.train, "validation": self.validation}
+        if not self.rule.objective.uses_reference:
+            del datasets["train"]  # a reference-free objective is only validated against one
+        datasets = {name: d for name, d in datasets.items() if d is not None}
+        if not datasets or not self.reference_paths:
+            return None
+        file = Path(self.s.out) / "reference.safetensors"
+        paths = self.reference_paths
+        key = self.ranks.share(lambda: reference_key(self.s, datasets.values(), paths, source))
+        cached = self.ranks.share(lambda: read_reference(file, key, self.ranks.say))
+        start = time.time()
+        if not cached:
+            other = self.s.ref_model is not None
+            model = build_model(self.s, self.ranks, source, "logps") if other else self.model
+        for name, dataset in datasets.items():
+            values = cached.get(name) if cached else None
+            if values is None:
+                values = self.score_all(model, dataset, paths, f"reference {name}")
+            self.reference[id(dataset)] = values.to(self.ranks.device)
+        if cached:
+            return None
+        tensors = {name: self.reference[id(d)].cpu() for name, d in datasets.items()}
+        self.ranks.share(lambda: save_file(tensors, file, metadata={"key": key}))
+        seconds, n = time.time() - start, sum(map(len, datasets.values()))
+        return {"reference_seconds": round(seconds, 3), "reference_pairs": n}
+
+    def reference_of(self, dataset, pairs):
+        """{path: (len(pairs),)} of the rows in question."""
+        if id(dataset) not in self.reference:
+            return {}
+        return by_path(self.reference[id(dataset)][pairs], self.reference_paths)
+
+    def kl(self, dataset, pairs):
+        """KTO's reference point z: mean log-ratio of mismatched answers, at least 0; else None."""
+        if not (paths := self.rule.kl_paths):
+            return None
+        sums = by_path(self.score(self.model, dataset, pairs, paths), paths)
+        reference = self.reference_of(dataset, pairs)
+        ratios = [sums[path] - reference[self.rule.reference_path(path)] for path in paths]
+        return torch.stack(ratios).mean().clamp(min=0)
+
+    # -- one optimizer step
+
+    def learning_rate(self, step):
+        """Linear warm-up from 1e-8, then cosine to final_lr times the peak."""
+        s, warm = self.s, max(1, round(self.s.warmup * self.plan.steps))
+        if step < warm:
+            return 1e-8 + (s.lr - 1e-8) * step / warm
+        done = (step - warm) / max(1, self.plan.steps - warm)
+        return s.lr * (s.final_lr + (1 - s.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
+
+    def step(self, step, stopping):
+        """One optimizer step on the plan's pairs. Returns (metrics, whether any rank must stop)."""
+        start = time.time()
+        pairs, paths = self.plan.pairs(step), self.rule.paths
+        kl = self.kl(self.train, pairs)
+        units = len(pairs)
+        if self.rule.objective.per == "token":
+            units = self.counts(self.train, pairs, paths).sum()
+        totals = torch.zeros(6, device=self.ranks.device)
+        rows = list(self.rows(self.train, pairs, paths))
+        for k, row in enumerate(rows):
+            together = self.ranks.world > 1 or k == len(rows) - 1
+            self.model.set_requires_gradient_sync(together)
+            self.model.set_reshard_after_backward(together)
+            totals[:5] += self.backward(row, pairs, paths, kl, units)
+        totals[5] = stopping
+        loss, accuracy, chosen, rejected, tokens, stop = self.ranks.sum(totals).tolist()
+        norm = self.update(step, loss)
+        metrics = {"step": step + 1, "epoch": round(self.plan.epoch(step), 4), "loss": loss}
+        if "rejected" in self.rule.objective.answers:
+            metrics |= {
+                "accuracy": accuracy / len(pairs),
+                "margin": (chosen - rejected) / len(pairs),
+            }
+            metrics |= {"rejected_reward": rejected / len(pairs)}
+        metrics |= {"chosen_reward": chosen / len(pairs), "lr": self.learning_rate(step)}
+        metrics |= {"grad_norm": norm, "pairs": len(pairs), "tokens": int(tokens)}
+        return metrics | {"seconds": round(time.time() - start, 4)}, stop > 0
+
+    def backward(self, row, pairs, paths, kl, units):
+        """Forward and backward of one row -> (5,) loss, accuracy, rewards, tokens, summed."""
+        numbers = [pairs[j] for j in row.pairs]
+        sums = by_path(row.sums(self.model(row)), paths)
+        counts = by_path(row.counts(), paths)
+        out = self.rule(sums, counts, self.reference_of(self.train, numbers), kl)
+        loss = out.losses.sum() / units
+        (loss * self.ranks.world).backward()  # FSDP averages over ranks; a step's loss is a sum
+        chosen, rejected = out.rewards["chosen"], out.rewards.get("rejected")
+        wins = torch.zeros_like(chosen) if rejected is None else (chosen > rejected).float()
+        lost = torch.zeros_like(chosen) if rejected is None else rejected
+        tokens = torch.tensor(float(sum(b - a for a, b in row.spans if row.pairs)))
+        totals = (loss.detach(), wins.sum(), chosen.sum(), lost.sum(), tokens.to(loss.device))
+        return torch.stack(totals)
+
+    def update(self, step, loss):
+        """Clip and apply the gradient; refuse a non-finite one before it touches the weights."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = get_total_norm([p.grad for p in parameters])
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if not (math.isfinite(loss) and torch.isfinite(norm)):
+            raise UserError(
+                f"step {step + 1}: loss {loss}, gradient norm {norm.item()}; the weights are "
+                "unchanged. Lower --lr or look at the data, then --resume"
+            )
+        clip_grads_with_norm_(parameters, self.s.clip, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm.item()
+
+    # -- validation
+
+    def validate(self, step):
+        """Loss, accuracy and margin on the validation pairs; also of the plain policy."""
+        start, dataset, rule = time.time(), self.validation, self.rule
+        pairs, paths = range(len(dataset)), unique([*rule.paths, *self.plain])
+        sums = by_path(self.score_all(self.model, dataset, paths, "validate"), paths)
+        counts = by_path(self.counts(dataset, pairs, paths), paths)
+        reference = self.reference_of(dataset, pairs)
+        out = rule(sums, counts, reference, self.kl(dataset, pairs))
+        metrics = {"step": step, "eval_loss": (out.losses.sum() / out.units.sum()).item()}
+        if "rejected" in rule.objective.answers:
+            margin = out.rewards["chosen"] - out.rewards["rejected"]
+            metrics |= {"eval_accuracy": (margin > 0).float().mean().item()}
+            metrics |= {"eval_margin": margin.mean().item()}
+            w, l = (sums[path] - reference.get(path, 0) for path in self.plain)
+            scale = rule.scale if rule.objective.uses_reference else 0.1  # DPO's beta
+            margin = scale * (w - l) if rule.objective.head == "logps" else w - l
+            metrics |= {"eval_plain_accuracy": (margin > 0).float().mean().item()}
+            metrics |= {"eval_plain_margin": margin.mean().item()}
+        return metrics | {"eval_seconds": round(time.time() - start, 3)}
+
+    # -- what is left behind
+
+    def export(self, name, template):
+        """OUT/<name>: a HF directory, written aside and renamed when whole."""
+        final = Path(self.s.out) / name
+        aside = final.with_name(f".{name}")
+        raw, _ = weights.read_config(self.s.model)
+        dtype = getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or "bfloat16")
+        named = self.model.named_parameters()
+        tensors = ((n, p.detach().full_tensor()) for n, p in named)
+        if self.ranks.first:
+            config = self.model.config
+            shutil.rmtree(aside, ignore_errors=True)
+            weights.save(aside, config, tensors, self.s.model, dtype, template.source)
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(aside, final)
+        else:
+            for _ in tensors:  # full_tensor is collective
+                pass
+        dist.barrier()
+
+    def save(self, step):
+        """OUT/checkpoints/step-N."""
+        state = {"step": step, "best": self.best}
+        directory = Path(self.s.out) / "checkpoints"
+        checkpoint.save(directory, self.model, self.optimizer, state, self.s.keep)
+
+    def resume(self):
+        """Step to go on from: that of the newest whole checkpoint, or 0."""
+        found = checkpoint.newest(Path(self.s.out) / "checkpoints", self.ranks.say)
+        if found is None:
+            return 0
+        path, state = found
+        checkpoint.load(path, state, self.model, self.optimizer)
+        self.best = state["best"]
+        self.ranks.say(f"resuming from {path}")
+        return state["step"]
+
+
+def read_reference(file, key, say):
+    """{dataset name: (N, P)} from the cache, or None; says so when it belongs to something else."""
+    if not file.exists():
+        return None
+    with safe_open(file, "pt") as cached:
+        if cached.metadata().get("key") == key:
+            return {name: cached.get_tensor(name) for name in sorted(cached.keys())}
+    say(f"{file} belongs to other weights, data or settings; computing it again")
+    return None
+
+
+# ----------------------------------------------------------------------------- set-up
+
+
+def load_data(s, ranks, template, rule):
+    """(train, eval) Datasets; eval is None without validation pairs."""
+    both = rule.objective.answers == ("chosen", "rejected")
+    in_context = any(path.context in ("chosen", "rejected") for path in rule.paths)
+    drops = Drops()
+    pairs = read_pairs(s.data, drops, s.limit, need_rejected=both or in_context)
+    ranks.say(f"read {len(pairs)} pairs from {s.data}; dropped: {drops}")
+    if s.eval_data:
+        held = read_pairs(s.eval_data, drops, s.eval_pairs, need_rejected=both or in_context)
+    else:
+        if s.eval_pairs is None:
+            s.eval_pairs = min(1000, len(pairs) // 10)
+        pairs, held = hold_out(pairs, s.eval_pairs, s.seed)
+    limits = Limits(s.max_len, s.draft_cap, s.score_eos)
+    options = (template, rule, limits, s.instruction, s.sep)
+    train = Dataset(pairs, *options, progress=ranks.first)
+    ranks.say(f"train: {train.report()}")
+    if not held:
+        return train, None
+    validation = Dataset(held, *options)
+    ranks.say(f"validation: {validation.report()}")
+    return train, validation
+
+
+def choose_row_tokens(s, ranks, datasets, paths):
+    """A row holds the longest pair; by default 8,192 tokens on CUDA and 2,048 elsewhere."""
+    longest = max(dataset.size(i, paths) for dataset in datasets for i in range(len(dataset)))
+    if s.row_tokens is None:
+        s.row_tokens = max(8192 if ranks.kind == "cuda" else 2048, -(-longest // 128) * 128)
+    if longest > s.row_tokens:
+        raise UserError(
+            f"--row_tokens {s.row_tokens}: the longest pair takes {longest} tokens; "
+            "raise it or lower --max_len"
+        )
+
+
+# ----------------------------------------------------------------------------- the loop
+
+
+def main():
+    s = parse(Settings, __doc__.splitlines()[0])
+    ranks = Ranks(s.device)
+    try:
+        train(s, ranks)
+    finally:
+        dist.destroy_process_group()
+
+
+def train(s, ranks):
+    embedded = resolve(s, ranks.kind)
+    rule = recipe(
+        s.loss, s.condition, s.bridge, s.reference, **{name: getattr(s, name) for name in HYPER}
+    )
+    open_out(s, ranks)
+    source = ranks.share(lambda: weights.resolve(s.model))
+    reference_source = source
+    if s.ref_model:
+        reference_source = ranks.share(lambda: weights.resolve(s.ref_model, "--ref_model"))
+    template = Template(source)
+    if template.fallback:
+        ranks.say(f"{s.model} has no chat template: using the plain one of template.py")
+    train_set, validation = load_data(s, ranks, template, rule)
+    plan = Plan(len(train_set), s.batch, s.seed, s.epochs or 0.0, s.steps)
+    s.eval_every = s.eval_every or max(1, plan.steps // 10)
+    s.save_every = s.save_every or s.eval_every
+    datasets = [d for d in (train_set, validation) if d is not None]
+    paths = unique([*rule.paths, *rule.reference_paths, *rule.kl_paths, *plain_paths(rule)])
+    choose_row_tokens(s, ranks, datasets, paths)
+    show(s, ranks, rule, plan)
+    write_config(s, ranks, {"hyper": rule.hyper, "steps": plan.steps})
+
+    model = build_model(s, ranks, source, rule.objective.head)
+    job = Run(s, ranks, rule, model, train_set, validation, plan)
+    reference = job.compute_reference(reference_source)
+    first = job.resume() if s.resume else 0
+    metrics = Metrics(s, ranks, first)
+    if reference:
+        metrics.write(reference)
+    loop(job, metrics, template, first)
+    job.export("final", template)
+    metrics.plot()
+    if embedded:
+        report_world(s, ranks)
+    ranks.say(f"saved: {Path(s.out) / 'final'}")
+
+
+def loop(job, metrics, template, first):
+    """Algorithm 1 of InSPO: sample pairs, condition, one gradient step; validate, save, repeat."""
+    s, ranks, plan = job.s, job.ranks, job.plan
+    stopping = StopSignal()
+    if first == 0 and job.validation:
+        log_validation(job, metrics, 0)
+    bar = tqdm(total=plan.total, initial=min(first * s.batch, plan.total), unit="pair",
+               desc=s.loss, disable=not ranks.first, smoothing=0.1)  # fmt: skip
+    with bar:
+        for step in range(first, plan.steps):
+            line, stop = job.step(step, stopping.caught)
+            metrics.write(line)
+            bar.update(line["pairs"])
+            bar.set_postfix({k: f"{line[k]:.4g}" for k in ("loss", "accuracy") if k in line})
+            done, last = step + 1, step + 1 == plan.steps
+            if job.validation and (done % s.eval_every == 0 or last) and not stop:
+                loss = log_validation(job, metrics, done)
+                if loss < job.best:
+                    job.best = loss
+                    job.export("best", template)
+                metrics.plot()
+            if done % s.save_every == 0 or last or stop:
+                job.save(done)
+            if stop and not last:
+                ranks.say(f"stopped by a signal after step {done}; --resume goes on from here")
+                dist.barrier()
+                raise SystemExit(0)
+
+
+def log_validation(job, metrics, step):
+    """Validate, write and print it. Returns the validation loss."""
+    line = job.validate(step)
+    metrics.write(line)
+    shown = ", ".join(
+        f"{k} {v:.4f}" for k, v in line.items() if k.startswith("eval") and "sec" not in k
+    )
+    job.ranks.say(f"step {step}: {shown}")
+    return line["eval_loss"]
+
+
+class StopSignal:
+    """Remembers SIGTERM and SIGINT, so that the run saves after its current step and ends."""
+
+    def __init__(self):
+        self.caught = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._catch)
+
+    def _catch(self, number, frame):
+        self.caught = True
+
+
+def show(s, ranks, rule, plan):
+    """Print the resolved settings, so that nothing that decides the run is implicit."""
+    hyper = ", ".join(f"{k} {v:g}" for k, v in rule.hyper.items())
+    ranks.say(
+        f"{rule.name}: condition {rule.condition}, bridge {rule.bridge}, "
+        f"reference {rule.reference if rule.objective.uses_reference else 'none'}, {hyper}\n"
+        f"model {s.model}, {s.dtype}, {s.attention} on {ranks.world} x {ranks.kind}\n"
+        f"{plan.steps} steps of {s.batch} pairs, lr {s.lr:g}, max_len {s.max_len}, "
+        f"row_tokens {s.row_tokens}, seed {s.seed}; out {s.out}"
+    )
+
+
+def report_world(s, ranks):
+    """The embedded default ends with exact win rates in the small world (assets/world.py)."""
+    if not ranks.first:
+        return
+    from evaluate import world_win_rate
+
+    out = Path(s.out) / "final"
+    before, after = (world_win_rate(path, s.model) for path in (s.model, out))
+    ranks.say(f"exact win rate against the start: before {before:.1%}, after {after:.1%}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,188 @@
+"""Hugging Face directories in and out: config.json, safetensors, tokenizer files, chat template.
+
+Only safetensors, never pickle. Weights are read by slices, so that a sharded caller never holds
+more than its own part, and written as a stream of bounded files.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from cli import UserError
+from families import Config, hf_name
+
+
+def resolve(source, flag="--model"):
+    """A local directory, or a hub id (downloaded: safetensors, tokenizer and configs) -> Path."""
+    if Path(source).is_dir():
+        return Path(source)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise UserError(f"{flag} {source}: no such directory")
+    import huggingface_hub
+
+    try:
+        patterns = ["*.safetensors", "*.json", "*.jinja"]
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises some twenty kinds; all mean: not reachable
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{flag} {source}: no such directory, and the hub did not serve it: {reason}"
+        ) from error
+
+
+def read_config(directory):
+    """config.json of a HF directory -> (raw dict, Config)."""
+    file = Path(directory) / "config.json"
+    if not file.exists():
+        raise UserError(f"{directory}: no config.json; not a Hugging Face model directory")
+    raw = json.loads(file.read_text(encoding="utf-8"))
+    return raw, Config.from_hf(raw, str(file))
+
+
+class Weights:
+    """The safetensors files of a directory, read tensor by tensor or by slices of their rows."""
+
+    def __init__(self, directory):
+        directory = Path(directory)
+        index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+        if index.exists():
+            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            self.files = sorted({directory / file for file in where.values()})
+        else:
+            self.files = [single]
+        for file in self.files:
+            if not file.exists():
+                raise UserError(f"{directory}: no {file.name}; weights must be safetensors files")
+        self._open = {}
+        for file in self.files:
+            try:
+                opened = safe_open(file, framework="pt")
+            except SafetensorError as error:
+                raise UserError(f"{file}: not readable as safetensors: {error}") from error
+            self._open |= dict.fromkeys(opened.keys(), opened)
+        self.directory = directory
+
+    def __contains__(self, name):
+        return name in self._open
+
+    def read(self, name, shape, rows=slice(None)):
+        """Rows of one tensor, which must have the given full shape; UserError if it does not."""
+        if name not in self:
+            raise UserError(f"{self.directory}: tensor {name} is missing")
+        tensor = self._open[name].get_slice(name)
+        if tuple(tensor.get_shape()) != tuple(shape):
+            found = tuple(tensor.get_shape())
+            raise UserError(f"{self.directory}: {name} is {found}, expected {tuple(shape)}")
+        return tensor[rows]
+
+    def digest(self):
+        """sha256 over the content of all files."""
+        sha = hashlib.sha256()
+        for file in self.files:
+            with open(file, "rb") as f:
+                sha.update(hashlib.file_digest(f, "sha256").digest())
+        return sha.hexdigest()
+
+
+def load_weights(model, directory, local=lambda parameter: (parameter, slice(None))):
+    """Fill the model's parameters from a HF directory.
+
+    local(parameter) -> (tensor, rows): the part to fill and which rows of the whole it is. A
+    sharded caller hands in its shards, so that no process ever reads more than its slices.
+    """
+    weights = Weights(directory)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            theirs = hf_name(model.config.family, name)
+            tensor, rows = local(parameter)
+            if name == "score.weight" and theirs not in weights:
+                tensor.zero_()  # a reward head on a language model starts at r = 0
+            else:
+                tensor.copy_(weights.read(theirs, parameter.shape, rows))
+
+
+SIDE_FILES = (  # what travels with the weights, unchanged
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+)
+
+
+def save(directory, config, tensors, source, dtype, template=None, shard_bytes=5 * 10**9):
+    """Write a HF directory that transformers and vLLM load.
+
+    config: Config of the model; tensors: iterable of (our name, full tensor), consumed one by one;
+    source: the HF directory it came from (config.json, tokenizer and generation files are taken
+    over); template: chat template text to store; shard_bytes: largest weight file.
+    """
+    directory, source = Path(directory), Path(source)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in SIDE_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, directory / name)
+    _write_template(directory, template)
+    raw, _ = read_config(source)
+    stem = raw["architectures"][0].split("For")[0]
+    kind = "ForSequenceClassification" if config.head == "reward" else "ForCausalLM"
+    raw |= {"architectures": [stem + kind], "dtype": str(dtype).removeprefix("torch.")}
+    raw.pop("torch_dtype", None)  # its older spelling
+    if config.head == "reward":
+        raw |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    write_json(directory / "config.json", raw)
+    named = ((hf_name(config.family, name), t.to("cpu", dtype)) for name, t in tensors)
+    _write_shards(directory, named, shard_bytes)
+
+
+def _write_template(directory, template):
+    """The chat template, both as a file and in tokenizer_config.json."""
+    if template is None:
+        return
+    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+    file = directory / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    write_json(file, settings | {"chat_template": template})
+
+
+def _write_shards(directory, named, shard_bytes):
+    """Stream tensors into files of bounded size; several files get an index."""
+    shards, held, size = [], {}, 0
+    for name, tensor in named:
+        if held and size + tensor.nbytes > shard_bytes:
+            shards.append(_flush(directory, held, len(shards)))
+            held, size = {}, 0
+        held[name] = tensor.contiguous()
+        size += tensor.nbytes
+    shards.append(_flush(directory, held, len(shards)))
+    if len(shards) == 1:
+        os.replace(directory / shards[0][0], directory / "model.safetensors")
+        return
+    weight_map, total = {}, 0
+    for i, (file, names, nbytes) in enumerate(shards):
+        final = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.replace(directory / file, directory / final)
+        weight_map |= dict.fromkeys(names, final)
+        total += nbytes
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(directory / "model.safetensors.index.json", index)
+
+
+def _flush(directory, tensors, number):
+    file = f"shard-{number}.safetensors"
+    save_file(tensors, directory / file, metadata={"format": "pt"})
+    return file, list(tensors), sum(t.nbytes for t in tensors.values())
+
+
+def write_json(file, content):
+    Path(file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
