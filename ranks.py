@@ -36,8 +36,8 @@ class Ranks:
         self.device = torch.device("cuda", local) if self.kind == "cuda" else torch.device("cpu")
         if self.kind == "cuda":
             torch.cuda.set_device(self.device)
-        else:  # torchrun sets one thread per process
-            processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        elif (processes := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1:
+            # torchrun leaves each of several processes a single thread
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
         backend = "cuda:nccl,cpu:gloo" if self.kind == "cuda" else "gloo"
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)

@@ -2,14 +2,15 @@
 
     python bench/trl_dpo.py --model DIR --data hh.jsonl.gz --pairs 32 --batch 16 --micro 4
 
-TRL at its fastest on a CPU: no gradient checkpointing (its default is on), no saving, logging or
-reporting, fused AdamW, padding kept small by length-grouped batches and by a length-sorted reference
-pass. Padding-free batches need FlashAttention, and TRL has them switched off in this version. Pairs
-are read by nanoPO's own reader, so that both contenders get the same ones.
+TRL at its fastest on a CPU: no activation checkpointing (on by default), no saving, logging or
+reporting, fused AdamW, padding kept small by length-grouped batches and a length-sorted reference
+pass. Padding-free batches need FlashAttention, and this version of TRL has them switched off. On
+a CPU its fused head pushes every position through the vocabulary, prompt and padding included.
+Pairs are read by nanoPO's own reader, so that both contenders get the same ones.
 
-Wall-clock covers the reference log-probabilities and the training steps, not loading, tokenising or
-imports, which are reported apart. The last line of stdout is one JSON object. Option names: TRL 1.16
-`DPOConfig`, transformers 5.23 `TrainingArguments`.
+Wall-clock covers the reference log-probabilities and the training steps, not imports, loading or
+tokenising; the latter two are reported apart. The last line of stdout is one JSON object. Option
+names: TRL 1.16 `DPOConfig`, transformers 5.23 `TrainingArguments`.
 """
 
 import json
@@ -119,7 +120,7 @@ def config(settings, steps, out):
         train_sampling_strategy="group_by_length",
         length_column_name="length",
         remove_unused_columns=False,  # it would remove `length` before the sampler looks for it
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         optim=settings.optim,
         learning_rate=settings.lr,
         beta=settings.beta,
@@ -181,14 +182,15 @@ def measure(settings):
         "tokenise_seconds": (sorted_by - loaded) + seconds["tokenise"],
         "peak_rss_gb": peak_rss_gb(),
         "loss": result.training_loss,
+        "load_average": os.getloadavg()[0],  # far above the threads: others used the machine too
         "threads": torch.get_num_threads(),
         "versions": {m.__name__: m.__version__ for m in (trl, transformers, torch)},
     }
 
 
 def peak_rss_gb():
-    """Highest resident memory of this process so far, in 1e9 bytes. Linux counts KiB, macOS bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
+    """Highest resident memory of this process so far, in 1e9 bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB, macOS bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 

@@ -40,13 +40,16 @@ def smollm2_dir(build: bool = False) -> Path | None:
     if target.is_dir() or not build:
         return target if target.is_dir() else None
     try:
+        import gguf  # noqa: F401 - both are needed below; better to fail before the download
+        import transformers  # noqa: F401
+
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{NAME}-", dir=root) as scratch:
-            gguf = _download(Path(scratch))
+            quantised = _download(Path(scratch))
             made = Path(scratch) / NAME
             made.mkdir()
-            _write_model(gguf, made)
-            _write_tokenizer(gguf, made)
+            _write_model(quantised, made)
+            _write_tokenizer(quantised, made)
             try:
                 made.rename(target)
             except OSError:  # another process was faster; its directory is as good as ours
