@@ -39,7 +39,8 @@ class Config:
             known = ", ".join(FAMILIES)
             raise UserError(f"{where}: model_type {family!r} is not supported (known: {known})")
         if raw.get("hidden_act", "silu") != "silu" or raw.get("mlp_bias"):
-            raise UserError(f"{where}: only SwiGLU layers without bias are supported")
+            found = f"hidden_act {raw.get('hidden_act')!r}, mlp_bias {raw.get('mlp_bias')!r}"
+            raise UserError(f"{where}: {found}; only SwiGLU layers without bias are supported")
         heads, layers = raw["num_attention_heads"], raw["num_hidden_layers"]
         biased = bool(raw.get("attention_bias"))
         architecture = (raw.get("architectures") or ["ForCausalLM"])[0]

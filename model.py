@@ -186,20 +186,34 @@ class Dense:
 
 
 class PerTrie:
-    """SDPA trie by trie: no row-wide mask, and no work between tries."""
+    """Attention trie by trie: no row-wide mask, and no work between tries."""
 
     def __init__(self, spans, masks):
         self.spans, self.masks = spans, masks
 
     def __call__(self, q, k, v):
         parts = [
-            F.scaled_dot_product_attention(
-                q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], attn_mask=mask, enable_gqa=True
-            )
+            trie_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], mask)
             for (a, b), mask in zip(self.spans, self.masks, strict=True)
         ]
         rest = q.shape[2] - self.spans[-1][1]  # padding: its values reach nobody
         return torch.cat([*parts, q[:, :, q.shape[2] - rest :]], 2)
+
+
+def trie_attention(q, k, v, mask):
+    """SDPA, or the same spelt out where that is twice as fast: short tries in bf16 on a CPU.
+
+    q: (1, H, T, C), k, v: (1, K, T, C), mask: (T, T). Spelt out, the heads that share a key head
+    are the rows of one matrix product, and the (H, T, T) probabilities are kept for backward.
+    """
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or len(mask) > 1024:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    (_, heads, size, width), groups = q.shape, k.shape[1]
+    grouped = (q * width**-0.5).reshape(groups, -1, width)  # (K, H/K T, C)
+    scores = (grouped @ k[0].mT).view(groups, -1, size, size)  # (K, H/K, T, T)
+    hidden = torch.zeros(size, size, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+    weights = (scores + hidden).softmax(-1).view(groups, -1, size)  # (K, H/K T, T)
+    return (weights @ v[0]).view(1, heads, size, width)
 
 
 class Flex:

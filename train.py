@@ -91,23 +91,21 @@ class Run:
             yield build_row(tries, row, len(paths), pad_to).to(self.ranks.device)
 
     @torch.no_grad()
-    def score(self, model, dataset, pairs, paths):
-        """(len(pairs), P) sums of scored values, on every rank; no gradient."""
+    def score(self, model, dataset, pairs, paths, tick=lambda pairs: None):
+        """(len(pairs), P) sums of scored values, on every rank; no gradient. tick: progress."""
         out = torch.zeros(len(pairs), len(paths), device=self.ranks.device)
         for row in self.rows(dataset, pairs, paths):
             out[row.pairs] = row.sums(model(row))
+            tick(len(row.pairs) * self.ranks.world)
         reshard(model)
         return self.ranks.sum(out)
 
     def score_all(self, model, dataset, paths, label):
         """The same over a whole dataset, in blocks, with a progress bar."""
-        blocks = [range(len(dataset))[i : i + 256] for i in range(0, len(dataset), 256)]
-        hidden = not self.ranks.first
+        everything, hidden = range(len(dataset)), not self.ranks.first
+        blocks = [everything[i : i + 256] for i in everything[::256]]
         with tqdm(total=len(dataset), desc=label, unit="pair", disable=hidden, leave=False) as bar:
-            parts = []
-            for block in blocks:
-                parts.append(self.score(model, dataset, block, paths))
-                bar.update(len(block))
+            parts = [self.score(model, dataset, block, paths, bar.update) for block in blocks]
         return torch.cat(parts)
 
     def counts(self, dataset, pairs, paths):

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from cli import UserError
 from families import Config, hf_name
+from template import parse_json
 
 
 def resolve(source, flag="--model"):
@@ -42,7 +43,7 @@ def read_config(directory):
     file = Path(directory) / "config.json"
     if not file.exists():
         raise UserError(f"{directory}: no config.json; not a Hugging Face model directory")
-    raw = json.loads(file.read_text(encoding="utf-8"))
+    raw = parse_json(file.read_text(encoding="utf-8"), str(file))
     return raw, Config.from_hf(raw, str(file))
 
 
@@ -53,7 +54,7 @@ class Weights:
         directory = Path(directory)
         index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
         if index.exists():
-            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            where = parse_json(index.read_text(encoding="utf-8"), str(index))["weight_map"]
             self.files = sorted({directory / file for file in where.values()})
         else:
             self.files = [single]
@@ -134,7 +135,7 @@ def save(directory, config, tensors, source, dtype, template=None, shard_bytes=5
             shutil.copyfile(source / name, directory / name)
     _write_template(directory, template)
     raw, _ = read_config(source)
-    stem = raw["architectures"][0].split("For")[0]
+    stem = (raw.get("architectures") or [config.family.capitalize()])[0].split("For")[0]
     kind = "ForSequenceClassification" if config.head == "reward" else "ForCausalLM"
     raw |= {"architectures": [stem + kind], "dtype": str(dtype).removeprefix("torch.")}
     raw.pop("torch_dtype", None)  # its older spelling

@@ -55,11 +55,10 @@ def smollm2_dir(build: bool = False) -> Path | None:
             except OSError:  # another process was faster; its directory is as good as ours
                 if not target.is_dir():
                     raise
-    except ImportError as error:
-        reason = f"{error} (pip install -r requirements-dev.txt)"
-        raise RuntimeError(f"cannot build {NAME}: {reason.splitlines()[-1].strip()}") from error
-    except (OSError, subprocess.SubprocessError, zipfile.BadZipFile) as error:
-        raise RuntimeError(f"cannot build {NAME}: {error}") from error
+    except (ImportError, OSError, zipfile.BadZipFile) as error:
+        cure = " (pip install -r requirements-dev.txt)" if isinstance(error, ImportError) else ""
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RuntimeError(f"cannot build {NAME}: {reason}{cure}") from error
     return target
 
 

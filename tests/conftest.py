@@ -1,0 +1,91 @@
+"""What several tests share: a tiny random model as a Hugging Face directory, and a few pairs."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tiny
+from smollm2 import smollm2_dir
+from weights import write_json
+
+
+def write_model(directory, config=tiny.LLAMA, seed=0):
+    """tiny.build with norms and biases made random too, so that skipping one cannot pass."""
+    tiny.build(directory, config, seed)
+    tensors = load_file(directory / "model.safetensors")
+    for tensor in (t for t in tensors.values() if t.ndim == 1):
+        tensor += 0.3 * torch.randn(tensor.shape)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def _pair(i):
+    a, b = 3 + i % 7, 2 + i % 5
+    answers = (f"{a} plus {b} is {a + b}" + " for sure" * (i % 4), "Who knows" + " that" * (i % 9))
+    chosen, rejected = answers if i % 3 else answers[::-1]
+    prompt = f"{a} plus {b}" + ", friend" * (i % 4) + "?"
+    return {"prompt": prompt, "chosen": chosen + ".", "rejected": rejected + "."}
+
+
+PAIRS = [_pair(i) for i in range(24)]
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory):
+    """A tiny fp32 Llama with tied embeddings, ChatML tokenizer, generation config. Read-only."""
+    config = tiny.LLAMA | {"dtype": "float32", "tie_word_embeddings": True}
+    directory = write_model(tmp_path_factory.mktemp("tiny") / "llama", config)
+    generation = {"eos_token_id": 258, "pad_token_id": 258, "temperature": 0.7, "do_sample": True}
+    write_json(directory / "generation_config.json", generation)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory):
+    """24 preference pairs of different lengths as jsonl (prompt, chosen, rejected)."""
+    file = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in PAIRS), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real small chat model, SmolLM2-135M-Instruct, as a Hugging Face directory."""
+    directory = smollm2_dir()
+    if directory is None:
+        pytest.skip("SmolLM2 is not built: python tests/smollm2.py")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def hh_file():
+    """Anthropic hh-rlhf, harmless-base test split: 2,312 pairs as they lie on the hub."""
+    file = Path(__file__).parents[2] / "shared" / "data" / "hh-harmless-test.jsonl.gz"
+    if not file.exists():
+        pytest.skip(f"no {file.name}: hh-rlhf's harmless-base test split is not at hand")
+    return file
+
+
+@pytest.fixture(params=["seeded", "hypothesis"])
+def for_all(request):
+    """for_all(check) runs check(rng) on a hundred random cases, rng being a random.Random.
+
+    Once with fixed seeds, and once by hypothesis, which hunts for failures and shrinks them.
+    """
+    if request.param == "seeded":
+        return lambda check: [check(random.Random(seed)) for seed in range(100)]
+    hypothesis = pytest.importorskip("hypothesis")
+
+    def hunt(check):
+        @hypothesis.settings(max_examples=100, deadline=None)
+        @hypothesis.given(hypothesis.strategies.randoms(use_true_random=False))
+        def case(rng):
+            check(rng)
+
+        case()
+
+    return hunt

@@ -1,0 +1,74 @@
+"""Tiny random models as Hugging Face directories: built in milliseconds, read by us and by peers.
+
+The tokenizer has one token per byte, so any text goes in, and the ids of a text can be told by eye.
+"""
+
+import json
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from families import Config, hf_name
+from model import Transformer
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "eos_token_id": 258,
+    "pad_token_id": 258,
+}
+MISTRAL = LLAMA | {
+    "model_type": "mistral",
+    "architectures": ["MistralForCausalLM"],
+    "sliding_window": 8,
+}
+QWEN2 = LLAMA | {  # slides over 8 tokens in its second layer only
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "use_sliding_window": True,
+    "sliding_window": 8,
+    "max_window_layers": 1,
+}
+REWARD = LLAMA | {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
+
+
+def build(directory, config=LLAMA, seed=0, template=CHATML):
+    """Write a random model with a byte tokenizer; returns the directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(seed)
+    model = Transformer(Config.from_hf(config))
+    names = {n: hf_name(model.config.family, n) for n, _ in model.named_parameters()}
+    weights = {names[n]: p.detach().contiguous() for n, p in model.named_parameters()}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    _tokenizer().save(str(directory / "tokenizer.json"))
+    settings = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "chat_template": template}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def _tokenizer():
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256 letters, one per byte
+    vocab = {letter: i for i, letter in enumerate(letters)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL])
+    return tokenizer
