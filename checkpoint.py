@@ -125,9 +125,8 @@ def load(path, state, model, optimizer):
     files = [safe_open(path / f"rank-{r}.safetensors", "pt") for r in range(state["world"])]
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            device = parameter.device if group["fused"] else "cpu"
             optimizer.state[parameter] = {
-                "step": torch.tensor(float(state["step"]), device=device),
+                "step": torch.tensor(float(state["step"]), device=parameter.device),
                 **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
             }
     with torch.no_grad():

@@ -17,9 +17,16 @@ def flag(default, help, choices=None):
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong flag is told in one line, without the page of usage before it."""
+
+    def error(self, message):
+        raise UserError(f"{message}; --help lists the flags")
+
+
 def parser_of(settings, description):
     """argparse parser with one flag per field of the dataclass `settings`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
@@ -40,7 +47,7 @@ def parser_of(settings, description):
 
 
 def parse(settings, description, argv=None):
-    """argv -> an instance of the dataclass `settings`; unknown flags and values exit with 2."""
+    """argv -> an instance of the dataclass `settings`; UserError for unknown flags and values."""
     return settings(**vars(parser_of(settings, description).parse_args(argv)))
 
 

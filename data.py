@@ -18,6 +18,7 @@ import glob
 import gzip
 import os
 import re
+import zlib
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -84,7 +85,7 @@ def data_files(source):
     """Local path, glob, or hub dataset id -> list of local files."""
     if os.path.isfile(source):
         return [source]
-    if found := sorted(glob.glob(source)):
+    if found := sorted(filter(os.path.isfile, glob.glob(source))):
         return found
     name, _, split = source.partition(":")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not re.search(r"\.(jsonl?|gz|parquet)$", name):
@@ -106,7 +107,7 @@ def hub_files(name, split):
                 cached = huggingface_hub.hf_hub_download
                 return [cached(name, f, repo_type="dataset") for f in chosen]
     except Exception as error:  # the hub client raises some twenty kinds; all mean: not reachable
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"--data {name}: not a file, and the hub did not serve it: {reason}"
         ) from error
@@ -115,6 +116,13 @@ def hub_files(name, split):
 
 def records(file):
     """Yield ("file:row", dict) for jsonl, jsonl.gz, json and parquet; rows count from 1."""
+    try:
+        yield from _records(file)
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise UserError(f"{file}: not readable: {error}") from error
+
+
+def _records(file):
     if file.endswith(".parquet"):
         import pyarrow.parquet
 
@@ -155,7 +163,7 @@ def to_pair(record, where, drops, need_rejected=True):
     x_l, rejected = dialogue(prompt, rejected, where) if rejected is not None else (x_w, None)
     if x_w != x_l:
         return drops.add("prompts differ", where)
-    if not x_w:
+    if not any(message["content"].strip() for message in x_w):
         return drops.add("no prompt", where)
     if not chosen.strip() or (rejected is not None and not rejected.strip()):
         return drops.add("empty answer", where)
@@ -208,8 +216,8 @@ def parse_hh(text):
 
 def common_prefix(chosen, rejected, where):
     """Two whole texts -> (prompt, chosen, rejected), split at the last white space they share."""
-    if rejected is None:
-        raise UserError(f"{where}: a `chosen` text alone needs a `prompt` column")
+    if not isinstance(rejected, str):
+        raise UserError(f"{where}: without `prompt`, a `chosen` text needs a `rejected` text")
     shared = os.path.commonprefix([chosen, rejected])
     cut = max(shared.rfind(" "), shared.rfind("\n")) + 1
     return chosen[:cut].rstrip(), chosen[cut:], rejected[cut:]
@@ -257,6 +265,8 @@ class Dataset:
         in_context = any(path.context in ("chosen", "rejected") for path in recipe.paths)
         self.bridge_len = bridge + len(template.end_ids) if in_context else 0
         self.in_context = in_context
+        self.instructed = any(path.context == "instruct" for path in recipe.paths)
+        self.twice = Path("rejected", "rejected") in recipe.paths
         self.drops, self.cuts = Drops(), defaultdict(int)
         self.examples = []
         blocks = range(0, len(pairs), 512)
@@ -289,11 +299,14 @@ class Dataset:
             len(chosen) + len(rejected) if self.in_context else max(len(chosen), len(rejected))
         )
         room = max(limits.max_len // 2, limits.max_len - self.bridge_len - answers)
+        if len(instruct if self.instructed else prompt) > room:
+            self.cuts["prompts"] += 1
         prompt = self._shorten(pair.prompt, prompt, room)
         instruct = self._shorten(refine, instruct, room)
         room = limits.max_len - self.bridge_len - max(len(prompt), len(instruct))
         if self.in_context:
-            rejected_room = min(int(limits.draft_cap * limits.max_len), room // 2)
+            free = room // 2 if self.twice else max(room // 2, room - len(chosen))
+            rejected_room = min(int(limits.draft_cap * limits.max_len), free)
             chosen_room = room - min(len(rejected), rejected_room)
         else:
             rejected_room = chosen_room = room
@@ -315,7 +328,6 @@ class Dataset:
         """Drop whole turns from the left (a system turn stays), then tokens from the left."""
         if len(ids) <= room:
             return ids
-        self.cuts["prompts"] += 1
         system = messages[:1] if messages[0]["role"] == "system" else []
         turns = messages[len(system) :]
         while len(ids) > room and len(turns) > 2:

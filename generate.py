@@ -77,9 +77,9 @@ class Answers:
 
     def _first(self, ask, row, seed, on_token):
         """The first sequence that an Ask needs."""
-        prompt = (
-            with_suffix(ask.prompt, self.instruction) if self.mode == "instruct" else ask.prompt
-        )
+        prompt = ask.prompt
+        if self.mode == "instruct":
+            prompt = with_suffix(prompt, self.instruction)
         texts = [self.template.render(prompt, generation=True)]
         if self.mode != "refine":
             return self._sequence(self._ids(texts), seed, "answer", row, on_token)

@@ -9,10 +9,16 @@ class Metrics:
 
     def __init__(self, s, ranks, step):
         self.file, self.active = Path(s.out) / "metrics.jsonl", ranks.first
-        if self.active and self.file.exists():  # a resumed run repeats what came after `step`
+        if self.active and self.file.exists():
             lines = self.file.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line).get("step", 0) <= step]
+            kept = [line for line in lines if self._precedes(json.loads(line), step)]
             self.file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    @staticmethod
+    def _precedes(line, step):
+        """A run that resumes after `step` repeats what came later, its validation included."""
+        at = line.get("step", -1)
+        return at < step or (at == step and "loss" in line)
 
     def write(self, metrics):
         if self.active:

@@ -83,8 +83,9 @@ def trie_size(paths):
     for segments, _ in paths:
         key = ()
         for segment in segments:
-            key = (*key, segment.tobytes())
-            sizes[key] = len(segment)
+            if len(segment):
+                key = (*key, segment.tobytes())
+                sizes[key] = len(segment)
     return sum(sizes.values())
 
 

@@ -77,6 +77,8 @@ HYPER = ("beta", "tau", "alpha", "gamma", "delta", "lam", "label_smoothing", "la
 
 def resolve(s, kind):
     """Fill in what was not given, for the embedded default (returns True then) or as the paper."""
+    if s.model is not None and s.data is None:
+        raise UserError(f"--model {s.model} needs --data: a file, a glob or a hub dataset id")
     embedded = s.model is None and s.data is None
     defaults = EMBEDDED if embedded else PAPER
     if embedded:

@@ -56,7 +56,10 @@ class Template:
         file = self.directory / "tokenizer.json"
         if not file.exists():
             raise UserError(f"{directory}: no tokenizer.json; save the tokenizer in its fast form")
-        self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # what tokenizers raises is nothing more special
+            raise UserError(f"{file}: not readable as a tokenizer: {error}") from error
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         settings = read_json(self.directory / "tokenizer_config.json")
@@ -97,8 +100,8 @@ class Template:
             lstrip_blocks=True,
             extensions=[jinja2.ext.loopcontrols, GenerationTag],
         )
-        env.filters["tojson"] = lambda x, indent=None: json.dumps(
-            x, ensure_ascii=False, indent=indent
+        env.filters["tojson"] = lambda x, **options: json.dumps(
+            x, **{"ensure_ascii": False} | options
         )
         env.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
         try:
@@ -110,9 +113,13 @@ class Template:
         """Messages -> text; generation=True opens the assistant's reply."""
         try:
             return self._template.render(
-                messages=messages, add_generation_prompt=generation, **self.special
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=generation,
+                **self.special,
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is a program: TypeError, OverflowError, its own …
             raise UserError(f"{self.directory}: the chat template refuses: {error}") from error
 
     def answer(self, messages, text, closed=True):
@@ -147,7 +154,7 @@ class Template:
         """InSPO's separator: a reserved special token that nothing else uses, else a blank line."""
         reserved = re.compile(r"reserved_special_token|^<unused|^<extra_id|^<\|?reserved")
         added = self.tokenizer.get_added_tokens_decoder()
-        named = (added[i].content for i in sorted(added) if added[i].special)
+        named = (added[i].content for i in sorted(added))
         return next((t for t in named if reserved.search(t) and t != self.end), "\n\n")
 
 

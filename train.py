@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
@@ -41,11 +41,12 @@ def by_path(values, paths):
     return dict(zip(paths, values.unbind(1), strict=True))
 
 
-def reference_key(s, datasets, paths, source):
+def reference_key(s, referred, source):
     """What the reference log-probabilities depend on, as one digest."""
     sha = hashlib.sha256(weights.Weights(source).digest().encode())
-    sha.update(json.dumps([s.dtype, s.attention, s.score_eos, list(map(str, paths))]).encode())
-    for dataset in datasets:
+    sha.update(json.dumps([s.dtype, s.attention, s.score_eos]).encode())
+    for dataset, paths in referred:
+        sha.update(json.dumps([str(path) for path in paths]).encode())
         for i in range(len(dataset)):
             for path in paths:
                 for segment in dataset.path(i, path)[0]:
@@ -65,9 +66,9 @@ class Run:
             betas=(0.9, 0.999),
             eps=1e-8,
             weight_decay=s.weight_decay,
-            fused=ranks.kind == "cuda" and not s.offload,
+            fused=True,
         )
-        self.reference = {}  # id(dataset) -> (N, P) log-probabilities of self.reference_paths
+        self.reference = {}  # id(dataset) -> {path: (N,) log-probabilities of the reference}
         self.best = math.inf
 
     @cached_property
@@ -76,9 +77,25 @@ class Run:
         return plain_paths(self.rule)
 
     @cached_property
-    def reference_paths(self):
-        logps = self.rule.objective.head == "logps"
-        return unique([*self.rule.reference_paths, *(self.plain if logps else [])])
+    def validation_paths(self):
+        """All that validation needs, in one trie per pair."""
+        rule = self.rule
+        return unique([*rule.paths, *self.plain, *rule.kl_paths, *rule.reference_paths])
+
+    @cached_property
+    def referred(self):
+        """{name: (dataset, paths)} that the reference must score.
+
+        Validation pairs are scored in the very tries of `validate`, so that policy and reference
+        round alike, and a plain policy that has not moved has margin 0 in bf16 too.
+        """
+        if self.rule.objective.head != "logps":
+            return {}
+        wanted = {
+            "train": (self.train, self.rule.reference_paths),
+            "validation": (self.validation, self.validation_paths),
+        }
+        return {name: (data, p) for name, (data, p) in wanted.items() if data is not None and p}
 
     def rows(self, dataset, pairs, paths):
         """This rank's share of the rows that hold these pairs; equally many on every rank."""
@@ -120,44 +137,39 @@ class Run:
 
         Returns {reference_seconds, reference_pairs}, or None when the cache served.
         """
-        datasets = {"train": self.train, "validation": self.validation}
-        if not self.rule.objective.uses_reference:
-            del datasets["train"]  # a reference-free objective is only validated against one
-        datasets = {name: d for name, d in datasets.items() if d is not None}
-        if not datasets or not self.reference_paths:
+        if not self.referred:
             return None
-        file = Path(self.s.out) / "reference.safetensors"
-        paths = self.reference_paths
-        key = self.ranks.share(lambda: reference_key(self.s, datasets.values(), paths, source))
-        cached = self.ranks.share(lambda: read_reference(file, key, self.ranks.say))
-        start = time.time()
-        if not cached:
-            other = self.s.ref_model is not None
-            model = build_model(self.s, self.ranks, source, "logps") if other else self.model
-        for name, dataset in datasets.items():
-            values = cached.get(name) if cached else None
-            if values is None:
-                values = self.score_all(model, dataset, paths, f"reference {name}")
-            self.reference[id(dataset)] = values.to(self.ranks.device)
-        if cached:
+        file, start = Path(self.s.out) / "reference.safetensors", time.time()
+        key = self.ranks.share(lambda: reference_key(self.s, self.referred.values(), source))
+        found = self.ranks.share(lambda: read_reference(file, key, self.ranks.say))
+        tensors = self.reference_pass(source) if found is None else found
+        for name, (dataset, paths) in self.referred.items():
+            self.reference[id(dataset)] = by_path(tensors[name].to(self.ranks.device), paths)
+        if found is not None:
             return None
-        tensors = {name: self.reference[id(d)].cpu() for name, d in datasets.items()}
         self.ranks.share(lambda: save_file(tensors, file, metadata={"key": key}))
-        seconds, n = time.time() - start, sum(map(len, datasets.values()))
-        return {"reference_seconds": round(seconds, 3), "reference_pairs": n}
+        n = sum(len(dataset) for dataset, _ in self.referred.values())
+        return {"reference_seconds": round(time.time() - start, 3), "reference_pairs": n}
+
+    def reference_pass(self, source):
+        """{dataset name: (N, P)} of the starting model, or of --ref_model, which is then let go."""
+        model = self.model
+        if self.s.ref_model is not None:
+            model = build_model(self.s, self.ranks, source, "logps")
+        return {
+            name: self.score_all(model, dataset, paths, f"reference {name}").cpu()
+            for name, (dataset, paths) in self.referred.items()
+        }
 
     def reference_of(self, dataset, pairs):
-        """{path: (len(pairs),)} of the rows in question."""
-        if id(dataset) not in self.reference:
-            return {}
-        return by_path(self.reference[id(dataset)][pairs], self.reference_paths)
+        """{path: (len(pairs),)} of the pairs in question."""
+        whole = self.reference.get(id(dataset), {})
+        return {path: values[pairs] for path, values in whole.items()}
 
-    def kl(self, dataset, pairs):
-        """KTO's reference point z: mean log-ratio of mismatched answers, at least 0; else None."""
+    def kl(self, sums, reference):
+        """KTO's z: mean log-ratio of mismatched answers, at least 0. None for other objectives."""
         if not (paths := self.rule.kl_paths):
             return None
-        sums = by_path(self.score(self.model, dataset, pairs, paths), paths)
-        reference = self.reference_of(dataset, pairs)
         ratios = [sums[path] - reference[self.rule.reference_path(path)] for path in paths]
         return torch.stack(ratios).mean().clamp(min=0)
 
@@ -175,7 +187,7 @@ class Run:
         """One optimizer step on the plan's pairs. Returns (metrics, whether any rank must stop)."""
         start = time.time()
         pairs, paths = self.plan.pairs(step), self.rule.paths
-        kl = self.kl(self.train, pairs)
+        kl = self.mismatched(pairs)
         units = len(pairs)
         if self.rule.objective.per == "token":
             units = self.counts(self.train, pairs, paths).sum()
@@ -199,6 +211,13 @@ class Run:
         metrics |= {"chosen_reward": chosen / len(pairs), "lr": self.learning_rate(step)}
         metrics |= {"grad_norm": norm, "pairs": len(pairs), "tokens": int(tokens)}
         return metrics | {"seconds": round(time.time() - start, 4)}, stop > 0
+
+    def mismatched(self, pairs):
+        """KTO's z over the pairs of this step, by a pass without gradient."""
+        if not (paths := self.rule.kl_paths):
+            return None
+        sums = by_path(self.score(self.model, self.train, pairs, paths), paths)
+        return self.kl(sums, self.reference_of(self.train, pairs))
 
     def backward(self, row, pairs, paths, kl, units):
         """Forward and backward of one row -> (5,) loss, accuracy, rewards, tokens, summed."""
@@ -237,11 +256,11 @@ class Run:
     def validate(self, step):
         """Loss, accuracy and margin on the validation pairs; also of the plain policy."""
         start, dataset, rule = time.time(), self.validation, self.rule
-        pairs, paths = range(len(dataset)), unique([*rule.paths, *self.plain])
+        pairs, paths = range(len(dataset)), self.validation_paths
         sums = by_path(self.score_all(self.model, dataset, paths, "validate"), paths)
         counts = by_path(self.counts(dataset, pairs, paths), paths)
-        reference = self.reference_of(dataset, pairs)
-        out = rule(sums, counts, reference, self.kl(dataset, pairs))
+        reference = self.reference.get(id(dataset), {})
+        out = rule(sums, counts, reference, self.kl(sums, reference))
         metrics = {"step": step, "eval_loss": (out.losses.sum() / out.units.sum()).item()}
         if "rejected" in rule.objective.answers:
             margin = out.rewards["chosen"] - out.rewards["rejected"]
@@ -260,14 +279,14 @@ class Run:
         """OUT/<name>: a HF directory, written aside and renamed when whole."""
         final = Path(self.s.out) / name
         aside = final.with_name(f".{name}")
-        raw, _ = weights.read_config(self.s.model)
+        raw, _ = weights.read_config(template.directory)
         dtype = getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or "bfloat16")
         named = self.model.named_parameters()
         tensors = ((n, p.detach().full_tensor()) for n, p in named)
         if self.ranks.first:
             config = self.model.config
             shutil.rmtree(aside, ignore_errors=True)
-            weights.save(aside, config, tensors, self.s.model, dtype, template.source)
+            weights.save(aside, config, tensors, template.directory, dtype, template.source)
             shutil.rmtree(final, ignore_errors=True)
             os.rename(aside, final)
         else:
@@ -283,8 +302,10 @@ class Run:
 
     def resume(self):
         """Step to go on from: that of the newest whole checkpoint, or 0."""
-        found = checkpoint.newest(Path(self.s.out) / "checkpoints", self.ranks.say)
+        directory = Path(self.s.out) / "checkpoints"
+        found = checkpoint.newest(directory, self.ranks.say)
         if found is None:
+            self.ranks.say(f"no whole checkpoint in {directory}: starting at step 0")
             return 0
         path, state = found
         checkpoint.load(path, state, self.model, self.optimizer)
@@ -297,14 +318,24 @@ def read_reference(file, key, say):
     """{dataset name: (N, P)} from the cache, or None; says so when it belongs to something else."""
     if not file.exists():
         return None
-    with safe_open(file, "pt") as cached:
-        if cached.metadata().get("key") == key:
-            return {name: cached.get_tensor(name) for name in sorted(cached.keys())}
-    say(f"{file} belongs to other weights, data or settings; computing it again")
+    fault = "belongs to other weights, data or settings"
+    try:
+        with safe_open(file, "pt") as cached:
+            if (cached.metadata() or {}).get("key") == key:
+                return {name: cached.get_tensor(name) for name in sorted(cached.keys())}
+    except SafetensorError:
+        fault = "is damaged"
+    say(f"{file} {fault}; computing it again")
     return None
 
 
 # ----------------------------------------------------------------------------- set-up
+
+
+def fetch(ranks, source, name):
+    """Directory of a model, downloaded by rank 0 first and then found by all (on every node)."""
+    ranks.share(lambda: weights.resolve(source, name))
+    return weights.resolve(source, name)
 
 
 def load_data(s, ranks, template, rule):
@@ -361,10 +392,8 @@ def train(s, ranks):
         s.loss, s.condition, s.bridge, s.reference, **{name: getattr(s, name) for name in HYPER}
     )
     open_out(s, ranks)
-    source = ranks.share(lambda: weights.resolve(s.model))
-    reference_source = source
-    if s.ref_model:
-        reference_source = ranks.share(lambda: weights.resolve(s.ref_model, "--ref_model"))
+    source = fetch(ranks, s.model, "--model")
+    reference_source = fetch(ranks, s.ref_model, "--ref_model") if s.ref_model else source
     template = Template(source)
     if template.fallback:
         ranks.say(f"{s.model} has no chat template: using the plain one of template.py")
@@ -397,40 +426,40 @@ def loop(job, metrics, template, first):
     """Algorithm 1 of InSPO: sample pairs, condition, one gradient step; validate, save, repeat."""
     s, ranks, plan = job.s, job.ranks, job.plan
     stopping = StopSignal()
-    if first == 0 and job.validation:
-        log_validation(job, metrics, 0)
     bar = tqdm(total=plan.total, initial=min(first * s.batch, plan.total), unit="pair",
                desc=s.loss, disable=not ranks.first, smoothing=0.1)  # fmt: skip
     with bar:
         for step in range(first, plan.steps):
+            if step % s.eval_every == 0:  # on resuming again: no signal may lose a validation
+                validate(job, metrics, template, step)
             line, stop = job.step(step, stopping.caught)
             metrics.write(line)
             bar.update(line["pairs"])
             bar.set_postfix({k: f"{line[k]:.4g}" for k in ("loss", "accuracy") if k in line})
             done, last = step + 1, step + 1 == plan.steps
-            if job.validation and (done % s.eval_every == 0 or last) and not stop:
-                loss = log_validation(job, metrics, done)
-                if loss < job.best:
-                    job.best = loss
-                    job.export("best", template)
-                metrics.plot()
             if done % s.save_every == 0 or last or stop:
                 job.save(done)
             if stop and not last:
                 ranks.say(f"stopped by a signal after step {done}; --resume goes on from here")
                 dist.barrier()
                 raise SystemExit(0)
+        validate(job, metrics, template, plan.steps)
 
 
-def log_validation(job, metrics, step):
-    """Validate, write and print it. Returns the validation loss."""
+def validate(job, metrics, template, step):
+    """Validate, write and print it, and keep the best model; the start is not a result."""
+    if not job.validation:
+        return
     line = job.validate(step)
     metrics.write(line)
     shown = ", ".join(
         f"{k} {v:.4f}" for k, v in line.items() if k.startswith("eval") and "sec" not in k
     )
     job.ranks.say(f"step {step}: {shown}")
-    return line["eval_loss"]
+    if step > 0 and line["eval_loss"] < job.best:
+        job.best = line["eval_loss"]
+        job.export("best", template)
+    metrics.plot()
 
 
 class StopSignal:

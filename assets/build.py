@@ -223,7 +223,7 @@ def answer_probabilities(model, template, context):
     """Probabilities of all 16 answers: (Q, 16) without an answer in context, else (Q, 16, 16).
 
     context: None, "instruct", "sep" or "turn"; with the last two, entry [q, b, a] is the
-    probability of answer a after answer b. All paths of a question share one trie.
+    probability of answer a after answer b. The 16 paths with one head share a trie.
     """
     end = len(template.end_ids)
     sep, turn = template.encode([template.separator(), template.turn(INSTRUCTIONS["better"])])
@@ -238,9 +238,9 @@ def answer_probabilities(model, template, context):
             "sep": [[prompt, sep, b[: len(b) - end], sep] for b in answers],
             "turn": [[prompt, b, turn] for b in answers],
         }.get(context, [[prompt]])
-        paths = [([*head, a], len(a)) for head in heads for a in answers]
-        row = build_row([lay_out(paths)], [0], len(paths))
-        sums = row.sums(model(row)).view(len(heads), len(answers))
+        tries = [lay_out([([*head, a], len(a)) for a in answers]) for head in heads]
+        row = build_row(tries, range(len(heads)), len(answers))
+        sums = row.sums(model(row))  # (B, A)
         logps.append(sums if len(heads) > 1 else sums[0])
     return world.answer_probabilities(torch.stack(logps).numpy())
 

@@ -197,9 +197,7 @@ def peak_rss_gb():
 def main():
     settings = parse(Settings, __doc__.splitlines()[0])
     if settings.model is None or not Path(settings.model).is_dir():
-        raise UserError(
-            f"--model {settings.model}: not a directory; python tests/smollm2.py makes a small model"
-        )
+        raise UserError(f"--model {settings.model}: no such directory; tests/smollm2.py builds one")
     if settings.batch % settings.micro:
         raise UserError(f"--batch {settings.batch} is not a multiple of --micro {settings.micro}")
     if settings.pairs < settings.batch:

@@ -1,4 +1,4 @@
-"""Generation: the cache changes no token, sampling is what it says, and the modes ask as trained."""
+"""The cache changes no token, sampling is what it says, and the modes ask as in training."""
 
 import json
 import subprocess
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import generate
 import tiny
 from cli import UserError, run
+from conftest import write_model
 from data import Dataset, Limits, Pair
 from generate import Answers, Ask, Stream, read_asks, stop_ids
 from losses import Path as LossPath
@@ -31,7 +32,7 @@ GREEDY = Sampling(max_new_tokens=20, temperature=0)
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    return tiny.build(tmp_path_factory.mktemp("tiny"))
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def naive_greedy(model, prompt, n):
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_cached_greedy_is_the_full_forward_greedy(tmp_path, family, batch):
     """Unequal prompts, more of them than rows (so that rows are taken over), sliding windows."""
-    model = load(tiny.build(tmp_path, CONFIGS[family]))
+    model = load(write_model(tmp_path, CONFIGS[family]))
     asked = prompts([5, 30, 1, 12, 2, 21, 9])
     expected = [naive_greedy(model, p, 20) for p in asked]
     assert sample(model, asked, GREEDY, batch=batch) == expected
@@ -89,7 +90,7 @@ def test_the_cache_grows(model):
 @pytest.mark.parametrize("family", CONFIGS)
 def test_greedy_equals_transformers(tmp_path, family):
     transformers = pytest.importorskip("transformers")
-    tiny.build(tmp_path, CONFIGS[family])
+    write_model(tmp_path, CONFIGS[family])
     peer = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.float32, attn_implementation="eager"
     )
@@ -122,6 +123,8 @@ def test_nucleus_by_hand():
     uniforms = torch.tensor([0.0, 0.624, 0.626, 0.99, 1.0])  # 1.0: a uniform number rounded up
     drawn = draw(logits.expand(5, -1), uniforms, Sampling(temperature=1, top_p=0.7))
     assert drawn.tolist() == [1, 1, 3, 3, 3]
+    halves = torch.zeros(1, 2)  # 0.5 is the first number of the second half
+    assert draw(halves, torch.tensor([0.5]), Sampling(temperature=1, top_p=1)).tolist() == [1]
 
 
 def test_frequencies_are_the_softmax():
@@ -202,7 +205,7 @@ def test_the_stop_token_ends_and_is_no_text(model):
 @pytest.mark.parametrize("eos", [None, 256, [256, 257]])
 def test_stop_ids_come_from_both_configs_and_the_template(tmp_path, eos):
     config = tiny.LLAMA | {"eos_token_id": 7}
-    template = Template(tiny.build(tmp_path, config))
+    template = Template(write_model(tmp_path, config))
     assert stop_ids(template) == {7, 258}
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
     listed = set() if eos is None else {256, 257} if isinstance(eos, list) else {eos}
@@ -256,7 +259,9 @@ def test_refine_joins_its_own_draft(model, template, monkeypatch):
     assert [row["draft"] for row in rows] == [row["answer"] for row in plain]
     turn = template.encode([template.turn("please generate a better response")])[0].tolist()
     joined = [[*x, *y, *template.end_ids, *turn] for x, y in drafts.items()]
-    assert sorted(joined) == sorted(s.prompt for s in seen if s.tag[0] == "answer")
+    refined = [seq for seq in seen if seq.tag[0] == "answer"]
+    assert sorted(joined) == sorted(seq.prompt for seq in refined)
+    assert {seq.seed for seq in refined} == {(0, 0, 1), (0, 1, 1)}  # not the draft's numbers again
 
 
 def test_rows_come_in_order(model, template):
@@ -423,7 +428,7 @@ def test_errors_are_one_line(command, capsys, flags, message):
 
 
 def test_a_reward_model_does_not_answer(tmp_path, command, capsys):
-    reward = tiny.build(tmp_path / "reward", tiny.REWARD)
+    reward = write_model(tmp_path / "reward", tiny.REWARD)
     with pytest.raises(SystemExit):
         command("--model", reward, "--prompt", "a")
     assert "is a reward model; a language model is needed" in capsys.readouterr().err

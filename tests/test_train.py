@@ -1,0 +1,388 @@
+"""A run of train.py: every objective, any number of processes, stopped, resumed, reported."""
+
+import json
+import math
+import random
+import shutil
+import signal
+import sys
+import time
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import rows
+import tiny
+import train
+from cli import run
+from conftest import PAIRS, write_model
+from losses import PRESETS
+from metrics import Metrics
+from runs import argv, command, final, furthest, lines, losses, torchrun, train_here
+
+STEP = {"step", "epoch", "loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "lr"}
+STEP |= {"grad_norm", "pairs", "tokens", "seconds"}
+EVAL = {"step", "eval_loss", "eval_accuracy", "eval_margin", "eval_plain_accuracy"}
+EVAL |= {"eval_plain_margin", "eval_seconds"}
+
+
+@pytest.fixture
+def flags(tiny_model_dir, pairs_file, tmp_path):
+    """A run of a second: 4 steps of 4 pairs, at a learning rate that moves the weights."""
+    return {"model": tiny_model_dir, "data": pairs_file, "out": tmp_path / "out", "batch": 4,
+            "steps": 4, "lr": 1e-3, "max_len": 256, "eval_pairs": 4, "eval_every": 100}  # fmt: skip
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    monkeypatch.setattr(Metrics, "plot", lambda self: None)
+
+
+# ----------------------------------------------------------------------------- what is trained
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_trains(preset, flags, no_plots):
+    train_here(flags | {"loss": preset, "steps": 2})
+    out = flags["out"]
+    assert len(lines(out)) == 2 and losses(out).isfinite().all()
+    assert all(math.isfinite(line["eval_loss"]) for line in lines(out, "eval_loss"))
+    reward = PRESETS[preset].objective == "reward"
+    before = load_file(flags["model"] / "model.safetensors")
+    before |= {"score.weight": torch.zeros(1, 32)} if reward else {}
+    assert 1e-4 < furthest(before, final(out)) < 1e-2
+
+
+@pytest.mark.parametrize("objective", ["dpo", "sft", "kto", "simpo"])
+@pytest.mark.parametrize("condition", ["one_sided", "averaged", "instruct"])
+def test_every_condition_composes_with_every_kind_of_objective(
+    objective, condition, flags, no_plots
+):
+    reference = "plain" if condition == "instruct" else "conditioned"
+    choice = {"condition": condition, "bridge": "turn", "reference": reference, "steps": 2}
+    train_here(flags | choice | {"loss": objective})
+    assert losses(flags["out"]).isfinite().all()
+
+
+def test_the_loss_at_step_0_tells_the_kinds_of_reference_apart(flags, no_plots):
+    """ln 2 where policy and reference score the same paths; InSPO's reference is plain."""
+    first = {}
+    for loss in ("dpo", "ifsr_dpo", "ins_dpo", "kto"):
+        train_here(flags | {"loss": loss, "steps": 1, "out": flags["out"] / loss})
+        first[loss] = lines(flags["out"] / loss)[0]["loss"]
+    assert abs(first["dpo"] - math.log(2)) < 1e-5
+    assert abs(first["ifsr_dpo"] - math.log(2)) < 1e-5
+    assert abs(first["kto"] - 1.0) < 1e-5, "one half per side"
+    assert abs(first["ins_dpo"] - math.log(2)) > 1e-2
+
+
+def test_the_learning_rate_warms_up_and_follows_a_cosine(flags):
+    s = SimpleNamespace(lr=1.0, warmup=0.1, final_lr=0.1)
+    run_of_100 = SimpleNamespace(s=s, plan=SimpleNamespace(steps=100))
+    rates = [train.Run.learning_rate(run_of_100, step) for step in range(101)]
+    assert rates[0] == 1e-8 and rates[5] == pytest.approx(0.5) and rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.55) and rates[100] == pytest.approx(0.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+# ----------------------------------------------------------------------------- the same numbers
+
+
+def test_two_processes_equal_one_over_20_steps(flags, no_plots):
+    kinds = [{"loss": "dpo", "condition": "averaged", "bridge": "turn"}, {"loss": "irft"}]
+    kinds += [{"loss": "ifsr_kto", "batch": 3}]
+    kinds += [{"loss": "reward", "batch": 1}]  # a rank without a pair in every step
+
+    def runs(processes):
+        outs = [flags["out"] / f"{i}-{processes}" for i in range(len(kinds))]
+        return [flags | {"steps": 20, "out": o} | k for o, k in zip(outs, kinds, strict=True)]
+
+    train_here(*runs(1))
+    status, _, err = torchrun(2, *runs(2))
+    assert status == 0, err
+    for a, b in zip(runs(1), runs(2), strict=True):
+        assert (losses(a["out"]) - losses(b["out"])).abs().max() <= 1e-4, a["loss"]
+        assert furthest(final(a["out"]), final(b["out"])) <= 1e-4, a["loss"]
+        for x, y in zip(lines(a["out"]), lines(b["out"]), strict=True):
+            assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-4)
+            assert (x["pairs"], x["tokens"]) == (y["pairs"], y["tokens"])
+
+
+@pytest.mark.parametrize("change", [{"row_tokens": 512}, {"checkpoint_activations": True}])
+def test_rows_and_recomputing_do_not_change_the_numbers(change, flags, no_plots, monkeypatch):
+    sizes = []
+    build = train.build_row
+    monkeypatch.setattr(train, "build_row", lambda *a: sizes.append(len(a[0])) or build(*a))
+    flags |= {"loss": "ins_dpo", "batch": 6}
+    train_here(flags, flags | change | {"out": flags["out"] / "changed"})
+    assert (losses(flags["out"]) - losses(flags["out"] / "changed")).abs().max() <= 1e-5
+    assert furthest(final(flags["out"]), final(flags["out"] / "changed")) <= 1e-5
+    assert "row_tokens" not in change or len(set(sizes)) > 2, "the batch was split in other ways"
+
+
+# ----------------------------------------------------------------------------- stopped and resumed
+
+
+def until_step(process, out, step):
+    """Wait until the metrics of this step are written."""
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        if (out / "metrics.jsonl").exists() and len(lines(out)) >= step:
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"never came to step {step}: {process.communicate()}")
+
+
+def steps_and_losses(out):
+    """What a run reports, but for the clock."""
+    timed = ("seconds", "eval_seconds")
+    found = [{k: v for k, v in line.items() if k not in timed} for line in lines(out, "step")]
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model_dir, pairs_file, tmp_path_factory):
+    """The flags of a run that was never stopped."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    flags = {"model": tiny_model_dir, "data": pairs_file, "max_len": 256, "batch": 4, "lr": 1e-3}
+    flags |= {"loss": "ins_dpo", "steps": 24, "save_every": 3, "eval_every": 12, "out": out}
+    train_here(flags)
+    return flags
+
+
+def assert_the_same_run(a, b):
+    for name in ("final", "best"):
+        files = [flags["out"] / name / "model.safetensors" for flags in (a, b)]
+        assert files[0] != files[1] and files[0].read_bytes() == files[1].read_bytes()
+    assert steps_and_losses(a["out"]) == steps_and_losses(b["out"])
+
+
+def test_a_run_killed_at_a_random_step_resumes_bitwise(whole, tmp_path):
+    killed = whole | {"out": tmp_path / "killed"}
+    process = command(killed)
+    until_step(process, killed["out"], random.randint(1, 20))
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (killed["out"] / "final").exists()
+    print("killed after step", lines(killed["out"])[-1]["step"])
+    train_here(killed | {"resume": True})
+    assert_the_same_run(whole, killed)
+
+
+def test_sigterm_saves_and_ends_well_and_the_run_resumes_bitwise(whole, tmp_path):
+    stopped = whole | {"out": tmp_path / "stopped"}
+    process = command(stopped)
+    until_step(process, stopped["out"], 4)
+    process.terminate()
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    done = lines(stopped["out"])[-1]["step"]
+    assert f"stopped by a signal after step {done}; --resume goes on from here" in out
+    assert (stopped["out"] / "checkpoints" / f"step-{done}" / "state.json").exists()
+    train_here(stopped | {"resume": True})
+    assert_the_same_run(whole, stopped)
+
+
+def test_sigterm_where_a_validation_was_due_skips_no_validation(whole, tmp_path, monkeypatch):
+    """The validation of the stopped step is made up for, so best cannot miss its step."""
+    stopped = whole | {"out": tmp_path / "stopped"}
+    step = train.Run.step
+
+    def stop_at_12(self, number, stopping):
+        return step(self, number, stopping or number + 1 == 12)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+        patch.setattr(train.Run, "step", stop_at_12)
+        train_here(stopped)
+    assert exit.value.code == 0
+    train_here(stopped | {"resume": True})
+    assert_the_same_run(whole, stopped)
+
+
+def test_a_non_finite_step_leaves_the_weights_as_they_were(flags, no_plots, monkeypatch, capsys):
+    flags |= {"loss": "ins_dpo", "save_every": 1}
+    backward, calls = train.Run.backward, []
+
+    def poisoned(self, *args):
+        totals = backward(self, *args)
+        if len(calls) == 2:
+            next(self.model.parameters()).grad.to_local()[0, 0] = math.inf
+        calls.append(0)
+        return totals
+
+    monkeypatch.setattr(train.Run, "backward", poisoned)
+    with pytest.raises(SystemExit):
+        run(lambda: train_here(flags))
+    assert "step 3: loss" in capsys.readouterr().err and len(lines(flags["out"])) == 2
+    monkeypatch.setattr(train.Run, "backward", backward)
+    train_here(flags | {"resume": True}, flags | {"out": flags["out"] / "whole"})
+    assert furthest(final(flags["out"]), final(flags["out"] / "whole")) == 0
+
+
+# ----------------------------------------------------------------------------- the reference
+
+
+def test_the_reference_pass_is_kept_and_done_again_when_it_does_not_fit(flags, no_plots, capsys):
+    flags |= {"loss": "dpo", "save_every": 2}
+    first, again, other = (flags | {"out": flags["out"] / n} for n in ("first", "again", "other"))
+    train_here(first)
+    assert [set(x) for x in lines(first["out"], "reference_pairs")] == [
+        {"reference_seconds", "reference_pairs"}
+    ]
+    assert lines(first["out"], "reference_pairs")[0]["reference_pairs"] == 24
+    for run_flags in (again, other):
+        run_flags["out"].mkdir()
+        shutil.copy(first["out"] / "reference.safetensors", run_flags["out"])
+    capsys.readouterr()
+    train_here(again)
+    assert not lines(again["out"], "reference_pairs") and "again" in str(again["out"])
+    assert "computing it again" not in capsys.readouterr().out
+    assert torch.equal(losses(first["out"]), losses(again["out"]))
+    train_here(other | {"seed": 1})
+    assert lines(other["out"], "reference_pairs")
+    assert "other weights, data or settings; computing it again" in capsys.readouterr().out
+    assert lines(other["out"])[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_a_damaged_reference_is_computed_again(flags, no_plots, capsys):
+    flags["out"].mkdir()
+    (flags["out"] / "reference.safetensors").write_bytes(b"half a fi")
+    train_here(flags | {"loss": "dpo"})
+    assert "is damaged; computing it again" in capsys.readouterr().out
+    assert lines(flags["out"])[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_the_reference_may_be_another_model(flags, no_plots, tmp_path):
+    other = write_model(tmp_path / "other", tiny.LLAMA | {"dtype": "float32"}, seed=1)
+    train_here(flags | {"loss": "dpo", "ref_model": other})
+    assert abs(lines(flags["out"])[0]["loss"] - math.log(2)) > 1e-2
+
+
+# ----------------------------------------------------------------------------- what is left behind
+
+
+def test_a_run_leaves_metrics_curves_settings_and_a_model(flags):
+    """The names are those of DESIGN section 11: flags and formulas."""
+    train_here(flags | {"loss": "ins_dpo", "batch": 8, "steps": 3, "eval_every": 2})
+    out = flags["out"]
+    assert all(set(line) == STEP for line in lines(out))
+    assert [line["step"] for line in lines(out)] == [1, 2, 3]
+    assert all(set(line) == EVAL for line in lines(out, "eval_loss"))
+    assert [line["step"] for line in lines(out, "eval_loss")] == [0, 2, 3]
+    assert set(lines(out, "reference_pairs")[0]) == {"reference_seconds", "reference_pairs"}
+    line = lines(out)[1]
+    assert line["margin"] == pytest.approx(line["chosen_reward"] - line["rejected_reward"])
+    assert (line["pairs"], line["epoch"], line["lr"]) == (8, 0.8, 1e-3)
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    config = json.loads((out / "config.json").read_text())
+    assert config["settings"]["loss"] == "ins_dpo" and config["settings"]["row_tokens"] == 2048
+    assert config["hyper"] == {"beta": 0.1, "label_smoothing": 0.0}
+    assert config["versions"]["torch"] == torch.__version__
+    for name in ("config.json", "tokenizer.json", "generation_config.json", "chat_template.jinja"):
+        assert (out / "final" / name).exists()
+
+
+def test_every_epoch_takes_every_pair_once(flags, no_plots):
+    del flags["steps"]
+    train_here(flags | {"loss": "simpo", "epochs": 1.5, "batch": 8})
+    assert [line["pairs"] for line in lines(flags["out"])] == [8, 8, 8, 6]  # 1.5 x 20
+    seen = [i for step in range(3) for i in rows.Plan(20, 8, 0, 1.5).pairs(step)]
+    assert sorted(seen[:20]) == list(range(20))
+
+
+def test_best_is_the_model_of_the_lowest_validation_loss(flags, no_plots, monkeypatch):
+    scripted = iter([0.1, 0.9, 0.5, 0.5, 0.7])  # before the first step it is not a result
+    validate = train.Run.validate
+    monkeypatch.setattr(
+        train.Run, "validate", lambda *a: validate(*a) | {"eval_loss": next(scripted)}
+    )
+    flags |= {"loss": "ins_dpo", "save_every": 1, "keep": 9}
+    train_here(flags | {"eval_every": 1})
+    step_2 = load_file(flags["out"] / "checkpoints" / "step-2" / "rank-0.safetensors")
+    best = final(flags["out"], "best")
+    assert torch.equal(best["model.embed_tokens.weight"], step_2["weight/embed.weight"])
+    assert furthest(best, final(flags["out"])) > 0
+
+
+def test_a_model_from_the_hub_is_trained_and_exported(flags, no_plots, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(flags["model"]))
+    train_here(flags | {"loss": "ins_dpo", "model": "someone/tiny", "steps": 1})
+    assert (flags["out"] / "final" / "tokenizer.json").exists()
+
+
+# ----------------------------------------------------------------------------- a user's mistakes
+
+
+@pytest.fixture
+def mistake(monkeypatch, capsys):
+    """Run `train.py FLAGS` in this process; it must exit with 2 and one line, which is returned."""
+
+    def run_it(flags, *more):
+        monkeypatch.setattr(sys, "argv", ["train.py", *argv(flags), *more])
+        with pytest.raises(SystemExit) as exit:
+            run(train.main)
+        told = capsys.readouterr().err.rpartition("\r")[2]  # what follows the progress bars
+        assert exit.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1
+        return told
+
+    return run_it
+
+
+def test_mistakes_in_flags(flags, mistake):
+    assert "--loss nope: unknown objective; choose from dpo" in mistake(flags | {"loss": "nope"})
+    told = mistake(flags | {"loss": "ins_dpo", "gamma": 1.0})
+    assert "--gamma does not apply to --loss ins_dpo; its flags are: --beta" in told
+    assert "--betta" in mistake(flags, "--betta", "1")
+    assert "--lr" in mistake(flags, "--lr", "fast")
+    assert "cuda" in mistake(flags | {"device": "cuda"}) or torch.cuda.is_available()
+
+
+def test_mistakes_in_the_data(flags, mistake, tmp_path):
+    missing = tmp_path / "none.jsonl"
+    assert f"--data {missing}: no such file" in mistake(flags | {"data": missing})
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(json.dumps(PAIRS[0]) + "\n" + '{"prompt": "half a\n')
+    assert f"{broken}:2: broken JSON" in mistake(flags | {"data": broken})
+    broken.write_text(json.dumps({"question": "?", "answer": "!"}) + "\n")
+    assert f"{broken}:1: columns ['answer', 'question']" in mistake(flags | {"data": broken})
+    assert "--eval_pairs 24 leaves nothing" in mistake(flags | {"eval_pairs": 24})
+    assert "--row_tokens 64: the longest pair takes" in mistake(flags | {"row_tokens": 64})
+
+
+def test_mistakes_in_the_model(flags, mistake, tmp_path, tiny_model_dir):
+    assert "--model nowhere: no such directory" in mistake(flags | {"model": "nowhere"})
+    copy = shutil.copytree(tiny_model_dir, tmp_path / "copy")
+    (copy / "model.safetensors").unlink()
+    assert "no model.safetensors; weights must be" in mistake(flags | {"model": copy})
+    (copy / "tokenizer.json").unlink()
+    flags |= {"out": tmp_path / "another"}
+    assert "no tokenizer.json" in mistake(flags | {"model": copy})
+    ref = {"ref_model": "nowhere", "loss": "dpo"}
+    assert "--ref_model nowhere: no such directory" in mistake(flags | ref)
+
+
+def test_a_run_directory_is_neither_reused_nor_resumed_with_other_settings(flags, mistake):
+    flags |= {"loss": "simpo"}
+    train_here(flags)
+    kept = (flags["out"] / "metrics.jsonl").read_text()
+    assert "holds a run; add --resume" in mistake(flags)
+    told = mistake(flags | {"resume": True, "lr": 1e-4})
+    assert "--lr is 0.0001, but" in told and "has 0.001" in told
+    assert (flags["out"] / "metrics.jsonl").read_text() == kept
+
+
+def test_the_command_tells_a_mistake_in_one_line(flags):
+    process = command(flags | {"loss": "nope"})
+    out, err = process.communicate()
+    assert process.returncode == 2 and out == ""
+    assert err.startswith("error: --loss nope") and err.count("\n") == 1
+
+
+def test_a_tokenizer_without_template_gets_the_plain_one_and_says_so(flags, tmp_path, capsys):
+    base = tiny.build(tmp_path / "base", tiny.LLAMA, template=None)
+    train_here(flags | {"model": base, "loss": "ifsr_dpo", "steps": 1})
+    assert f"{base} has no chat template" in capsys.readouterr().out
