@@ -7,6 +7,8 @@ import sys
 import types
 import typing
 
+from tqdm import tqdm
+
 
 class UserError(Exception):
     """Something a user can put right. The message names the file or flag, the row, and the cure."""
@@ -49,6 +51,12 @@ def parser_of(settings, description):
 def parse(settings, description, argv=None):
     """argv -> an instance of the dataclass `settings`; UserError for unknown flags and values."""
     return settings(**vars(parser_of(settings, description).parse_args(argv)))
+
+
+def progress(label, total, unit, hidden=False, **options):
+    """A progress bar with rate and time left; in a log file one line every half minute."""
+    calm = {} if sys.stderr.isatty() else {"mininterval": 30.0}
+    return tqdm(desc=label, total=total, unit=unit, disable=hidden, **calm | options)
 
 
 def run(main):

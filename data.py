@@ -23,9 +23,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
-from cli import UserError
+from cli import UserError, progress
 from losses import Path
 from rows import lay_out, trie_size
 from template import INSTRUCTIONS, parse_json, with_suffix
@@ -253,7 +252,7 @@ class Dataset:
     recipe: decides which contexts occur (losses.Recipe), and so how long an answer may be.
     """
 
-    def __init__(self, pairs, template, recipe, limits, instruction, sep=None, progress=False):
+    def __init__(self, pairs, template, recipe, limits, instruction, sep=None, shown=False):
         self.template, self.recipe, self.limits = template, recipe, limits
         self.score = "last" if recipe.objective.head == "reward" else "tokens"
         sep = template.separator() if sep is None else sep
@@ -269,9 +268,10 @@ class Dataset:
         self.twice = Path("rejected", "rejected") in recipe.paths
         self.drops, self.cuts = Drops(), defaultdict(int)
         self.examples = []
-        blocks = range(0, len(pairs), 512)
-        for start in tqdm(blocks, "tokenise", unit="block", disable=not progress, leave=False):
-            self._add(pairs[start : start + 512])
+        with progress("tokenise", len(pairs), "pair", not shown, leave=False) as bar:
+            for start in range(0, len(pairs), 512):
+                self._add(pairs[start : start + 512])
+                bar.update(min(512, len(pairs) - start))
         if not self.examples:
             raise UserError(f"no pair is left after tokenisation; dropped: {self.drops}")
 

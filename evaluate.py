@@ -14,6 +14,7 @@ Legend: N answers or pairs, P paths, Q questions, A answers of a question, R res
 import dataclasses
 import json
 import os
+import pathlib
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -21,9 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from cli import UserError, flag, parse, run
+from cli import UserError, flag, parse, progress, run
 from data import Dataset, Drops, Limits, Pair, as_messages, read_pairs, records
 from generate import load_model
 from losses import Path, recipe
@@ -82,7 +82,7 @@ def score(model, trie, sizes, n_paths, row_tokens=None, label="score"):
     row_tokens = row_tokens or (8192 if device.type == "cuda" else 2048)
     sums = torch.zeros(len(sizes), n_paths)
     counts = torch.zeros_like(sums)
-    with tqdm(total=len(sizes), desc=label, leave=False) as bar:
+    with progress(label, len(sizes), "item", leave=False) as bar:
         for items in pack(sizes, max(row_tokens, *sizes)):
             row = build_row([trie(n) for n in items], items, n_paths).to(device)
             sums[items], counts[items] = row.sums(model(row)).cpu(), row.counts().cpu()
@@ -198,7 +198,7 @@ def reward_scores(model, template, answers, pool="last", row_tokens=None):
     ids = template.encode(texts)
     if pool == "not_pad":
         pad = read_json(template.directory / "config.json").get("pad_token_id")
-        ids = [trim(x, pad) for x in ids]
+        ids = [trim(x, pad) for x in ids] if pad is not None else ids
     paths = [
         [([x, y], len(y))] for x, y in zip(ids[: len(answers)], ids[len(answers) :], strict=True)
     ]
@@ -270,8 +270,8 @@ def pairs(s):
     rows = read_pairs(s.data, drops, s.limit)
     model, template = load_model(s.model, s.dtype, s.device)
     limits = Limits(s.max_len, s.draft_cap)
-    dataset = Dataset(rows, template, every, limits, s.instruction, s.sep, progress=True)
-    print(f"{s.data}: {dataset.report()}; unread: {drops}")
+    dataset = Dataset(rows, template, every, limits, s.instruction, s.sep, shown=True)
+    print(f"{s.data}: {len(rows)} pairs read, dropped: {drops}; scored: {dataset.report()}")
     vocab = model.config.vocab
     sums, counts = score_pairs(model, dataset, every.paths, s.row_tokens, "policy")
     del model  # one model in memory at a time
@@ -339,7 +339,7 @@ def world(s):
 
 
 def world_win_rate(directory, start, kind="separable"):
-    """Exact probability that the model's answer is preferred to the start's, both HF directories."""
+    """Exact probability that the model's answer beats the start's; both are HF directories."""
     from assets.world import expected_win_rate
 
     policies = (world_probabilities(*load_model(d, "fp32", "cpu")) for d in (directory, start))
@@ -387,6 +387,7 @@ def save(file, results):
     """Write the numbers as JSON, if a file is wanted; an Estimate becomes [mean, low, high]."""
     if file:
         try:
+            pathlib.Path(file).parent.mkdir(parents=True, exist_ok=True)
             write_json(file, results)
         except OSError as error:
             raise UserError(f"--out {file}: {error.strerror}") from error

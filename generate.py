@@ -18,9 +18,8 @@ from pathlib import Path
 
 import torch
 from tokenizers.decoders import DecodeStream
-from tqdm import tqdm
 
-from cli import UserError, flag, parse, run
+from cli import UserError, flag, parse, progress, run
 from data import Drops, as_messages, data_files, records, to_pair
 from model import load
 from sampling import Sampling, Sequence, complete
@@ -256,13 +255,14 @@ def main():
     sampling = Sampling(s.max_new_tokens, s.temperature, s.top_p, stop_ids(template))
     answers = Answers(model, template, sampling, s.mode, instruction, s.seed, s.batch)
     stream = Stream(template) if one else None
-    rows = answers(asks[done:], done, stream)
     unfinished = 0
-    for row in tqdm(rows, "generate", len(asks), initial=done, unit="answer", disable=one):
-        unfinished += not row["finished"]
-        if s.out or not one:
-            file.write(json.dumps(row | settings, ensure_ascii=False).encode() + b"\n")
-            file.flush()
+    with progress("generate", len(asks), "answer", one, initial=done) as bar:
+        for row in answers(asks[done:], done, stream):
+            bar.update()
+            unfinished += not row["finished"]
+            if s.out or not one:
+                file.write(json.dumps(row | settings, ensure_ascii=False).encode() + b"\n")
+                file.flush()
     if one:
         stream.close()
     if unfinished:

@@ -8,6 +8,7 @@ F feed-forward width, V vocabulary.
 """
 
 import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -219,14 +220,17 @@ def trie_attention(q, k, v, mask):
 class Flex:
     """FlexAttention under a block mask; compiled, so that CUDA never sees a T x T matrix."""
 
-    kernel = {"cuda": torch.compile(flex_attention), "cpu": flex_attention}
-
     def __init__(self, block_mask):
         self.block_mask = block_mask
 
     def __call__(self, q, k, v):
-        kernel = self.kernel[q.device.type]
+        kernel = compiled_flex() if q.is_cuda else flex_attention
         return kernel(q, k, v, block_mask=self.block_mask, enable_gqa=True)
+
+
+@cache
+def compiled_flex():
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def row_attention(row, windows, kind):

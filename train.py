@@ -20,11 +20,10 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from tqdm import tqdm
 
 import checkpoint
 import weights
-from cli import UserError, parse, run
+from cli import UserError, parse, progress, run
 from data import Dataset, Drops, Limits, hold_out, plain_paths, read_pairs
 from losses import recipe, unique
 from metrics import Metrics
@@ -121,7 +120,7 @@ class Run:
         """The same over a whole dataset, in blocks, with a progress bar."""
         everything, hidden = range(len(dataset)), not self.ranks.first
         blocks = [everything[i : i + 256] for i in everything[::256]]
-        with tqdm(total=len(dataset), desc=label, unit="pair", disable=hidden, leave=False) as bar:
+        with progress(label, len(dataset), "pair", hidden, leave=False) as bar:
             parts = [self.score(model, dataset, block, paths, bar.update) for block in blocks]
         return torch.cat(parts)
 
@@ -353,7 +352,7 @@ def load_data(s, ranks, template, rule):
         pairs, held = hold_out(pairs, s.eval_pairs, s.seed)
     limits = Limits(s.max_len, s.draft_cap, s.score_eos)
     options = (template, rule, limits, s.instruction, s.sep)
-    train = Dataset(pairs, *options, progress=ranks.first)
+    train = Dataset(pairs, *options, shown=ranks.first)
     ranks.say(f"train: {train.report()}")
     if not held:
         return train, None
@@ -426,8 +425,8 @@ def loop(job, metrics, template, first):
     """Algorithm 1 of InSPO: sample pairs, condition, one gradient step; validate, save, repeat."""
     s, ranks, plan = job.s, job.ranks, job.plan
     stopping = StopSignal()
-    bar = tqdm(total=plan.total, initial=min(first * s.batch, plan.total), unit="pair",
-               desc=s.loss, disable=not ranks.first, smoothing=0.1)  # fmt: skip
+    begun = min(first * s.batch, plan.total)
+    bar = progress(s.loss, plan.total, "pair", not ranks.first, initial=begun, smoothing=0.1)
     with bar:
         for step in range(first, plan.steps):
             if step % s.eval_every == 0:  # on resuming again: no signal may lose a validation

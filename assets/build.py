@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import world
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -33,9 +32,9 @@ ASSETS = Path(__file__).resolve().parent
 PROJECT = ASSETS.parent
 sys.path.insert(0, str(PROJECT))
 
-from model import load  # noqa: E402
-from rows import build_row, lay_out  # noqa: E402
-from template import INSTRUCTIONS, Template, with_suffix  # noqa: E402
+from assets import world  # noqa: E402
+from evaluate import load_model, world_probabilities  # noqa: E402
+from template import INSTRUCTIONS  # noqa: E402
 
 # ----------------------------------------------------------------------------- tokenizer
 
@@ -219,46 +218,17 @@ def publish(source, name):
 # ----------------------------------------------------------------------------- measuring
 
 
-def answer_probabilities(model, template, context):
-    """Probabilities of all 16 answers: (Q, 16) without an answer in context, else (Q, 16, 16).
-
-    context: None, "instruct", "sep" or "turn"; with the last two, entry [q, b, a] is the
-    probability of answer a after answer b. The 16 paths with one head share a trie.
-    """
-    end = len(template.end_ids)
-    sep, turn = template.encode([template.separator(), template.turn(INSTRUCTIONS["better"])])
-    logps = []
-    for question in world.questions():
-        messages = [{"role": "user", "content": question}]
-        texts = [template.answer(messages, text) for text in world.answers(question)]
-        if context == "instruct":
-            messages = with_suffix(messages, INSTRUCTIONS["better"])
-        prompt, *answers = template.encode([template.render(messages, generation=True), *texts])
-        heads = {
-            "sep": [[prompt, sep, b[: len(b) - end], sep] for b in answers],
-            "turn": [[prompt, b, turn] for b in answers],
-        }.get(context, [[prompt]])
-        tries = [lay_out([([*head, a], len(a)) for a in answers]) for head in heads]
-        row = build_row(tries, range(len(heads)), len(answers))
-        sums = row.sums(model(row))  # (B, A)
-        logps.append(sums if len(heads) > 1 else sums[0])
-    return world.answer_probabilities(torch.stack(logps).numpy())
-
-
 def report(name):
     """Print what a start knows: mass on the 16 answers, entropy in nats, exact win rate."""
-    model, template = load(ASSETS / name), Template(ASSETS / name)
-    start = answer_probabilities(model, template, None)  # (Q, A)
-    print(f"\n{name}: worst and mean mass on the answers, entropy of ln 16 = 2.77 nats, win rate")
-    for context in (None, "sep", "turn", "instruct"):
-        p = answer_probabilities(model, template, context)  # (Q, A) or (Q, B, A)
-        mass = p.sum(-1)
+    model, template = load_model(ASSETS / name, "fp32", "cpu")
+    start = world_probabilities(model, template)  # (Q, A)
+    print(f"\n{name}: mass on the 16 answers (worst, mean), entropy (ln 16 = 2.77), win rate")
+    for bridge in (None, "sep", "turn"):
+        p = world_probabilities(model, template, bridge)  # (Q, A) or (Q, B, A)
+        mass, win = p.sum(-1), world.expected_win_rate(p, start)
         entropy = -(p * np.log(np.maximum(p, 1e-30))).sum(-1).mean()
-        win = world.expected_win_rate(p, start)
-        print(
-            f"  {context or 'plain':9} {mass.min():6.1%} {mass.mean():6.1%}"
-            f"  {entropy:5.2f}  {win:6.2%}"
-        )
+        label = bridge or "plain"
+        print(f"  {label:6} {mass.min():6.1%} {mass.mean():6.1%}  {entropy:.2f}  {win:.1%}")
 
 
 def main():

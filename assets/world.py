@@ -30,7 +30,7 @@ probabilities of the 16 answers, which may sum to less than one since a language
 anything, write p_out = 1 - sum_a p_a for what lies outside. Text outside the 16 answers loses
 against any of them and ties with other such text, therefore
 
-    win(p, o) = mean over x of  sum_ab p_a o_b P(a > b | x)  +  (1 - p_out) o_out  +  p_out o_out / 2
+    win(p, o) = mean over x of  sum_ab p_a o_b P(a > b | x) + (1 - p_out) o_out + p_out o_out / 2
 
 is exact: every term is a finite sum of known numbers. win(p, p) = 1/2 for every p.
 

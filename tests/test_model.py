@@ -207,6 +207,27 @@ def test_flex_attention_equals_sdpa(family, tmp_path):
         assert (model(row) - expected).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_spelt_out_in_bf16_equals_sdpa_in_value_and_gradient(kv_heads):
+    """What PerTrie runs for short tries in bf16 on a CPU, as against fp32 SDPA."""
+    torch.manual_seed(0)
+    q, k, v = (
+        torch.randn(1, h, 20, 8).bfloat16().requires_grad_() for h in (4, kv_heads, kv_heads)
+    )
+    trie = rows.build_row([rows.lay_out(random_paths(np.random.default_rng(1)))], [0], 5, pad_to=20)
+    mask = rows.visible(trie.until, trie.positions, window=6)
+    exact = [t.detach().float().requires_grad_() for t in (q, k, v)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*exact, mask, enable_gqa=True)
+    found = model_file.trie_attention(q, k, v, mask)
+    assert found.dtype == torch.bfloat16 and (found - expected).abs().max() < 0.03
+    direction = torch.randn(expected.shape)
+    wanted = torch.autograd.grad(expected, exact, direction)
+    for a, b in zip(
+        torch.autograd.grad(found, (q, k, v), direction.bfloat16()), wanted, strict=True
+    ):
+        assert (a - b).norm() < 0.02 * b.norm()
+
+
 def test_recomputed_blocks_give_the_same_gradient(tiny_model_dir, monkeypatch):
     row = rows.build_row([rows.lay_out(random_paths(np.random.default_rng(0)))], [0], 5)
     gradients, calls = [], []

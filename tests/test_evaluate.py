@@ -1,0 +1,360 @@
+"""Scores equal transformers', intervals the textbook's, margins and win rates those by hand."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import tiny
+from assets import world
+from cli import UserError, run
+from conftest import PAIRS, write_model
+from evaluate import Answer, Estimate, estimate, reward_scores, win_rate, world_probabilities
+from generate import load_model
+from model import load
+from settings import ASSETS
+from template import Template
+
+ROOT = Path(__file__).parent.parent
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+ANSWERS = [Answer(user("q" * (i + 1)), "an answer of some length"[: 3 * i + 1]) for i in range(7)]
+
+
+@pytest.fixture(scope="module")
+def reward_dir(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("reward"), tiny.REWARD)
+
+
+@pytest.fixture(scope="module")
+def start_dir(tmp_path_factory):
+    """Another language model of the same vocabulary."""
+    return write_model(tmp_path_factory.mktemp("start"), tiny.LLAMA, seed=1)
+
+
+# ----------------------------------------------------------------------------- statistics
+
+
+def test_bootstrap_of_two_values_by_hand():
+    """Means of two draws from (0, 1) are 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4."""
+    assert estimate([0, 1]) == Estimate(0.5, 0.0, 1.0)
+    assert estimate([3, 3, 3]) == Estimate(3.0, 3.0, 3.0)
+    assert f"{Estimate(0.5, 0.25, 0.75):.0%}" == "50% [25%, 75%]"
+
+
+def test_bootstrap_is_the_normal_interval():
+    """mean ± 1.96 std / sqrt(n), for many values; by 4% at 10,000 resamples."""
+    rng = np.random.default_rng(0)
+    for values in (rng.normal(2, 3, 2000), rng.random(2000) < 0.3, rng.exponential(size=2000)):
+        mean, low, high = estimate(values, seed=1)
+        half = 1.96 * values.std() / 2000**0.5
+        assert mean == pytest.approx(values.mean())
+        assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.04 * half)
+
+
+def test_bootstrap_covers_the_truth():
+    """95% of the intervals hold the mean of what was sampled, to chance and small n."""
+    rng = np.random.default_rng(0)
+    samples = [estimate(rng.normal(size=60), seed, 1000) for seed in range(300)]
+    assert 0.91 < np.mean([e.low < 0 < e.high for e in samples]) < 0.98
+
+
+def test_bootstrap_repeats_with_its_seed():
+    values = np.random.default_rng(0).normal(size=3000)  # more than one block of resamples
+    assert estimate(values, 5) == estimate(values, 5) != estimate(values, 6)
+
+
+def test_a_tie_is_no_win():
+    """Two wins, one tie, one loss."""
+    wins, ties = win_rate([1.0, 2.0, 3.0, 0.0], [0.5, 1.5, 3.0, 1.0])
+    assert (wins.mean, ties) == (0.5, 1)
+    wins, ties = win_rate([3.0, 3.0], [3.0, 3.0])
+    assert (wins, ties) == (Estimate(0.0, 0.0, 0.0), 2)
+
+
+# ----------------------------------------------------------------------------- reward
+
+
+def peer_scores(directory, template, pad_token_id):
+    """transformers' scores, one answer at a time, of what we would render."""
+    transformers = pytest.importorskip("transformers")
+    peer = transformers.AutoModelForSequenceClassification.from_pretrained(
+        directory, dtype=torch.float32, num_labels=1
+    )
+    peer.config.pad_token_id = pad_token_id
+    scores = []
+    for prompt, text in ANSWERS:
+        whole = template.render([*prompt, {"role": "assistant", "content": text}])
+        ids = torch.tensor(template.encode([whole])[0].tolist())[None]
+        scores.append(peer(ids).logits[0, 0].item())
+    return scores
+
+
+def test_reward_scores_equal_transformers(reward_dir):
+    template = Template(reward_dir)
+    scores = reward_scores(load(reward_dir), template, ANSWERS)
+    expected = peer_scores(reward_dir, template, pad_token_id=258)
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
+    assert np.ptp(scores) > 0.01
+
+
+def test_both_readings_where_the_template_ends_with_the_padding_id(tmp_path):
+    """ "last" is the end token, as trained; transformers' reading is the token before it."""
+    no_newline = tiny.CHATML.replace("<|im_end|>\\n", "<|im_end|>")
+    directory = write_model(tmp_path, tiny.REWARD)
+    (directory / "chat_template.jinja").write_text(no_newline)
+    model, template = load(directory), Template(directory)
+    last = reward_scores(model, template, ANSWERS)
+    not_pad = reward_scores(model, template, ANSWERS, "not_pad")
+    expected = {pad: peer_scores(directory, template, pad) for pad in (None, 258)}
+    np.testing.assert_allclose(last, expected[None], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(not_pad, expected[258], rtol=1e-4, atol=1e-5)
+    assert np.abs(last - not_pad).max() > 0.01
+
+
+def test_scores_do_not_depend_on_the_rows(reward_dir):
+    model, template = load(reward_dir), Template(reward_dir)
+    scores = [reward_scores(model, template, ANSWERS, row_tokens=n) for n in (1, 100, 10_000)]
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-5)
+    np.testing.assert_allclose(scores[0], scores[2], atol=1e-5)
+
+
+# ----------------------------------------------------------------------------- pairs
+
+
+def sum_of_logps(model, context, target):
+    """log pi(target | context) and its tokens, from the logits of the plain causal model."""
+    logps = model.logits(torch.tensor([[*context, *target]]))[0].log_softmax(-1)
+    place = range(len(context) - 1, len(context) + len(target) - 1)
+    return sum(logps[p, t].item() for p, t in zip(place, target, strict=True)), len(target)
+
+
+def margins_by_hand(policy, reference, template, row, beta, bridge):
+    """{reading: margin} of one pair: texts joined here, by the formulas of the papers."""
+    x = template.encode([template.render(user(row["prompt"]), generation=True)])[0].tolist()
+    texts = [row["chosen"] + "<|im_end|>", row["rejected"] + "<|im_end|>"]
+    w, l = (ids.tolist() for ids in template.encode(texts))
+    turn = "\n<|im_start|>user\nplease generate a better response<|im_end|>\n"
+    turn, sep = template.encode([turn + "<|im_start|>assistant\n", "\n\n"])
+    if bridge == "turn":
+        x_l, x_w = [*x, *l, *turn], [*x, *w, *turn]
+    else:
+        x_l, x_w = [*x, *sep, *l[:-1], *sep], [*x, *sep, *w[:-1], *sep]
+
+    def ratio(target, context, ref_context):
+        total, n = sum_of_logps(policy, context, target)
+        if reference is None:
+            return total / n
+        return total - sum_of_logps(reference, ref_context, target)[0]
+
+    readings = {
+        "plain": ratio(w, x, x) - ratio(l, x, x),
+        "cross, plain reference": ratio(w, x_l, x) - ratio(l, x_w, x),
+        "cross, same paths": ratio(w, x_l, x_l) - ratio(l, x_w, x_w),
+    }
+    return {name: beta * value for name, value in readings.items()}
+
+
+@pytest.fixture
+def pairs_of(tiny_model_dir, start_dir, pairs_file, tmp_path):
+    """pairs_of(**flags) runs `evaluate.py pairs` on six pairs -> its JSON output."""
+
+    def go(**flags):
+        flags = {"model": tiny_model_dir, "ref": start_dir, "data": pairs_file, "limit": 6} | flags
+        out = tmp_path / "out.json"
+        words = [f"--{k}={v}" for k, v in flags.items() if v is not None]
+        settings = evaluate.parse(evaluate.PairsSettings, "", [*words, f"--out={out}"])
+        evaluate.pairs(settings)
+        return json.loads(out.read_text())
+
+    return go
+
+
+@pytest.mark.parametrize("loss, bridge", [("ins_dpo", "sep"), ("ifsr_dpo", "turn")])
+def test_margins_by_hand(pairs_of, tiny_model_dir, start_dir, loss, bridge):
+    results = pairs_of(loss=loss, beta=0.2)
+    policy, reference = load(tiny_model_dir), load(start_dir)
+    template = Template(tiny_model_dir)
+    rows = [margins_by_hand(policy, reference, template, r, 0.2, bridge) for r in PAIRS[:6]]
+    for name in rows[0]:
+        expected = np.array([row[name] for row in rows])
+        found = results[name]
+        np.testing.assert_allclose(found["margins"], expected, atol=1e-4)
+        assert found["accuracy"][0] == pytest.approx((expected > 0).mean())
+        assert found["margin"][0] == pytest.approx(expected.mean(), abs=1e-4)
+
+
+def test_margins_without_a_reference(pairs_of, tiny_model_dir):
+    """SimPO's implicit reward: beta times the mean log-probability."""
+    results = pairs_of(loss="simpo", ref=None, bridge="turn")
+    policy, template = load(tiny_model_dir), Template(tiny_model_dir)
+    rows = [margins_by_hand(policy, None, template, r, 2.0, "turn") for r in PAIRS[:6]]
+    for name, ours in (("plain", "plain"), ("cross, same paths", "cross")):
+        expected = [row[name] for row in rows]
+        np.testing.assert_allclose(results[ours]["margins"], expected, atol=1e-4)
+
+
+def test_a_model_against_itself_has_no_margin(pairs_of, tiny_model_dir):
+    results = pairs_of(ref=tiny_model_dir, loss="ipo")
+    assert results["plain"]["margin"] == results["cross, same paths"]["margin"] == [0, 0, 0]
+    assert results["plain"]["accuracy"][0] == 0  # a tie is no win
+    assert results["cross, plain reference"]["margin"][0] != 0
+
+
+# ----------------------------------------------------------------------------- world
+
+
+def test_world_probabilities_are_those_of_the_whole_sequences(start_dir, monkeypatch):
+    """One number of (Q, A), and one of (Q, A, A) behind each bridge, from the plain logits."""
+    two = world.questions()[:2]
+    monkeypatch.setattr(world, "questions", lambda: two)
+    model, template = load_model(str(start_dir))
+    question = world.questions()[1]
+    texts = [text + "<|im_end|>" for text in world.answers(question)]
+    y = [ids.tolist() for ids in template.encode(texts)]
+    x = template.encode([template.render(user(question), generation=True)])[0].tolist()
+    turn, sep = template.encode([template.turn("please generate a better response"), "\n\n"])
+    contexts = {None: x, "turn": [*x, *y[9], *turn], "sep": [*x, *sep, *y[9][:-1], *sep]}
+    for bridge, context in contexts.items():
+        policy = world_probabilities(model, template, bridge)
+        found = policy[1, 9, 5] if bridge else policy[1, 5]
+        assert policy.shape == ((2, 16, 16) if bridge else (2, 16))
+        assert np.log(found) == pytest.approx(sum_of_logps(model, context, y[5])[0], abs=1e-3)
+
+
+@pytest.mark.skipif(not (ASSETS / "start").is_dir(), reason="no assets/start: assets/build.py")
+def test_the_embedded_start():
+    """It draws against itself, and knows nothing but the world's answers."""
+    start = str(ASSETS / "start")
+    assert evaluate.world_win_rate(start, start) == pytest.approx(0.5)
+    policy = world_probabilities(*load_model(start))
+    assert policy.sum(-1).mean() > 0.9
+
+
+# ----------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command(*words) runs evaluate.py in this process -> (stdout, stderr, exit status)."""
+
+    def go(*words):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+        status = 0
+        try:
+            run(evaluate.main)
+        except SystemExit as stop:
+            status = stop.code
+        return *capsys.readouterr(), status
+
+    return go
+
+
+def write_rows(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Answers as generate.py writes them, and AlpacaEval's to the same prompts, in reverse."""
+    ours = [{"prompt": user(f"q{i}?"), "answer": f"a{i}", "mode": "plain"} for i in range(5)]
+    theirs = [{"instruction": f"q{i}?", "output": f"b{i}"} for i in reversed(range(5))]
+    (tmp_path / "theirs.json").write_text(json.dumps(theirs))
+    return write_rows(tmp_path / "ours.jsonl", ours), tmp_path / "theirs.json"
+
+
+def test_reward_command(reward_dir, files, tmp_path):
+    """As a script. Scores, win rate and difference agree with reward_scores on joined prompts."""
+    out = tmp_path / "deep" / "out.json"
+    words = ["reward", "--model", reward_dir, "--answers", files[0], "--against", files[1]]
+    script = [sys.executable, ROOT / "evaluate.py", *words, "--out", out]
+    done = subprocess.run(list(map(str, script)), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    model, template = load(reward_dir), Template(reward_dir)
+    ours, theirs = (
+        reward_scores(model, template, [Answer(user(f"q{i}?"), f"{a}{i}") for i in range(5)])
+        for a in "ab"
+    )
+    results = json.loads(out.read_text())
+    np.testing.assert_allclose(results["answers"]["scores"], ours, atol=1e-5)
+    np.testing.assert_allclose(results["against"]["scores"], theirs, atol=1e-5)
+    assert results["win_rate"][0] == (ours > theirs).mean() and results["ties"] == 0
+    assert results["difference"][0] == pytest.approx((ours - theirs).mean(), abs=1e-5)
+    assert f"{files[0]}: 5 answers, reward {ours.mean():.4f} [" in done.stdout
+    assert f"win rate {(ours > theirs).mean():.1%} [" in done.stdout
+
+
+def test_the_same_answers_tie(reward_dir, files, command):
+    out, _, status = command("reward", "--model", reward_dir, "--answers", files[0],
+                             "--against", files[0], "--limit", 3)  # fmt: skip
+    assert status == 0 and "win rate 0.0% [0.0%, 0.0%], 3 ties" in out
+
+
+def test_pairs_command(tiny_model_dir, start_dir, pairs_file, command):
+    words = ["--model", tiny_model_dir, "--ref", start_dir, "--data", pairs_file, "--limit", 4]
+    out, _, status = command("pairs", *words, "--loss", "ins_kto", "--bridge", "turn")
+    assert status == 0 and "4 pairs read, dropped: none; scored: 4 pairs" in out
+    names = [line.split("  ")[0] for line in out.splitlines()[1:]]
+    assert names == ["plain", "cross, plain reference", "cross, same paths"]
+
+
+def test_world_command(tiny_model_dir, start_dir, command, tmp_path):
+    """Two random models say nothing of the world, so they tie."""
+    words = ["--model", tiny_model_dir, "--start", start_dir, "--out", tmp_path / "world.json"]
+    out, _, status = command("world", *words)
+    assert status == 0 and out.count("win rate 50.0%") == 2
+    results = json.loads((tmp_path / "world.json").read_text())
+    assert results["plain"]["separable"]["win_rate"] == pytest.approx(0.5)
+    assert np.shape(results["plain"]["probabilities"]) == (20, 16)
+
+
+def test_answers_are_joined_by_prompt(files, tmp_path):
+    settings = evaluate.RewardSettings("rm", str(files[0]), str(files[1]))
+    answers = evaluate.read_answers(settings.answers, "--answers")
+    assert [a.text for a in evaluate.align(answers, settings)] == [f"b{i}" for i in range(5)]
+    rows = [{"prompt": f"q{i}?", "answer": "x"} for i in (0, 1, 3, 4, 4)]
+    for wanted, message in ((answers, "no answer to the prompt of .*ours.jsonl:3"),
+                            (answers[4:], "has 2 answers to the prompt of .*:1")):  # fmt: skip
+        settings.against = str(write_rows(tmp_path / "other.jsonl", rows))
+        with pytest.raises(UserError, match=message):
+            evaluate.align(wanted, settings)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "the commands are reward, pairs, world"),
+        (["score"], "unknown command score; the commands are reward, pairs, world"),
+        (["reward"], "--model is missing"),
+        (["reward", "--model", "RM"], "--answers is missing"),
+        (["reward", "--model", "RM", "--answers", "no.jsonl"], "--answers no.jsonl: no such file"),
+        (["reward", "--model", "RM", "--answers", "BAD"], "bad.jsonl:2: expected prompt and"),
+        (["reward", "--model", "LM", "--answers", "OURS"], "a reward model is needed"),
+        (["reward", "--model", "RM", "--answers", "OURS", "--against", "PAIRS"], "PAIRS:1: "),
+        (["pairs", "--model", "LM", "--data", "PAIRS"], "--loss ins_dpo needs --ref"),
+        (["pairs", "--model", "RM", "--data", "PAIRS", "--ref", "LM"], "a language model"),
+        (["pairs", "--model", "LM", "--data", "PAIRS", "--loss", "sft"], "gives a pair no margin"),
+        (["pairs", "--model", "LM", "--data", "no.jsonl", "--ref", "LM"], "no such file"),
+        (["world", "--model", "no-such-dir"], "no-such-dir: no such directory"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_line(
+    command, reward_dir, tiny_model_dir, pairs_file, files, tmp_path, words, message
+):
+    bad = write_rows(tmp_path / "bad.jsonl", [{"prompt": "a", "answer": "b"}, {"prompt": "a"}])
+    places = {"RM": reward_dir, "LM": tiny_model_dir, "BAD": bad, "OURS": files[0]}
+    places |= {"PAIRS": pairs_file}
+    message = message.replace("PAIRS", str(pairs_file))
+    words = [*words, "--start", tiny_model_dir] if words[:1] == ["world"] else words
+    _, error, status = command(*[places.get(word, word) for word in words])
+    assert status == 2 and message in error and error.count("\n") == 1
