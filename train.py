@@ -5,8 +5,6 @@ or many make no difference to the numbers: which pairs make up a step is fixed b
 (rows.py), and a step's loss is a sum over its pairs divided by their number.
 """
 
-import hashlib
-import json
 import math
 import os
 import shutil
@@ -17,8 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 import checkpoint
@@ -27,30 +23,13 @@ from cli import UserError, parse, progress, run
 from data import Dataset, Drops, Limits, hold_out, plain_paths, read_pairs
 from losses import recipe, unique
 from metrics import Metrics
-from ranks import Ranks, build_model, reshard
-from rows import Plan, build_row, pack
+from ranks import Ranks, build_model
+from rows import Plan
+from scoring import Reference, Scorer, by_path
 from settings import HYPER, Settings, open_out, resolve, write_config
 from template import Template
 
 # ----------------------------------------------------------------------------- the run
-
-
-def by_path(values, paths):
-    """(B, P) -> {path: (B,)}."""
-    return dict(zip(paths, values.unbind(1), strict=True))
-
-
-def reference_key(s, referred, source):
-    """What the reference log-probabilities depend on, as one digest."""
-    sha = hashlib.sha256(weights.Weights(source).digest().encode())
-    sha.update(json.dumps([s.dtype, s.attention, s.score_eos]).encode())
-    for dataset, paths in referred:
-        sha.update(json.dumps([str(path) for path in paths]).encode())
-        for i in range(len(dataset)):
-            for path in paths:
-                for segment in dataset.path(i, path)[0]:
-                    sha.update(segment.tobytes())
-    return sha.hexdigest()
 
 
 class Run:
@@ -67,7 +46,8 @@ class Run:
             weight_decay=s.weight_decay,
             fused=True,
         )
-        self.reference = {}  # id(dataset) -> {path: (N,) log-probabilities of the reference}
+        self.scorer = Scorer(s, ranks)
+        self.reference = Reference(self.scorer, self.wanted)
         self.best = math.inf
 
     @cached_property
@@ -82,13 +62,13 @@ class Run:
         return unique([*rule.paths, *self.plain, *rule.kl_paths, *rule.reference_paths])
 
     @cached_property
-    def referred(self):
+    def wanted(self):
         """{name: (dataset, paths)} that the reference must score.
 
         Validation pairs are scored in the very tries of `validate`, so that policy and reference
         round alike, and a plain policy that has not moved has margin 0 in bf16 too.
         """
-        if self.rule.objective.head != "logps":
+        if self.rule.objective.head != "logps" or len(self.rule.objective.answers) < 2:
             return {}
         wanted = {
             "train": (self.train, self.rule.reference_paths),
@@ -96,74 +76,14 @@ class Run:
         }
         return {name: (data, p) for name, (data, p) in wanted.items() if data is not None and p}
 
-    def rows(self, dataset, pairs, paths):
-        """This rank's share of the rows that hold these pairs; equally many on every rank."""
-        packed = pack([dataset.size(i, paths) for i in pairs], self.s.row_tokens, self.ranks.world)
-        fixed = self.s.attention == "flex" or self.s.compile  # one length: one compilation
-        for row in packed[self.ranks.rank :: self.ranks.world]:
-            numbers = [pairs[j] for j in row]
-            tries = [dataset.trie(i, paths) for i in numbers]
-            pad_to = self.s.row_tokens if fixed else 0
-            yield build_row(tries, row, len(paths), pad_to).to(self.ranks.device)
+    def prepare_reference(self, source):
+        """Score the reference: the model before its first step, or --ref_model, then let go."""
 
-    @torch.no_grad()
-    def score(self, model, dataset, pairs, paths, tick=lambda pairs: None):
-        """(len(pairs), P) sums of scored values, on every rank; no gradient. tick: progress."""
-        out = torch.zeros(len(pairs), len(paths), device=self.ranks.device)
-        for row in self.rows(dataset, pairs, paths):
-            out[row.pairs] = row.sums(model(row))
-            tick(len(row.pairs) * self.ranks.world)
-        reshard(model)
-        return self.ranks.sum(out)
+        def get_model():
+            other = self.s.ref_model is not None
+            return build_model(self.s, self.ranks, source, "logps") if other else self.model
 
-    def score_all(self, model, dataset, paths, label):
-        """The same over a whole dataset, in blocks, with a progress bar."""
-        everything, hidden = range(len(dataset)), not self.ranks.first
-        blocks = [everything[i : i + 256] for i in everything[::256]]
-        with progress(label, len(dataset), "pair", hidden, leave=False) as bar:
-            parts = [self.score(model, dataset, block, paths, bar.update) for block in blocks]
-        return torch.cat(parts)
-
-    def counts(self, dataset, pairs, paths):
-        """(len(pairs), P) number of scored tokens."""
-        counts = [[dataset.path(i, path)[1] for path in paths] for i in pairs]
-        return torch.tensor(counts, dtype=torch.float32, device=self.ranks.device)
-
-    # -- reference
-
-    def compute_reference(self, source):
-        """Reference log-probabilities, once per run: from the cache, or by one pass.
-
-        Returns {reference_seconds, reference_pairs}, or None when the cache served.
-        """
-        if not self.referred:
-            return None
-        file, start = Path(self.s.out) / "reference.safetensors", time.time()
-        key = self.ranks.share(lambda: reference_key(self.s, self.referred.values(), source))
-        found = self.ranks.share(lambda: read_reference(file, key, self.ranks.say))
-        tensors = self.reference_pass(source) if found is None else found
-        for name, (dataset, paths) in self.referred.items():
-            self.reference[id(dataset)] = by_path(tensors[name].to(self.ranks.device), paths)
-        if found is not None:
-            return None
-        self.ranks.share(lambda: save_file(tensors, file, metadata={"key": key}))
-        n = sum(len(dataset) for dataset, _ in self.referred.values())
-        return {"reference_seconds": round(time.time() - start, 3), "reference_pairs": n}
-
-    def reference_pass(self, source):
-        """{dataset name: (N, P)} of the starting model, or of --ref_model, which is then let go."""
-        model = self.model
-        if self.s.ref_model is not None:
-            model = build_model(self.s, self.ranks, source, "logps")
-        return {
-            name: self.score_all(model, dataset, paths, f"reference {name}").cpu()
-            for name, (dataset, paths) in self.referred.items()
-        }
-
-    def reference_of(self, dataset, pairs):
-        """{path: (len(pairs),)} of the pairs in question."""
-        whole = self.reference.get(id(dataset), {})
-        return {path: values[pairs] for path, values in whole.items()}
+        return self.reference.prepare(Path(self.s.out) / "reference.safetensors", source, get_model)
 
     def kl(self, sums, reference):
         """KTO's z: mean log-ratio of mismatched answers, at least 0. None for other objectives."""
@@ -189,9 +109,9 @@ class Run:
         kl = self.mismatched(pairs)
         units = len(pairs)
         if self.rule.objective.per == "token":
-            units = self.counts(self.train, pairs, paths).sum()
+            units = self.scorer.counts(self.train, pairs, paths).sum()
         totals = torch.zeros(6, device=self.ranks.device)
-        rows = list(self.rows(self.train, pairs, paths))
+        rows = list(self.scorer.rows(self.train, pairs, paths))
         for k, row in enumerate(rows):
             together = self.ranks.world > 1 or k == len(rows) - 1
             self.model.set_requires_gradient_sync(together)
@@ -215,15 +135,15 @@ class Run:
         """KTO's z over the pairs of this step, by a pass without gradient."""
         if not (paths := self.rule.kl_paths):
             return None
-        sums = by_path(self.score(self.model, self.train, pairs, paths), paths)
-        return self.kl(sums, self.reference_of(self.train, pairs))
+        sums = by_path(self.scorer.score(self.model, self.train, pairs, paths), paths)
+        return self.kl(sums, self.reference.of(self.train, pairs))
 
     def backward(self, row, pairs, paths, kl, units):
         """Forward and backward of one row -> (5,) loss, accuracy, rewards, tokens, summed."""
         numbers = [pairs[j] for j in row.pairs]
         sums = by_path(row.sums(self.model(row)), paths)
         counts = by_path(row.counts(), paths)
-        out = self.rule(sums, counts, self.reference_of(self.train, numbers), kl)
+        out = self.rule(sums, counts, self.reference.of(self.train, numbers), kl)
         loss = out.losses.sum() / units
         (loss * self.ranks.world).backward()  # FSDP averages over ranks; a step's loss is a sum
         chosen, rejected = out.rewards["chosen"], out.rewards.get("rejected")
@@ -256,9 +176,9 @@ class Run:
         """Loss, accuracy and margin on the validation pairs; also of the plain policy."""
         start, dataset, rule = time.time(), self.validation, self.rule
         pairs, paths = range(len(dataset)), self.validation_paths
-        sums = by_path(self.score_all(self.model, dataset, paths, "validate"), paths)
-        counts = by_path(self.counts(dataset, pairs, paths), paths)
-        reference = self.reference.get(id(dataset), {})
+        sums = by_path(self.scorer.score_all(self.model, dataset, paths, "validate"), paths)
+        counts = by_path(self.scorer.counts(dataset, pairs, paths), paths)
+        reference = self.reference.of(dataset)
         out = rule(sums, counts, reference, self.kl(sums, reference))
         metrics = {"step": step, "eval_loss": (out.losses.sum() / out.units.sum()).item()}
         if "rejected" in rule.objective.answers:
@@ -311,21 +231,6 @@ class Run:
         self.best = state["best"]
         self.ranks.say(f"resuming from {path}")
         return state["step"]
-
-
-def read_reference(file, key, say):
-    """{dataset name: (N, P)} from the cache, or None; says so when it belongs to something else."""
-    if not file.exists():
-        return None
-    fault = "belongs to other weights, data or settings"
-    try:
-        with safe_open(file, "pt") as cached:
-            if (cached.metadata() or {}).get("key") == key:
-                return {name: cached.get_tensor(name) for name in sorted(cached.keys())}
-    except SafetensorError:
-        fault = "is damaged"
-    say(f"{file} {fault}; computing it again")
-    return None
 
 
 # ----------------------------------------------------------------------------- set-up
@@ -408,7 +313,7 @@ def train(s, ranks):
 
     model = build_model(s, ranks, source, rule.objective.head)
     job = Run(s, ranks, rule, model, train_set, validation, plan)
-    reference = job.compute_reference(reference_source)
+    reference = job.prepare_reference(reference_source)
     first = job.resume() if s.resume else 0
     metrics = Metrics(s, ranks, first)
     if reference:

@@ -7,11 +7,11 @@ The models are trained by the project's own command line, on the CPU, from a see
 initialisation:
 
     start-single   maximum likelihood of single answers                             x w*
-    start          goes on from there with second attempts behind both bridges      x sep l sep w*
-                   and x l turn w*; one run has one bridge, so they take turns
+    start          goes on from there with further attempts      x w*, x sep l sep w*, x l turn w*,
+                   the last as dialogues in attempts.jsonl, so that one run has both bridges
     reward         a Bradley-Terry scalar head on start, from pairs.jsonl
 
-Nothing is preferred in the starts' data (world.uniform_pairs). Two builds on one machine are equal
+Nothing is preferred in the starts' data: sft.jsonl, attempts.jsonl. Two builds on one machine are equal
 byte for byte; other machines round differently, and the models then differ in the last digits.
 """
 
@@ -156,6 +156,7 @@ FILES = {  # name -> rows
     "pairs-intransitive.jsonl": lambda: world.sample_pairs(4000, seed=2, kind="intransitive"),
     "test.jsonl": lambda: world.sample_pairs(500, seed=3, kind="separable"),
     "sft.jsonl": lambda: world.uniform_pairs(seed=4),
+    "attempts.jsonl": lambda: world.uniform_attempts(4000, 5, list(INSTRUCTIONS.values())),
 }
 
 
@@ -172,20 +173,9 @@ def write_data(directory):
 
 # ----------------------------------------------------------------------------- training
 
-SINGLE = "--loss sft"
-SEP_RUN = "--loss sft --condition averaged --bridge sep"
-TURN_RUN = "--loss irft"
-START_SINGLE = [(SINGLE, 500, 3e-3), (SINGLE, 200, 5e-4)]  # flags, steps, peak learning rate
-START = [
-    (TURN_RUN, 200, 2e-3),
-    (SEP_RUN, 200, 2e-3),
-    (TURN_RUN, 100, 1e-3),
-    (SEP_RUN, 100, 1e-3),
-    (TURN_RUN, 50, 5e-4),
-    (SEP_RUN, 50, 5e-4),
-    (TURN_RUN, 25, 2e-4),
-    (SEP_RUN, 25, 2e-4),
-]
+START_SINGLE = [("--loss sft", 500, 3e-3), ("--loss sft", 200, 5e-4)]  # flags, steps, peak lr
+ATTEMPTS = "--loss sft --condition averaged --bridge sep"
+START = [(ATTEMPTS, 500, 2e-3), (ATTEMPTS, 150, 3e-4)]
 REWARD = [("--loss reward", 200, 1e-3)]
 
 
@@ -241,13 +231,12 @@ def main():
             write_tokenizer(ASSETS / name)
         return
     with tempfile.TemporaryDirectory() as work:
-        work, sft = Path(work), ASSETS / "world" / "sft.jsonl"
+        work, data = Path(work), ASSETS / "world"
         write_random_model(work / "random")
-        single = train(work / "random", START_SINGLE, sft, work)
+        single = train(work / "random", START_SINGLE, data / "sft.jsonl", work)
         publish(single, "start-single")
-        publish(train(single, START, sft, work), "start")
-        pairs = ASSETS / "world" / "pairs.jsonl"
-        publish(train(ASSETS / "start", REWARD, pairs, work), "reward")
+        publish(train(single, START, data / "attempts.jsonl", work), "start")
+        publish(train(ASSETS / "start", REWARD, data / "pairs.jsonl", work), "reward")
     for name in ("start-single", "start"):
         report(name)
 

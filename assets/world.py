@@ -142,8 +142,8 @@ def sample_pairs(n, seed, kind="separable"):
 def uniform_pairs(seed):
     """Every ordered pair of different answers to every question once (4,800 rows), shuffled.
 
-    The start is trained on these: nothing is preferred. As single answers they are exactly uniform
-    over the 16, and as second attempts exactly uniform over the 15 that differ from the first.
+    Nothing is preferred: either column is exactly uniform over the 16 answers, and given the other
+    exactly uniform over the 15 that differ from it.
     """
     rows = [
         {"prompt": prompt, "chosen": chosen, "rejected": rejected}
@@ -153,6 +153,22 @@ def uniform_pairs(seed):
         if chosen != rejected
     ]
     return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
+
+
+def uniform_attempts(n, seed, instructions):
+    """n rows of uniform_pairs, of which half ask for a further attempt. Nothing is preferred.
+
+    Of the asking rows four in five do so in a dialogue (question, a third answer, instruction),
+    one in five right behind the question. instructions: texts, each equally often.
+    """
+    rng = np.random.default_rng(seed)
+    for row in uniform_pairs(seed)[:n]:
+        question, asks = row["prompt"], instructions[rng.integers(len(instructions))]
+        others = [text for text in answers(question) if text != row["chosen"]]
+        turns = [("user", question), ("assistant", others[rng.integers(15)]), ("user", asks)]
+        kind = rng.choice(3, p=[0.5, 0.4, 0.1])
+        dialogue = [{"role": role, "content": content} for role, content in turns]
+        yield row | {"prompt": (question, dialogue, f"{question}\n{asks}")[kind]}
 
 
 def answer_probabilities(logps):

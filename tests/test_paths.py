@@ -247,6 +247,20 @@ def test_nothing_is_cut_that_fits_and_every_pair_is_kept_or_counted(condition, t
     for_all(check)
 
 
+@pytest.mark.parametrize("bridge, after", [("sep", [SEP]), ("turn", ["<|im_end|>", TURN])])
+def test_a_cut_answer_as_context_is_closed_as_any_other(bridge, after, tiny):
+    """draft_cap leaves the rejected answer 6 of 300 tokens: "Never.", without its end token."""
+    pair, rule = (
+        Pair(TWO[0].prompt, "Yes.", "Never. At all.", "f:1"),
+        recipe("dpo", "cross", bridge),
+    )
+    dataset = Dataset([pair], tiny, rule, Limits(300, 0.02), "better")
+    segments = [tiny.decode(s, skip_special=False) for s in dataset.path(0, rule.paths[0])[0]]
+    assert segments == [X, *([SEP] if bridge == "sep" else []), "Never.", *after, W]
+    target, n = dataset.path(0, rule.paths[1])
+    assert tiny.decode(target[-1], skip_special=False) == "Never." and n == 6
+
+
 def test_the_cuts_are_counted_by_rule(tiny):
     """Too long are the second's question, the third's rejected and the fourth's chosen answer."""
     long = "word " * 30

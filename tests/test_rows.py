@@ -274,7 +274,7 @@ def test_seeds_and_epochs_differ():
 
 
 def test_steps_are_counted_right():
-    """10 pairs in steps of 4: 3 steps an epoch, 8 in three, 2 in half a one; or as many as told."""
+    """10 pairs in steps of 4: 3 steps an epoch, 8 in three, 2 in half of one; or as told."""
     assert [Plan(10, 4, 0, epochs).steps for epochs in (1, 3, 0.5)] == [3, 8, 2]
     told = Plan(10, 4, 0, epochs=1, max_steps=7)
     assert told.steps == 7 and [len(told.pairs(step)) for step in range(7)] == [4] * 7

@@ -1,0 +1,131 @@
+"""Scores without gradient, over all ranks; and those of the reference, computed once.
+
+Legend: N pairs of a dataset, P paths.
+"""
+
+import hashlib
+import json
+import time
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from cli import progress
+from ranks import reshard
+from rows import build_row, pack
+from weights import Weights
+
+
+def by_path(values, paths):
+    """(B, P) -> {path: (B,)}."""
+    return dict(zip(paths, values.unbind(1), strict=True))
+
+
+class Scorer:
+    """Rows of this rank, and the values of whole datasets. s: settings.Settings."""
+
+    def __init__(self, s, ranks):
+        self.s, self.ranks = s, ranks
+
+    def rows(self, dataset, pairs, paths):
+        """This rank's share of the rows that hold these pairs; equally many on every rank."""
+        packed = pack([dataset.size(i, paths) for i in pairs], self.s.row_tokens, self.ranks.world)
+        fixed = self.s.attention == "flex" or self.s.compile  # one length: one compilation
+        for row in packed[self.ranks.rank :: self.ranks.world]:
+            numbers = [pairs[j] for j in row]
+            tries = [dataset.trie(i, paths) for i in numbers]
+            pad_to = self.s.row_tokens if fixed else 0
+            yield build_row(tries, row, len(paths), pad_to).to(self.ranks.device)
+
+    @torch.no_grad()
+    def score(self, model, dataset, pairs, paths, tick=lambda pairs: None):
+        """(len(pairs), P) sums of scored values, on every rank; no gradient. tick: progress."""
+        out = torch.zeros(len(pairs), len(paths), device=self.ranks.device)
+        for row in self.rows(dataset, pairs, paths):
+            out[row.pairs] = row.sums(model(row))
+            tick(len(row.pairs) * self.ranks.world)
+        reshard(model)
+        return self.ranks.sum(out)
+
+    def score_all(self, model, dataset, paths, label):
+        """The same over a whole dataset, in blocks, with a progress bar."""
+        everything, hidden = range(len(dataset)), not self.ranks.first
+        blocks = [everything[i : i + 256] for i in everything[::256]]
+        with progress(label, len(dataset), "pair", hidden, leave=False) as bar:
+            parts = [self.score(model, dataset, block, paths, bar.update) for block in blocks]
+        return torch.cat(parts)
+
+    def counts(self, dataset, pairs, paths):
+        """(len(pairs), P) number of scored tokens."""
+        counts = [[dataset.path(i, path)[1] for path in paths] for i in pairs]
+        return torch.tensor(counts, dtype=torch.float32, device=self.ranks.device)
+
+
+class Reference:
+    """Log-probabilities under the reference model, which never changes: scored once, kept on disk.
+
+    wanted: {name: (Dataset, paths)}. Values are kept by pair and path, so no shuffling can
+    misplace them.
+    """
+
+    def __init__(self, scorer, wanted):
+        self.scorer, self.wanted = scorer, wanted
+        self.values = {}  # id(dataset) -> {path: (N,)}
+
+    def prepare(self, file, source, get_model):
+        """Read the cache `file`, or score everything and write it.
+
+        source: HF directory of the reference model; get_model() gives the model itself. Returns
+        {reference_seconds, reference_pairs}, or None where nothing had to be computed.
+        """
+        if not self.wanted:
+            return None
+        scorer, ranks, start = self.scorer, self.scorer.ranks, time.time()
+        key = ranks.share(lambda: reference_key(scorer.s, self.wanted.values(), source))
+        tensors = found = ranks.share(lambda: read_reference(file, key, ranks.say))
+        if not found:
+            model = get_model()
+            tensors = {
+                name: scorer.score_all(model, dataset, paths, f"reference {name}").cpu()
+                for name, (dataset, paths) in self.wanted.items()
+            }
+            ranks.share(lambda: save_file(tensors, file, metadata={"key": key}))
+        for name, (dataset, paths) in self.wanted.items():
+            self.values[id(dataset)] = by_path(tensors[name].to(ranks.device), paths)
+        if found:
+            return None
+        n = sum(len(dataset) for dataset, _ in self.wanted.values())
+        return {"reference_seconds": round(time.time() - start, 3), "reference_pairs": n}
+
+    def of(self, dataset, pairs=slice(None)):
+        """{path: values} of these pairs of a dataset; empty where nothing was wanted of it."""
+        return {path: v[pairs] for path, v in self.values.get(id(dataset), {}).items()}
+
+
+def reference_key(s, wanted, source):
+    """What the reference log-probabilities depend on, as one digest."""
+    sha = hashlib.sha256(Weights(source).digest().encode())
+    sha.update(json.dumps([s.dtype, s.attention, s.score_eos]).encode())
+    for dataset, paths in wanted:
+        sha.update(json.dumps([str(path) for path in paths]).encode())
+        for i in range(len(dataset)):
+            for path in paths:
+                for segment in dataset.path(i, path)[0]:
+                    sha.update(segment.tobytes())
+    return sha.hexdigest()
+
+
+def read_reference(file, key, say):
+    """{dataset name: (N, P)} from the cache, or None; says so when it belongs to something else."""
+    if not file.exists():
+        return None
+    fault = "belongs to other weights, data or settings"
+    try:
+        with safe_open(file, "pt") as cached:
+            if (cached.metadata() or {}).get("key") == key:
+                return {name: cached.get_tensor(name) for name in sorted(cached.keys())}
+    except SafetensorError:
+        fault = "is damaged"
+    say(f"{file} {fault}; computing it again")
+    return None
