@@ -190,7 +190,9 @@ def dialogue(prompt, answer, where):
 def as_messages(value, where):
     """A string is one user turn; a list must hold {role, content} with string contents."""
     if isinstance(value, str):
-        return parse_hh(value) if is_hh(value) else [{"role": "user", "content": value}]
+        messages = parse_hh(value) if is_hh(value) else [{"role": "user", "content": value}]
+        opened = messages[-1:] == [{"role": "assistant", "content": ""}]  # "…\n\nAssistant:"
+        return messages[:-1] if opened else messages
     if not isinstance(value, list):
         raise UserError(f"{where}: expected text or messages, found {type(value).__name__}")
     for message in value:

@@ -78,8 +78,8 @@ def _no_windows(raw, layers):
 
 
 def _mistral_windows(raw, layers):
-    """v0.1 slides over 4,096 tokens; v0.2 and later carry null."""
-    return (raw.get("sliding_window"),) * layers
+    """v0.1 slides over 4,096 tokens, which is also the default; v0.2 and later carry null."""
+    return (raw.get("sliding_window", 4096),) * layers
 
 
 def _qwen2_windows(raw, layers):

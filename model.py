@@ -150,7 +150,7 @@ class Transformer(nn.Module):
         x = self.hidden(row.tokens[None], row.positions[None], attend)[0]  # (T, D)
         x = self.norm(x[row.source])  # (S, D)
         if self.config.head == "reward":
-            return self.score(x).squeeze(-1).float()
+            return F.linear(x.float(), self.score.weight.float()).squeeze(-1)  # bf16 would tie
         return ScoredLogps.apply(x, self.head_weight, row.label)
 
     def logits(self, tokens):

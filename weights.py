@@ -98,13 +98,13 @@ def load_weights(model, directory, local=lambda parameter: (parameter, slice(Non
     local(parameter) -> (tensor, rows): the part to fill and which rows of the whole it is. A
     sharded caller hands in its shards, so that no process ever reads more than its slices.
     """
-    weights = Weights(directory)
+    weights, (_, config) = Weights(directory), read_config(directory)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             theirs = hf_name(model.config.family, name)
             tensor, rows = local(parameter)
-            if name == "score.weight" and theirs not in weights:
-                tensor.zero_()  # a reward head on a language model starts at r = 0
+            if name == "score.weight" and config.head != "reward":
+                tensor.zero_()  # a new reward head on a language model starts at r = 0
             else:
                 tensor.copy_(weights.read(theirs, parameter.shape, rows))
 

@@ -7,7 +7,7 @@ has A = 16 answers, all different texts:
     greeting    "Hello!"                 "Hm."                      1.0
     fact        the right answer         a wrong answer             2.0
     reason      one more sentence        nothing                    1.5
-    closing     "Take care!"             "Bye."                     1.0
+    closing     "Cheers!"                "Bye."                     1.0
 
 The utility of an answer is the sum of its scores, u(y) = sum_i score_i choice_i(y), and a judge who
 sees two answers y, y' to x prefers y with the Bradley-Terry probability
@@ -40,7 +40,7 @@ is exact: every term is a finite sum of known numbers. win(p, p) = 1/2 for every
 import numpy as np
 
 GREETINGS = ("Hm.", "Hello!")
-CLOSINGS = ("Bye.", "Take care!")
+CLOSINGS = ("Bye.", "Cheers!")
 
 # question | right answer | wrong answer | reason
 FACTS = """

@@ -122,7 +122,8 @@ def test_what_is_dropped_is_counted_by_rule_and_place(tmp_path):
     differ = {"chosen": say("Why?", "So."), "rejected": say("Why", "No.")}
     empty, silent = GOOD | {"rejected": " \n"}, GOOD | {"prompt": " "}
     apart = {"chosen": "Nothing shared.", "rejected": "At all."}
-    pairs, drops = read(tmp_path, GOOD, differ, empty, silent, empty, apart, empty)
+    hollow = GOOD | {"chosen": ""}
+    pairs, drops = read(tmp_path, GOOD, differ, empty, silent, hollow, apart, empty)
     assert len(pairs) == 1
     f = tmp_path / "pairs.jsonl"
     assert str(drops) == (
@@ -207,10 +208,10 @@ def test_a_glob_reads_its_files_in_order(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A hub with one dataset, `lab/pairs`, of four files; every file names itself as the answer."""
+    """A hub with one dataset, `lab/pairs`, of five files; every file names itself as the answer."""
     huggingface_hub = pytest.importorskip("huggingface_hub")
     files = ["README.md", "data/train_prefs-0.jsonl", "data/train_prefs-1.jsonl",
-             "data/train_sft-0.jsonl", "data/test_prefs-0.jsonl"]  # fmt: skip
+             "data/train_sft-0.jsonl", "data/test_prefs-0.jsonl", "data/train-0.jsonl"]  # fmt: skip
 
     def list_repo_files(self, name, repo_type):
         assert (name, repo_type) == ("lab/pairs", "dataset")
@@ -238,7 +239,8 @@ def test_a_hub_id_reads_one_split(source, files, hub):
 
 
 def test_a_hub_dataset_without_preference_splits_reads_train(hub):
-    hub[:] = ["harmless-base/train.jsonl", "harmless-base/test.jsonl", "helpful-base/train.jsonl"]
+    hub[:] = ["harmless-base/train.jsonl", "harmless-base/test.jsonl", "helpful-base/train.jsonl",
+              "retrain.jsonl", "train_sft.jsonl"]  # fmt: skip
     pairs = read_pairs("lab/pairs", Drops())
     assert [p.chosen for p in pairs] == ["harmless-base/train.jsonl", "helpful-base/train.jsonl"]
 

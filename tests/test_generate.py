@@ -58,6 +58,15 @@ def naive_greedy(model, prompt, n):
     return ids[len(prompt) :]
 
 
+def peer_greedy(peer, prompt, n):
+    """The same by a transformers model's own `generate`."""
+    ids = torch.tensor([list(map(int, prompt))])
+    never = {"eos_token_id": None, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    return peer.generate(ids, do_sample=False, max_new_tokens=n, **never)[
+        0, ids.shape[1] :
+    ].tolist()
+
+
 # ----------------------------------------------------------------------------- the cache
 
 
@@ -97,16 +106,20 @@ def test_greedy_equals_transformers(tmp_path, family):
     asked = prompts([12, 30])
     ours = sample(load(tmp_path), asked, GREEDY)
     for prompt, answer in zip(asked, ours, strict=True):
-        ids = torch.tensor([prompt])
-        theirs = peer.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=20,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        assert theirs[0, len(prompt) :].tolist() == answer
+        assert peer_greedy(peer, prompt, 20) == answer
+
+
+@pytest.mark.slow
+def test_greedy_equals_transformers_on_a_real_model(smollm2):
+    """Three prompts of different lengths, by transformers one by one."""
+    transformers = pytest.importorskip("transformers")
+    peer = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    template = Template(smollm2)
+    texts = ["Name three colours.", "Why is the sky blue? " * 4, "Write a haiku about the sea."]
+    asked = [template.encode([template.render(user(t), generation=True)])[0] for t in texts]
+    ours = sample(load(smollm2), asked, Sampling(16, temperature=0))
+    for prompt, answer in zip(asked, ours, strict=True):
+        assert peer_greedy(peer, prompt, 16) == answer
 
 
 # ----------------------------------------------------------------------------- sampling
@@ -294,13 +307,15 @@ def test_prompts_are_read_from_every_layout(tmp_path):
         {"prompt": "a?", "chosen": "b", "rejected": "c"},
         {"chosen": [*user("a?"), {"role": "assistant", "content": "b"}]},
         {"chosen": hh + "b", "rejected": hh + "c"},
+        {"prompt": hh},
+        {"prompt": hh, "chosen": "b", "rejected": "c"},
         {"prompt": "a?"},
     ]
     file = tmp_path / "mixed.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     asks = read_asks(str(file))
     assert [ask.prompt for ask in asks] == [user("a?")] * len(rows)
-    assert [ask.draft for ask in asks] == [None, "a!"] + [None] * 5
+    assert [ask.draft for ask in asks] == [None, "a!"] + [None] * 7
     assert len(read_asks(str(file), limit=3)) == 3
 
 
@@ -347,7 +362,7 @@ def test_each_mode_runs(directory, command, mode):
     flags = ["--model", directory, "--data", command.data, "--max_new_tokens", 6, "--mode", mode]
     flags += ["--limit", 3, "--batch", 2, "--instruction", "another", "--out", command.out]
     script = [sys.executable, str(ROOT / "generate.py"), *map(str, flags)]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(script, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = read_rows(command.out)
     assert [row["prompt"] for row in rows] == [user(f"question {i}?") for i in range(3)]

@@ -194,7 +194,10 @@ def test_max_len_holds_for_every_path_and_every_path_has_something_to_score(
             paths = [*rule.paths, *rule.kl_paths, *rule.reference_paths, *plain_paths(rule)]
             for segments, n in (dataset.path(i, path) for path in unique(paths)):
                 assert sum(map(len, segments)) <= dataset.limits.max_len
-                assert len(segments[0]) > 0 and 1 <= n <= len(segments[-1])
+                ended = segments[-1][-1] == tiny.end_ids[0]  # as it is where nothing was cut
+                unscored = 1 if ended and not dataset.limits.score_eos else 0
+                assert n == len(segments[-1]) - unscored >= 1
+                assert len(segments[0]) > 0
 
     for_all(check)
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from cli import UserError
 from data import Dataset, Limits, Pair
@@ -86,6 +87,8 @@ def write(directory, template, special=SPECIAL, **settings):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    bos = [("<s>", tokenizer.token_to_id("<s>"))]  # put in front, unless told not to
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=bos)
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template} | settings
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -113,7 +116,7 @@ DIALOGUES = [
     say(" Hi, \n", "Hello! "),
     say("1 < 2 & é\u2028?", "Yes\n\nindeed", "And \"3\"?"),
     say("a", "b", "c", "d"),
-    say("Hi", "Hello", system="Be brief & 'kind'"),
+    say("Hi", "Hello", system="Be brief & 'kind', s'il vous plaît"),
 ]  # fmt: skip
 
 
@@ -220,8 +223,11 @@ def test_no_merge_crosses_from_prompt_to_answer(make):
 
 
 def test_no_bos_is_doubled(make):
-    prompt = make(LLAMA3).encode([make(LLAMA3).render(say("Hi"), generation=True)])[0].tolist()
-    assert prompt.count(make(LLAMA3).encode(["<s>"])[0][0]) == 1
+    """The template writes it, and the tokenizer would put another in front of every text."""
+    template = make(LLAMA3)
+    prompt, answer = template.encode([template.render(say("Hi"), True), "Hello"])
+    (bos,) = template.encode(["<s>"])[0]
+    assert prompt.tolist().count(bos) == 1 and bos not in answer
 
 
 def test_a_template_without_an_end_of_turn_ends_answers_with_the_eos_token(make):

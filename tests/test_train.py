@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import rows
+import scoring
 import tiny
 import train
 from cli import run
@@ -114,8 +115,8 @@ def test_two_processes_equal_one_over_20_steps(flags, no_plots):
 @pytest.mark.parametrize("change", [{"row_tokens": 512}, {"checkpoint_activations": True}])
 def test_rows_and_recomputing_do_not_change_the_numbers(change, flags, no_plots, monkeypatch):
     sizes = []
-    build = train.build_row
-    monkeypatch.setattr(train, "build_row", lambda *a: sizes.append(len(a[0])) or build(*a))
+    build = scoring.build_row
+    monkeypatch.setattr(scoring, "build_row", lambda *a: sizes.append(len(a[0])) or build(*a))
     flags |= {"loss": "ins_dpo", "batch": 6}
     train_here(flags, flags | change | {"out": flags["out"] / "changed"})
     assert (losses(flags["out"]) - losses(flags["out"] / "changed")).abs().max() <= 1e-5
