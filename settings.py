@@ -91,6 +91,8 @@ def resolve(s, kind):
             setattr(s, name, value)
     s.dtype = s.dtype or ("bf16" if kind == "cuda" else "fp32")
     s.attention = ("flex" if kind == "cuda" else "sdpa") if s.attention == "auto" else s.attention
+    if s.attention == "flex" and kind != "cuda":
+        raise UserError("--attention flex: FlexAttention trains on CUDA only; use sdpa")
     s.compile = kind == "cuda" if s.compile is None else s.compile
     return embedded
 

@@ -56,7 +56,7 @@ def torchrun(processes, *runs):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launcher += [f"--nproc-per-node={processes}", str(Path(__file__))]
     process = _start([*launcher, json.dumps(runs, default=str)])
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)
     return process.returncode, out, err
 
 

@@ -291,6 +291,10 @@ def test_a_long_prompt_loses_whole_turns_first_and_keeps_the_system_turn(tiny):
     assert cut_to(len(whole) - 1) == cut_to(len(three)) == three
     assert cut_to(len(three) - 1) == cut_to(len(one)) == one
     assert cut_to(len(one) - 1) == one[1:]  # at last, tokens from the left
+    told = recipe("dpo", "instruct")
+    (example,) = Dataset([pair], tiny, told, Limits(len(three) + 2, 0.4), "worse").examples
+    suffixed = messages[-1] | {"content": "new?\nplease generate a worse response"}
+    assert example.instruct.tolist() == tokens(suffixed)
 
 
 def test_a_pair_without_room_for_an_answer_is_dropped_and_counted(tiny):

@@ -129,7 +129,7 @@ def test_rows_and_recomputing_do_not_change_the_numbers(change, flags, no_plots,
 
 def until_step(process, out, step):
     """Wait until the metrics of this step are written."""
-    deadline = time.time() + 120
+    deadline = time.time() + 300
     while time.time() < deadline and process.poll() is None:
         if (out / "metrics.jsonl").exists() and len(lines(out)) >= step:
             return
