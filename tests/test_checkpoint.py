@@ -21,7 +21,7 @@ def whole(tiny_model_dir, pairs_file, tmp_path_factory):
     """The flags of a run of 6 steps that kept its checkpoints at 2, 4 and 6."""
     out = tmp_path_factory.mktemp("whole") / "out"
     flags = {"model": tiny_model_dir, "data": pairs_file, "max_len": 256, "batch": 4, "lr": 1e-3}
-    flags |= {"loss": "ins_dpo", "steps": 6, "save_every": 2, "eval_every": 6, "keep": 3}
+    flags |= {"loss": "ins_dpo", "steps": 6, "save_every": 2, "eval_every": 2, "keep": 3}
     train_here(flags | {"out": out})
     return flags | {"out": out}
 
@@ -198,6 +198,7 @@ def test_a_checkpoint_that_was_being_written_is_never_read(stopped, whole, capsy
     train_here(stopped)
     assert "step-4" in capsys.readouterr().out.partition("resuming from")[2].splitlines()[0]
     assert furthest(final(whole["out"]), final(stopped["out"])) == 0
+    assert [line["step"] for line in lines(stopped["out"], "eval_loss")] == [0, 2, 4, 6]
     found = sorted(os.listdir(stopped["out"] / "checkpoints"))
     assert found == ["step-2", "step-4", "step-6"]
     assert sorted(os.listdir(stopped["out"] / "checkpoints" / "step-6")) == [
@@ -210,6 +211,7 @@ def test_a_resumed_run_without_a_whole_checkpoint_starts_over_and_says_so(stoppe
     for path in saved(stopped["out"] / "checkpoints"):
         flipped_bit(path)
     train_here(stopped)
+    steps = [line["step"] for line in lines(stopped["out"], "step")]
+    assert steps == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6], "each step, and each validation, once"
     assert "no whole checkpoint" in capsys.readouterr().out
     assert furthest(final(whole["out"]), final(stopped["out"])) == 0
-    assert [line["step"] for line in lines(stopped["out"], "step")] == [0, 1, 2, 3, 4, 5, 6, 6]
