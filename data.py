@@ -282,7 +282,8 @@ class Dataset:
 
     def _add(self, pairs):
         """Render and tokenise a block of pairs; answers and prompts each on their own."""
-        t, closed = self.template, self.score == "tokens"
+        # a reward is read behind all that the template writes, also after the end of turn
+        t, closed = self.template, self.score == "tokens" or self.in_context
         refine = [with_suffix(p.prompt, self.instruction) for p in pairs]
         texts = [t.render(p.prompt, generation=True) for p in pairs]
         texts += [t.render(messages, generation=True) for messages in refine]
