@@ -1,4 +1,4 @@
-"""`torchrun train.py --loss ins_dpo` with nothing else: the README's first command and its model."""
+"""`torchrun train.py --loss ins_dpo`, the README's first command, and what it leaves."""
 
 import json
 import re
