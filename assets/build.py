@@ -94,7 +94,7 @@ CONFIG = {
     "attention_bias": False,
     "mlp_bias": False,
     "tie_word_embeddings": True,
-    "initializer_range": 0.1,
+    "initializer_range": 0.1,  # wide: narrow starts lose their mass on the 16 answers under DPO
     "bos_token_id": None,
     "eos_token_id": SPECIAL.index(END),
     "pad_token_id": SPECIAL.index(PAD),

@@ -299,9 +299,9 @@ def test_starts_give_each_answer_about_equally_often(name):
 
 @pytest.mark.parametrize("bridge", ["sep", "turn"])
 def test_start_knows_second_attempts(bridge):
-    """Behind each bridge the other 15 answers follow; start-single has never seen one."""
+    """Behind each bridge an answer follows, seldom the same; start-single has never seen that."""
     p = world_probabilities(*load_model(ASSETS / "start", "fp32", "cpu"), bridge)  # (Q, B, A)
     assert p.sum(-1).mean() > 0.97
-    assert p.diagonal(axis1=1, axis2=2).mean() < 0.01
+    assert p.diagonal(axis1=1, axis2=2).mean() < 0.9 / A  # the attempts that it saw were others
     single = world_probabilities(*load_model(ASSETS / "start-single", "fp32", "cpu"), bridge)
     assert single.sum(-1).mean() < 0.5
