@@ -100,10 +100,11 @@ def shard(model, s, ranks):
     does not gather once per chunk. A single rank keeps everything gathered for the whole step.
     """
     compute = torch.bfloat16 if s.dtype == "bf16" else None
+    offload = CPUOffloadPolicy(pin_memory=ranks.kind == "cuda")
     options = {
         "mesh": ranks.mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy() if s.offload else OffloadPolicy(),
+        "offload_policy": offload if s.offload else OffloadPolicy(),
         "reshard_after_forward": ranks.world > 1,
     }
     for block in model.blocks:

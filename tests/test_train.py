@@ -112,8 +112,13 @@ def test_two_processes_equal_one_over_20_steps(flags, no_plots):
             assert (x["pairs"], x["tokens"]) == (y["pairs"], y["tokens"])
 
 
-@pytest.mark.parametrize("change", [{"row_tokens": 512}, {"checkpoint_activations": True}])
-def test_rows_and_recomputing_do_not_change_the_numbers(change, flags, no_plots, monkeypatch):
+CHANGES = [{"row_tokens": 512}, {"checkpoint_activations": True}, {"offload": True}]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_rows_recomputing_and_offloading_do_not_change_the_numbers(
+    change, flags, no_plots, monkeypatch
+):
     sizes = []
     build = scoring.build_row
     monkeypatch.setattr(scoring, "build_row", lambda *a: sizes.append(len(a[0])) or build(*a))
