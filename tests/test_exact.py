@@ -16,7 +16,6 @@ from losses import recipe
 from model import load
 from rows import build_row
 from runs import lines, train_here
-from smollm2 import smollm2_dir
 from template import INSTRUCTIONS, Template
 from weights import hf_name
 
@@ -45,14 +44,6 @@ PATHS = {  # every set of paths: condition, bridge, objective
     "instruct": ("instruct", "sep", "dpo"),
     "cross turn, and mismatched": ("cross", "turn", "kto"),
 }
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    directory = smollm2_dir()
-    if directory is None:
-        pytest.skip("SmolLM2 is not built: python tests/smollm2.py")
-    return directory
 
 
 @pytest.fixture(scope="module")
