@@ -24,9 +24,10 @@ import numpy as np
 import torch
 
 from cli import UserError, flag, parse, progress, run
-from data import Dataset, Drops, Limits, Pair, as_messages, read_pairs, records
+from data import Dataset, Limits
 from generate import load_model
 from losses import Path, recipe
+from pairs import Drops, Pair, as_messages, read_pairs, records
 from rows import build_row, lay_out, pack, trie_size
 from settings import ASSETS
 from template import read_json

@@ -20,8 +20,8 @@ import torch
 from tokenizers.decoders import DecodeStream
 
 from cli import UserError, flag, parse, progress, run
-from data import Drops, as_messages, data_files, records, to_pair
 from model import load
+from pairs import Drops, as_messages, data_files, records, to_pair
 from sampling import Sampling, Sequence, complete
 from template import INSTRUCTIONS, Template, parse_json, read_json, with_suffix
 from weights import read_config, resolve
@@ -167,7 +167,7 @@ def stop_ids(template):
 def read_asks(source, limit=None):
     """Prompts of a file, glob or hub id -> list of Ask, one per row, in file order.
 
-    A row is anything that data.read_pairs takes, or has a `prompt` (text or messages) or an
+    A row is anything that pairs.read_pairs takes, or has a `prompt` (text or messages) or an
     `instruction` (text) alone; `draft` is taken where it is there. Rows that are no usable pair
     are left out, and reported.
     """

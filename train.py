@@ -20,9 +20,10 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 import checkpoint
 import weights
 from cli import UserError, parse, progress, run
-from data import Dataset, Drops, Limits, hold_out, plain_paths, read_pairs
+from data import Dataset, Limits, plain_paths
 from losses import recipe, unique
 from metrics import Metrics
+from pairs import Drops, hold_out, read_pairs
 from ranks import Ranks, build_model
 from rows import Plan
 from scoring import Reference, Scorer, by_path

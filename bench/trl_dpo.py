@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cli import UserError, flag, parse, run  # noqa: E402
-from data import Drops, read_pairs  # noqa: E402
+from pairs import Drops, read_pairs  # noqa: E402
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 

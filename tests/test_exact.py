@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import train
-from data import Dataset, Drops, Limits, read_pairs
+from data import Dataset, Limits
 from losses import recipe
 from model import load
+from pairs import Drops, read_pairs
 from rows import build_row
 from runs import lines, train_here
 from template import INSTRUCTIONS, Template

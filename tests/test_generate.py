@@ -14,11 +14,12 @@ import generate
 import tiny
 from cli import UserError, run
 from conftest import write_model
-from data import Dataset, Limits, Pair
+from data import Dataset, Limits
 from generate import Answers, Ask, Stream, read_asks, stop_ids
 from losses import Path as LossPath
 from losses import recipe
 from model import load
+from pairs import Pair
 from sampling import Sampling, Sequence, complete, draw, likeliest
 from sampling import generate as sample
 from template import Template

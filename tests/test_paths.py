@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from cli import UserError
-from data import Dataset, Limits, Pair, plain_paths
+from data import Dataset, Limits, plain_paths
 from losses import CONDITIONS, Path, recipe, unique
+from pairs import Pair
 from rows import lay_out, trie_size
 from template import Template
 

@@ -8,8 +8,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from cli import UserError
-from data import Dataset, Limits, Pair
+from data import Dataset, Limits
 from losses import recipe
+from pairs import Pair
 from template import Template, with_suffix
 
 # The public formats, in our own words: who speaks, what closes a turn, what is refused.

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from data import Dataset, Limits, Pair
+from data import Dataset, Limits
 from losses import recipe
 from model import load
+from pairs import Pair
 from rows import build_row
 from template import Template
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from cli import UserError
-from data import Drops, Pair, hold_out, read_pairs
+from pairs import Drops, Pair, hold_out, read_pairs
 
 
 def say(*texts, system=None):
