@@ -12,6 +12,7 @@ Legend: N answers or pairs, P paths, Q questions, A answers of a question, R res
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -354,19 +355,31 @@ def world_probabilities(model, template, bridge=None, instruction="better"):
     """
     from assets.world import answer_probabilities, answers, questions
 
-    pairs = [
-        Pair([{"role": "user", "content": question}], answer, shown, question)
+    n, tries = len(answers(questions()[0])), world_tries(template, bridge, instruction)
+    sums, _ = score(model, tries.__getitem__, list(map(len, tries)), n, label="world")
+    return answer_probabilities(sums.view((-1, n, n) if bridge else (-1, n)).numpy())
+
+
+@functools.lru_cache(maxsize=4)
+def world_tries(template, bridge=None, instruction="better"):
+    """One rows.Trie per question, or with a bridge per question and answer shown: its paths end in
+    the 16 answers. Kept, since many models share a template."""
+    from assets.world import answers, questions
+
+    pairs = [  # the same answer in both places: as what is said and as what is shown
+        Pair([{"role": "user", "content": question}], answer, answer, question)
         for question in questions()
-        for shown in (answers(question) if bridge else [None])
         for answer in answers(question)
     ]
     rule = recipe("dpo", "cross" if bridge else "none", bridge)
     dataset = Dataset(pairs, template, rule, Limits(4096, 0.4), instruction)
-    path = Path("rejected" if bridge else None, "chosen")
-    sums, _ = score_pairs(model, dataset, [path], label="world")
-    n = len(answers(questions()[0]))
-    shape = (-1, n, n) if bridge else (-1, n)
-    return answer_probabilities(sums[path].view(shape).numpy())
+    n, shown, tries = len(answers(questions()[0])), "rejected" if bridge else None, []
+    for first in range(0, len(dataset), n):
+        ends = [dataset.path(first + a, Path(None, "chosen")) for a in range(n)]
+        for b in range(n if bridge else 1):
+            context = dataset.path(first + b, Path(shown, "chosen"))[0][:-1]
+            tries.append(lay_out([([*context, segments[-1]], k) for segments, k in ends]))
+    return tries
 
 
 # ----------------------------------------------------------------------------- the command line

@@ -21,7 +21,12 @@ first beats the last, and styles two apart are equals:
 
     intransitive    P(y > y' | x) = sigmoid(u(y) - u(y') + TASTE * sin(pi/2 (s(y) - s(y'))))
 
-The sine is antisymmetric, so P(y > y') + P(y' > y) = 1 holds for both kinds. Around the circle the
+A third kind serves to choose learning rates without looking at the other two: in the mirrored
+world every taste is reversed,
+
+    mirrored        P(y > y' | x) = sigmoid(u(y') - u(y))
+
+The sine is antisymmetric, so P(y > y') + P(y' > y) = 1 holds for every kind. Around the circle the
 separable logits add up to 0 and the intransitive ones to 4 TASTE, so no scalar utility, and hence
 no Bradley-Terry reward, represents the second kind (the general preference of InSPO section 3).
 
@@ -71,7 +76,8 @@ FACTS = tuple(tuple(line.split(" | ")) for line in FACTS.strip().splitlines())
 CHOICES = np.array([[a >> 3 & 1, a >> 2 & 1, a >> 1 & 1, a & 1] for a in range(16)])  # (A, 4)
 SCORES = np.array([1.0, 2.0, 1.5, 1.0])
 TASTE = 3.0
-KINDS = ("separable", "intransitive")
+KINDS = ("separable", "intransitive")  # what is reported
+MIRRORED = "mirrored"  # where learning rates are chosen
 
 
 def questions():
@@ -103,9 +109,11 @@ def style():
 
 def preference_logits(kind="separable"):
     """(A, A) antisymmetric: the log-odds that the row's answer is preferred to the column's."""
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+    if kind not in (*KINDS, MIRRORED):
+        raise ValueError(f"kind must be one of {', '.join(KINDS)} or {MIRRORED}, not {kind!r}")
     logits = np.subtract.outer(utility(), utility())  # (A, A)
+    if kind == MIRRORED:
+        return -logits
     if kind == "intransitive":
         # sin(pi/2 d) for whole d, without its rounding: 0, 1, 0, -1
         turn = np.array([0.0, 1.0, 0.0, -1.0])
