@@ -1,0 +1,344 @@
+"""Every objective in every form, compared where the truth is known: the embedded small world.
+
+    python bench/small_world.py                 all of it, under an hour on two cores; goes on where
+                                                it stopped; writes docs/small_world.{json,md,png}
+                                                and the table in README.md
+    python bench/small_world.py --report        only writes these again, from docs/small_world.json
+
+A run is train.py's own: so many steps on pairs drawn from the world by the run's seed, with which
+all runs of one seed see the same pairs in the same order. Nothing is sampled in judging: from the
+16 answers' probabilities, bare, and behind each answer, follow (assets/world.py)
+
+    plain      exact win rate of prompt-only answers against the start's: what gets deployed
+    shown      the same when the policy sees the answer that it is to beat (InSPO Theorem 3.2)
+    refined    the same when it sees an answer of its own: IFSR's stage III
+    accuracy   how often the sign of the plain log-ratio agrees with a label, over all pairs
+    kl         KL(policy || start) in nats, of prompt-only answers, other texts taken as one
+    length     mean tokens of a prompt-only answer, end token included
+    mass       probability of the 16 answers
+
+The learning rate of each base objective is the one of RATES whose plain win rate is highest in the
+mirrored world, on average over the plain, the `ins_` and the `ifsr_` form.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two runs side by side beat one on two threads
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import small_world_report  # noqa: E402
+import torch  # noqa: E402
+
+import train  # noqa: E402
+from assets import world  # noqa: E402
+from assets.build import as_jsonl  # noqa: E402
+from cli import progress  # noqa: E402
+from evaluate import load_model, world_probabilities  # noqa: E402
+from losses import recipe  # noqa: E402
+from ranks import Ranks  # noqa: E402
+from settings import Settings  # noqa: E402
+
+STEPS, BATCH, SEEDS = 40, 16, range(5)
+STARTS = ("start", "start-single")
+TEACH = 1e-3  # learning rate of the stages that teach by likelihood
+RATES = (1e-4, 2e-4, 4e-4, 1e-3)
+BASES = ("dpo", "ipo", "rdpo", "simpo", "orpo", "cpo", "kto", "slic", "rrhf")
+FORMS = {  # name: (prefix of --loss, --condition, --bridge); None: the preset's
+    "plain": ("", None, None),
+    "ins": ("ins_", None, None),
+    "ins turn": ("ins_", None, "turn"),
+    "one-sided": ("ins_", "one_sided", None),
+    "averaged": ("ins_", "averaged", None),
+    "ifsr": ("ifsr_", None, None),
+}
+
+
+class Stage(NamedTuple):
+    """One run of train.py."""
+
+    loss: str
+    lr: float
+    condition: str | None = None
+    bridge: str | None = None
+    instruction: str = "better"
+    steps: int = STEPS
+
+
+class Job(NamedTuple):
+    """A chain of stages from an embedded start, and what it is called in the report."""
+
+    name: tuple  # (table, row, column)
+    start: str
+    kind: str
+    seed: int
+    stages: tuple
+
+
+# ----------------------------------------------------------------------------- what is run
+
+
+def form(base, name, lr, **options):
+    """A base objective in one of the FORMS."""
+    prefix, condition, bridge = FORMS[name]
+    return Stage(prefix + base, lr, condition, bridge, **options)
+
+
+def rate_jobs():
+    """Every rate for every base, in the mirrored world, on a seed of its own."""
+    for base in BASES:
+        for lr in RATES:
+            for name in ("plain", "ins", "ifsr"):
+                stages = (form(base, name, lr),)
+                yield Job(("rates", base, f"{lr:g}"), "start", world.MIRRORED, 100, stages)
+
+
+def best_rates(results):
+    """{base: lr} from the results of rate_jobs."""
+    rates = {}
+    for base in BASES:
+        wins = {lr: mean_of(results, ("rates", base, f"{lr:g}"), "plain") for lr in RATES}
+        rates[base] = max(RATES, key=lambda lr: wins[lr])
+    return rates
+
+
+def form_jobs(rates):
+    """The comparison: every base in every form, from both starts, under both preferences."""
+    for seed in SEEDS:
+        for kind in world.KINDS:
+            for start in STARTS:
+                for name in FORMS:
+                    for base in BASES:
+                        stages = (form(base, name, rates[base]),)
+                        yield Job(("forms", base, name), start, kind, seed, stages)
+
+
+def stage_jobs(rates):
+    """IFSR Table 3: its stages from the start that knows single answers. Without a stage its steps
+    go to what it would follow, so all chains take equally many."""
+    lr, twice = rates["dpo"], 2 * STEPS
+    first = {
+        "-": (Stage("sft", TEACH, steps=twice),),
+        "I": (Stage("sft", TEACH), Stage("irft", TEACH)),
+    }
+    second = {
+        "-": (Stage("dpo", lr, steps=twice),),
+        "II": (Stage("dpo", lr), Stage("ifsr_dpo", lr)),
+    }
+    for seed in SEEDS:
+        for a, teach in first.items():
+            for b, prefer in second.items():
+                name = ("stages", a, b)
+                yield Job(name, "start-single", "separable", seed, teach + prefer)
+
+
+def instruction_jobs(rates):
+    """IFSR Table 6: what the second turn asks for, in training and in asking."""
+    for seed in SEEDS:
+        for start in STARTS:
+            for instruction in ("better", "another", "worse"):
+                stages = (Stage("ifsr_dpo", rates["dpo"], instruction=instruction),)
+                name = ("instructions", instruction, "ifsr_dpo")
+                yield Job(name, start, "separable", seed, stages)
+
+
+# ----------------------------------------------------------------------------- one run
+
+
+@cache
+def ranks():
+    """This process as the only rank; what runs would print is not shown."""
+    alone = Ranks("cpu")
+    alone.say = lambda text: None
+    return alone
+
+
+@cache
+def start_of(name):
+    """(template, plain probabilities (Q, A), answer lengths (Q, A)) of an embedded start."""
+    model, template = load_model(ROOT / "assets" / name, "fp32", "cpu")
+    texts = [answer + template.end for q in world.questions() for answer in world.answers(q)]
+    lengths = np.array([len(ids) for ids in template.encode(texts)])
+    policy = world_probabilities(model, template)
+    return template, policy, lengths.reshape(policy.shape)
+
+
+def run(job, cache_dir):
+    """Train the job's stages one after the other and measure the last -> the job's result."""
+    begun, cpu = time.time(), time.process_time()
+    with tempfile.TemporaryDirectory() as work:
+        work, model = Path(work), ROOT / "assets" / job.start
+        data = work / "pairs.jsonl"
+        data.write_text(as_jsonl(world.sample_pairs(STEPS * BATCH, job.seed, job.kind)))
+        for n, stage in enumerate(job.stages):
+            out = work / f"stage-{n}"
+            share = reference_of(job, stage, cache_dir) if n == 0 else None
+            train_stage(stage, model, data, out, job.seed, share)
+            model = out / "final"
+        policy, _ = load_model(model, "fp32", "cpu")
+        result = {"job": job, **measure(job, policy)}
+    seconds = {"seconds": time.time() - begun, "cpu_seconds": time.process_time() - cpu}
+    return result | {name: round(value, 2) for name, value in seconds.items()}
+
+
+def train_stage(stage, model, data, out, seed, share=None):
+    """One run of train.py in this process. share: reference log-probabilities kept for others."""
+    options = stage._asdict() | {"model": str(model), "data": str(data), "out": str(out)}
+    fixed = {"batch": BATCH, "max_len": 256, "eval_pairs": 0, "device": "cpu", "seed": seed}
+    settings = Settings(**options, **fixed, save_every=stage.steps)
+    reference = out / "reference.safetensors"
+    if share and share.exists():
+        out.mkdir()
+        shutil.copy(share, reference)
+    train.train(settings, ranks())
+    if share and reference.exists() and not share.exists():
+        aside = share.with_name(f".{os.getpid()}-{share.name}")
+        shutil.copy(reference, aside)
+        os.rename(aside, share)
+
+
+def reference_of(job, stage, directory):
+    """The file for what all runs on these pairs and reference paths share; train.py checks it."""
+    rule = recipe(stage.loss, stage.condition, stage.bridge)
+    paths = "+".join(str(path).replace("|", "-") for path in rule.reference_paths)
+    words = [job.start, job.kind, str(job.seed), rule.bridge, stage.instruction, paths]
+    return Path(directory) / ("_".join(words) + ".safetensors")
+
+
+def measure(job, policy):
+    """The numbers at the head of this file."""
+    template, start, lengths = start_of(job.start)
+    last = job.stages[-1]
+    rule = recipe(last.loss, last.condition, last.bridge)
+    bridge = rule.bridge if rule.condition != "none" else "turn"
+    plain = world_probabilities(policy, template)  # (Q, A)
+    shown = world_probabilities(policy, template, bridge, last.instruction)  # (Q, B, A)
+    refined = np.einsum("qb,qba->qa", plain, shown)
+    views = {"plain": plain, "shown": shown, "refined": refined}
+    wins = {v: world.expected_win_rate(p, start, job.kind) for v, p in views.items()}
+    return wins | {
+        "accuracy": accuracy(np.log(plain) - np.log(start), job.kind),
+        "kl": kl(plain, start),
+        "length": float(((plain * lengths).sum(-1) / plain.sum(-1)).mean()),
+        "mass": float(plain.sum(-1).mean()),
+    }
+
+
+def accuracy(ratio, kind):
+    """Expected share of labels that the order of the log-ratios (Q, A) agrees with."""
+    prefer = world.preference_matrix(world.questions()[0], kind)  # (A, A)
+    agrees = np.where(ratio[:, :, None] > ratio[:, None, :], prefer, prefer.T)  # (Q, A, A)
+    return float(agrees[:, ~np.eye(len(prefer), dtype=bool)].mean())
+
+
+def kl(policy, start):
+    """KL(policy || start) in nats, mean over questions; all other texts count as one."""
+    p, q = (np.concatenate([x, 1 - x.sum(-1, keepdims=True)], -1) for x in (policy, start))
+    p, q = np.maximum(p, 1e-12), np.maximum(q, 1e-12)
+    return float((p * np.log(p / q)).sum(-1).mean())
+
+
+def best_worlds():
+    """{start and kind: {view: the best win rate that any policy could reach}}."""
+    return {
+        f"{start} {kind}": {
+            view: round(world.best_win_rate(start_of(start)[1], kind, view == "shown"), 4)
+            for view in ("plain", "shown")
+        }
+        for start in STARTS
+        for kind in world.KINDS
+    }
+
+
+# ----------------------------------------------------------------------------- all runs
+
+
+def mean_of(results, name, measure, start=None, kind=None):
+    """Mean of a measure over the results of this name."""
+    return float(np.mean(values_of(results, name, measure, start, kind)))
+
+
+def values_of(results, name, measure, start=None, kind=None):
+    """[a measure of every result of this name, start and kind], by seed."""
+    found = [
+        (r["job"].seed, r[measure])
+        for r in results
+        if r["job"].name == name
+        and start in (None, r["job"].start)
+        and kind in (None, r["job"].kind)
+    ]
+    return [value for _, value in sorted(found)]
+
+
+def run_all(jobs, file, known, workers):
+    """Run what is not known yet, side by side; every result is appended to `file` at once."""
+    jobs = [job for job in jobs if job not in known]
+    cache_dir = file.parent / "references"
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    bar = progress(file.stem, len(jobs), "run")
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), quiet, (file.parent / "log",))
+    with pool, bar, open(file, "a", encoding="utf-8") as out:
+        futures = [pool.submit(run, job, cache_dir) for job in jobs]
+        for future in as_completed(futures):
+            result = future.result()
+            known[result["job"]] = result
+            out.write(json.dumps(result) + "\n")
+            out.flush()
+            bar.update()
+    return known
+
+
+def quiet(log):
+    """A worker: one thread, and its runs' own progress goes into a log."""
+    torch.set_num_threads(1)
+    out = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(out, 1), os.dup2(out, 2)
+
+
+def read_results(file):
+    """{Job: result} of the runs that are already done."""
+    known = {}
+    if file.exists():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            result = json.loads(line)
+            name, start, kind, seed, stages = result["job"]
+            job = Job(tuple(name), start, kind, seed, tuple(Stage(*s) for s in stages))
+            known[job] = result | {"job": job}
+    return known
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", default="runs/small_world", help="where results are kept")
+    parser.add_argument("--workers", type=int, default=2, help="runs side by side")
+    parser.add_argument("--report", action="store_true", help="only write the report again")
+    args = parser.parse_args()
+    if not args.report:
+        file = Path(args.out) / "results.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        known = run_all(list(rate_jobs()), file, read_results(file), args.workers)
+        rates = best_rates(list(known.values()))
+        jobs = [*form_jobs(rates), *stage_jobs(rates), *instruction_jobs(rates)]
+        known = run_all(jobs, file, known, args.workers)
+        wanted = {*rate_jobs(), *jobs}
+        settings = {"steps": STEPS, "batch": BATCH, "seeds": len(SEEDS), "best": best_worlds()}
+        small_world_report.save({j: known[j] for j in known if j in wanted}, rates, settings)
+    small_world_report.write()
+
+
+if __name__ == "__main__":
+    main()

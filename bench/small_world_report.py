@@ -1,0 +1,253 @@
+"""What bench/small_world.py found, as tables and a figure: docs/small_world.{json,md,png}, README.
+
+A cell is the mean over seeds, with the standard deviation of one seed behind it. Marks:
+
+    *       differs from the plain form of its base on the same seeds: the 95% t-interval of the
+            paired difference leaves out 0
+    (n)     Noisy. Validated, and unmarked, is a cell in which every seed's prompt-only win rate is
+            above 50% and whose standard deviation is at most 2 points
+"""
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from weights import write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+JSON = ROOT / "docs" / "small_world.json"
+MARKS = "<!-- bench/small_world.py -->", "<!-- /bench/small_world.py -->"
+MEASURES = ("plain", "shown", "refined", "accuracy", "kl", "length", "mass")
+T_4 = 2.776  # 97.5% quantile of Student's t with 4 degrees of freedom: five seeds
+
+
+# ----------------------------------------------------------------------------- what is kept
+
+
+def save(results, rates, settings):
+    """Results {Job: result} -> docs/small_world.json, the values of every cell by seed."""
+    cells = {}
+    for job, result in sorted(results.items(), key=lambda item: item[0].seed):
+        cell = cells.setdefault((*job.name, job.start, job.kind), {name: [] for name in MEASURES})
+        for name in MEASURES:
+            cell[name].append(round(result[name], 4))
+    names = ("table", "row", "column", "start", "kind")
+    rows = [dict(zip(names, key, strict=True)) | cell for key, cell in cells.items()]
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    )
+    minutes = sum(result["cpu_seconds"] for result in results.values()) / 60
+    about = {"runs": len(results), "cpu_minutes": round(minutes, 1), "rates": rates}
+    about |= {"commit": commit.stdout.strip(), "torch": torch.__version__}
+    about |= {"python": platform.python_version(), "machine": platform.machine()}
+    write_json(JSON, about | settings | {"cells": rows})
+
+
+class Found:
+    """docs/small_world.json, read."""
+
+    def __init__(self):
+        self.about = json.loads(JSON.read_text(encoding="utf-8"))
+        names = ("table", "row", "column", "start", "kind")
+        self.cells = {tuple(c[n] for n in names): c for c in self.about["cells"]}
+
+    def values(self, measure, table, row, column, start="start", kind="separable"):
+        """(seeds,) values of one cell."""
+        return np.array(self.cells[table, row, column, start, kind][measure])
+
+    def rows(self, table):
+        return list(dict.fromkeys(key[1] for key in self.cells if key[0] == table))
+
+    def columns(self, table):
+        return list(dict.fromkeys(key[2] for key in self.cells if key[0] == table))
+
+
+# ----------------------------------------------------------------------------- tables
+
+
+def spread(values, percent=True):
+    """ "81.2 ± 0.4": mean and standard deviation of one seed."""
+    scale, form = (100, ".1f") if percent else (1, ".2f")
+    return f"{scale * values.mean():{form}} ± {scale * values.std(ddof=1):{form}}"
+
+
+def validated(plain):
+    """The rule at the head of this file, on the prompt-only win rates of a cell's seeds."""
+    return plain.min() > 0.5 and plain.std(ddof=1) <= 0.02
+
+
+def differs(values, others):
+    """Whether paired differences over five seeds leave out 0 with 95% confidence."""
+    gap = values - others
+    return abs(gap.mean()) > T_4 * gap.std(ddof=1) / len(gap) ** 0.5
+
+
+def form_table(found, measure, start, kind, marks=True):
+    """Bases in rows, forms in columns, one measure in one world."""
+    forms = found.columns("forms")
+    lines = [f"| | {' | '.join(forms)} |", "| --- " * (len(forms) + 1) + "|"]
+    for base in found.rows("forms"):
+        cells = []
+        for name in forms:
+            values = found.values(measure, "forms", base, name, start, kind)
+            base_values = found.values(measure, "forms", base, "plain", start, kind)
+            plain = found.values("plain", "forms", base, name, start, kind)
+            mark = "*" if marks and name != "plain" and differs(values, base_values) else ""
+            noisy = " (n)" if marks and not validated(plain) else ""
+            cells.append(spread(values, measure not in ("kl", "length")) + mark + noisy)
+        lines.append(f"| {base} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plain_table(header, rows):
+    """A markdown table."""
+    lines = [f"| {' | '.join(header)} |", "| --- " * len(header) + "|"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def stage_table(found):
+    """IFSR's stages: I in training, II in training, III in asking."""
+    rows = []
+    for a in found.rows("stages"):
+        for b in found.columns("stages"):
+            cell = ("stages", a, b, "start-single")
+            for third, view in (("-", "plain"), ("III", "refined")):
+                rows.append([a, b, third, spread(found.values(view, *cell))])
+    return plain_table(["I: irft", "II: ifsr_dpo", "III: refine", "win rate, %"], rows)
+
+
+def instruction_table(found):
+    """What the second turn asks for."""
+    views = ("plain", "refined", "shown")
+    rows = [
+        [start, instruction]
+        + [spread(found.values(v, "instructions", instruction, "ifsr_dpo", start)) for v in views]
+        for start in ("start", "start-single")
+        for instruction in found.rows("instructions")
+    ]
+    return plain_table(["from", "instruction", *views], rows)
+
+
+def rate_table(found):
+    """Where the learning rates come from."""
+    rates = found.columns("rates")
+    rows = []
+    for base in found.rows("rates"):
+        wins = [found.values("plain", "rates", base, r, "start", "mirrored").mean() for r in rates]
+        chosen = f"{found.about['rates'][base]:g}"
+        cells = [
+            f"**{100 * w:.1f}**" if r == chosen else f"{100 * w:.1f}"
+            for r, w in zip(rates, wins, strict=True)
+        ]
+        rows.append([base, *cells])
+    return plain_table(["", *rates], rows)
+
+
+# ----------------------------------------------------------------------------- figure and pages
+
+WORLDS = [
+    (start, kind) for kind in ("separable", "intransitive") for start in ("start", "start-single")
+]
+TITLES = {
+    "start": "start saw further attempts",
+    "start-single": "start saw single answers only",
+}
+
+
+def draw(found, file):
+    """Four worlds: win rate of every base in every form, bare (full) and shown the answer to beat
+    (hollow), mean and standard deviation over seeds; what could be reached as lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    forms, bases = found.columns("forms"), found.rows("forms")
+    figure, axes = plt.subplots(2, 2, figsize=(13, 7.5), sharex=True, sharey=True)
+    for axis, (start, kind) in zip(axes.flat, WORLDS, strict=True):
+        for n, name in enumerate(forms):
+            places = np.arange(len(bases)) + (n - (len(forms) - 1) / 2) * 0.12
+            for view, full in (("plain", f"C{n}"), ("shown", "none")):
+                values = [100 * found.values(view, "forms", b, name, start, kind) for b in bases]
+                means, spreads = zip(*[(v.mean(), v.std(ddof=1)) for v in values], strict=True)
+                style = {"fmt": "o", "ms": 4.5, "mfc": full, "color": f"C{n}", "elinewidth": 0.8}
+                label = name if view == "plain" else None
+                axis.errorbar(places, means, spreads, label=label, **style)
+        for view, best in found.about["best"][f"{start} {kind}"].items():
+            axis.axhline(100 * best, color="k", lw=0.7, ls="--" if view == "plain" else ":")
+        axis.axhline(50, color="k", lw=0.7)
+        axis.set(title=f"{kind}; {TITLES[start]}", ylabel="exact win rate against the start, %")
+        axis.set_xticks(range(len(bases)), bases)
+        axis.grid(axis="y", alpha=0.3)
+    axes[0, 0].legend(frameon=False, ncols=3, fontsize=8, loc="lower left")
+    figure.tight_layout()
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
+def readme_part(found):
+    """The table that the README shows, between MARKS."""
+    about = found.about
+    return "\n".join(
+        [
+            MARKS[0],
+            form_table(found, "plain", "start", "separable"),
+            "",
+            f"Exact win rate, in percent, of prompt-only answers against the start's (50 before "
+            f"training, {100 * about['best']['start separable']['plain']:.1f} at best): mean ± "
+            f"standard deviation of a seed, {about['seeds']} seeds, {about['steps']} steps of "
+            f"{about['batch']} pairs, learning rate chosen per row. `*`: differs from the plain "
+            "form on the same seeds (95% paired t-interval). `(n)`: Noisy, that is, a seed at or "
+            "below 50% or a standard deviation above 2 points; all others count as Validated. "
+            f"{about['runs']} runs, {about['cpu_minutes']:.0f} CPU minutes: `python "
+            "bench/small_world.py`.",
+            MARKS[1],
+        ]
+    )
+
+
+def page(found):
+    """docs/small_world.md: everything, after the words that a person wrote at its head."""
+    parts = []
+    for start, kind in WORLDS:
+        best = found.about["best"][f"{start} {kind}"]
+        parts.append(f"## {kind}, from `{start}` ({TITLES[start]})")
+        for measure, what in TABLES.items():
+            parts.append(what.format(**{k: f"{100 * v:.1f}" for k, v in best.items()}))
+            parts.append(form_table(found, measure, start, kind, measure in ("plain", "shown")))
+    parts += ["## IFSR's three stages, from `start-single`", STAGES, stage_table(found)]
+    parts += ["## What the second turn asks for", INSTRUCTIONS, instruction_table(found)]
+    parts += ["## Learning rates", RATES, rate_table(found)]
+    return "\n\n".join(parts) + "\n"
+
+
+TABLES = {
+    "plain": "**Prompt-only win rate**, percent (at best {plain}):",
+    "shown": "**Win rate when shown the answer to beat**, percent (at best {shown}):",
+    "refined": "**Win rate of refining an answer of its own** (IFSR's stage III), percent:",
+    "accuracy": "**Accuracy** of the plain log-ratio on labels, percent:",
+    "kl": "**KL(policy || start)** of prompt-only answers, nats:",
+    "length": "**Length** of a prompt-only answer, tokens:",
+    "mass": "**Probability of the 16 answers**, prompt-only, percent:",
+}
+STAGES = (
+    "Without a stage its steps go to the one before, so that all eight take equally many "
+    "(sft 2N or sft N, irft N; then dpo 2N or dpo N, ifsr_dpo N):"
+)
+INSTRUCTIONS = "`ifsr_dpo`, trained and asked with the same instruction (percent):"
+RATES = "Prompt-only win rate in the mirrored world, mean of the plain, `ins` and `ifsr` forms:"
+
+
+def write():
+    """docs/small_world.{md,png} and the README's table, from docs/small_world.json."""
+    found = Found()
+    draw(found, JSON.with_suffix(".png"))
+    for file, new in ((JSON.with_suffix(".md"), page(found)), (ROOT / "README.md", None)):
+        text = file.read_text(encoding="utf-8")
+        inside = readme_part(found) if new is None else f"{MARKS[0]}\n\n{new}\n{MARKS[1]}"
+        head, tail = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
+        file.write_text(head + inside + tail, encoding="utf-8")
