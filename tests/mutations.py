@@ -65,7 +65,8 @@ MUTATIONS = [
     ("conditioned reference plain", "return path if self.reference == \"conditioned\" else Path(None, path.target)", "return Path(None, path.target)"),
     # the step
     ("means are sums", "sums[path] / counts[path]", "sums[path]"),
-    ("lengths exchanged for log-probabilities", 'known[f"len_{answer}"] = counts[path]', 'known[f"len_{answer}"] = sums[path]'),
+    ("rdpo: lengths of the log-probabilities", 'known[f"len_{answer}"] = counts[path]', 'known[f"len_{answer}"] = sums[path]'),
+    ("lengths of one answer for both", 'known[f"len_{answer}"] = counts[path]', 'known[f"len_{answer}"] = counts[view["chosen"]]'),
     ("views added, not averaged", "PairLosses(losses / len(per_view)", "PairLosses(losses"),
     ("irft: tokens of one view", "counts[path] for view in self.views for", "counts[path] for view in self.views[:1] for"),
     ("implicit reward without the reference", 'value = known[answer] - known[f"ref_{answer}"]', "value = known[answer]"),

@@ -185,6 +185,24 @@ def test_mistakes_are_told(name, hyper, told):
         recipe(name, **hyper)
 
 
+HANDED = {  # what a recipe makes of S_w = -10, S_l = -9, R_w = -12, R_l = -8, |y_w| = 4, |y_l| = 6
+    "dpo": lambda: losses.dpo(t(-10.0), t(-9.0), t(-12.0), t(-8.0)),
+    "rdpo": lambda: losses.rdpo(t(-10.0), t(-9.0), t(-12.0), t(-8.0), t(4.0), t(6.0)),
+    "simpo": lambda: losses.simpo(t(-2.5), t(-1.5)),
+    "orpo": lambda: losses.orpo(t(-2.5), t(-1.5)),
+    "cpo": lambda: losses.cpo(t(-10.0), t(-9.0), t(-2.5)),
+    "slic": lambda: losses.slic(t(-10.0), t(-9.0), t(-2.5)),
+    "rrhf": lambda: losses.rrhf(t(-2.5), t(-1.5)),
+}
+
+
+@pytest.mark.parametrize("name", HANDED)
+def test_a_recipe_hands_over_sums_means_and_lengths(name):
+    sums, counts = {W: t(-10.0), L: t(-9.0)}, {W: t(4.0), L: t(6.0)}
+    out = recipe(name)(sums, counts, {W: t(-12.0), L: t(-8.0)})
+    close(out.losses, HANDED[name]())
+
+
 # ----------------------------------------------------------------------------- invariants
 
 
