@@ -17,8 +17,8 @@ all runs of one seed see the same pairs in the same order. Nothing is sampled in
     length     mean tokens of a prompt-only answer, end token included
     mass       probability of the 16 answers
 
-The learning rate of each base objective is the one of RATES whose plain win rate is highest in the
-mirrored world, on average over the plain, the `ins_` and the `ifsr_` form.
+The learning rate of each base objective is the one of RATES with the highest plain win rate in the
+mirrored world, taken in the worst of three forms: plain, `ins_` and `ifsr_`.
 """
 
 import argparse
@@ -106,12 +106,13 @@ def rate_jobs():
 
 
 def best_rates(results):
-    """{base: lr} from the results of rate_jobs."""
-    rates = {}
-    for base in BASES:
-        wins = {lr: mean_of(results, ("rates", base, f"{lr:g}"), "plain") for lr in RATES}
-        rates[base] = max(RATES, key=lambda lr: wins[lr])
-    return rates
+    """{base: lr} from the results {Job: result} of rate_jobs."""
+    worst = {}
+    for job, result in results.items():
+        if job.name[0] == "rates":
+            key = job.name[1], job.stages[0].lr
+            worst[key] = min(worst.get(key, 1.0), result["plain"])
+    return {base: max(RATES, key=lambda lr: worst[base, lr]) for base in BASES}
 
 
 def form_jobs(rates):
@@ -265,23 +266,6 @@ def best_worlds():
 # ----------------------------------------------------------------------------- all runs
 
 
-def mean_of(results, name, measure, start=None, kind=None):
-    """Mean of a measure over the results of this name."""
-    return float(np.mean(values_of(results, name, measure, start, kind)))
-
-
-def values_of(results, name, measure, start=None, kind=None):
-    """[a measure of every result of this name, start and kind], by seed."""
-    found = [
-        (r["job"].seed, r[measure])
-        for r in results
-        if r["job"].name == name
-        and start in (None, r["job"].start)
-        and kind in (None, r["job"].kind)
-    ]
-    return [value for _, value in sorted(found)]
-
-
 def run_all(jobs, file, known, workers):
     """Run what is not known yet, side by side; every result is appended to `file` at once."""
     jobs = [job for job in jobs if job not in known]
@@ -331,7 +315,7 @@ def main():
         file = Path(args.out) / "results.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         known = run_all(list(rate_jobs()), file, read_results(file), args.workers)
-        rates = best_rates(list(known.values()))
+        rates = best_rates(known)
         jobs = [*form_jobs(rates), *stage_jobs(rates), *instruction_jobs(rates)]
         known = run_all(jobs, file, known, args.workers)
         wanted = {*rate_jobs(), *jobs}

@@ -86,27 +86,26 @@ def differs(values, others):
     return abs(gap.mean()) > T_4 * gap.std(ddof=1) / len(gap) ** 0.5
 
 
-def form_table(found, measure, start, kind, marks=True):
-    """Bases in rows, forms in columns, one measure in one world."""
-    forms = found.columns("forms")
-    lines = [f"| | {' | '.join(forms)} |", "| --- " * (len(forms) + 1) + "|"]
-    for base in found.rows("forms"):
-        cells = []
-        for name in forms:
-            values = found.values(measure, "forms", base, name, start, kind)
-            base_values = found.values(measure, "forms", base, "plain", start, kind)
-            plain = found.values("plain", "forms", base, name, start, kind)
-            mark = "*" if marks and name != "plain" and differs(values, base_values) else ""
-            noisy = " (n)" if marks and not validated(plain) else ""
-            cells.append(spread(values, measure not in ("kl", "length")) + mark + noisy)
-        lines.append(f"| {base} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def plain_table(header, rows):
+def table(header, rows):
     """A markdown table."""
     lines = [f"| {' | '.join(header)} |", "| --- " * len(header) + "|"]
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def form_table(found, measure, start, kind):
+    """Bases in rows, forms in columns, one measure in one world."""
+    forms, world = found.columns("forms"), (start, kind)
+    rows = []
+    for base in found.rows("forms"):
+        cells = [base]
+        for name in forms:
+            values = found.values(measure, "forms", base, name, *world)
+            star = differs(values, found.values(measure, "forms", base, "plain", *world))
+            noisy = not validated(found.values("plain", "forms", base, name, *world))
+            percent = measure not in ("kl", "length")
+            cells.append(spread(values, percent) + "*" * star + " (n)" * noisy)
+        rows.append(cells)
+    return table(["", *forms], rows)
 
 
 def stage_table(found):
@@ -117,7 +116,7 @@ def stage_table(found):
             cell = ("stages", a, b, "start-single")
             for third, view in (("-", "plain"), ("III", "refined")):
                 rows.append([a, b, third, spread(found.values(view, *cell))])
-    return plain_table(["I: irft", "II: ifsr_dpo", "III: refine", "win rate, %"], rows)
+    return table(["I: irft", "II: ifsr_dpo", "III: refine", "win rate, %"], rows)
 
 
 def instruction_table(found):
@@ -129,7 +128,7 @@ def instruction_table(found):
         for start in ("start", "start-single")
         for instruction in found.rows("instructions")
     ]
-    return plain_table(["from", "instruction", *views], rows)
+    return table(["from", "instruction", *views], rows)
 
 
 def rate_table(found):
@@ -137,14 +136,14 @@ def rate_table(found):
     rates = found.columns("rates")
     rows = []
     for base in found.rows("rates"):
-        wins = [found.values("plain", "rates", base, r, "start", "mirrored").mean() for r in rates]
+        wins = [found.values("plain", "rates", base, r, "start", "mirrored").min() for r in rates]
         chosen = f"{found.about['rates'][base]:g}"
         cells = [
             f"**{100 * w:.1f}**" if r == chosen else f"{100 * w:.1f}"
             for r, w in zip(rates, wins, strict=True)
         ]
         rows.append([base, *cells])
-    return plain_table(["", *rates], rows)
+    return table(["", *rates], rows)
 
 
 # ----------------------------------------------------------------------------- figure and pages
@@ -218,7 +217,7 @@ def page(found):
         parts.append(f"## {kind}, from `{start}` ({TITLES[start]})")
         for measure, what in TABLES.items():
             parts.append(what.format(**{k: f"{100 * v:.1f}" for k, v in best.items()}))
-            parts.append(form_table(found, measure, start, kind, measure in ("plain", "shown")))
+            parts.append(form_table(found, measure, start, kind))
     parts += ["## IFSR's three stages, from `start-single`", STAGES, stage_table(found)]
     parts += ["## What the second turn asks for", INSTRUCTIONS, instruction_table(found)]
     parts += ["## Learning rates", RATES, rate_table(found)]
@@ -239,7 +238,9 @@ STAGES = (
     "(sft 2N or sft N, irft N; then dpo 2N or dpo N, ifsr_dpo N):"
 )
 INSTRUCTIONS = "`ifsr_dpo`, trained and asked with the same instruction (percent):"
-RATES = "Prompt-only win rate in the mirrored world, mean of the plain, `ins` and `ifsr` forms:"
+RATES = (
+    "Prompt-only win rate in the mirrored world, the worst of the plain, `ins` and `ifsr` forms:"
+)
 
 
 def write():
