@@ -14,10 +14,11 @@ import tiny
 from assets import world
 from cli import UserError, run
 from conftest import PAIRS, write_model
-from evaluate import Answer, Estimate, estimate, reward_scores, win_rate, world_probabilities
+from evaluate import Answer, reward_scores, world_probabilities
 from generate import load_model
 from model import load
 from settings import ASSETS
+from stats import Estimate, estimate, win_rate
 from template import Template
 
 ROOT = Path(__file__).parent.parent
