@@ -11,12 +11,24 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """Something a user can put right. The message names the file or flag, the row, and the cure."""
+    """Something a user can put right. The message names the file or flag, the row, and the cure.
+
+    told: another process of the run has printed it already.
+    """
+
+    def __init__(self, message):
+        super().__init__(message)
+        self.told = os.environ.get("RANK", "0") != "0"  # under torchrun every rank raises the same
 
 
 def flag(default, help, choices=None):
     """A dataclass field that is also a command-line flag. None as default: decided at run time."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def arguments(help):
+    """A dataclass field that takes what stands on the command line without a flag, as a list."""
+    return dataclasses.field(default_factory=list, metadata={"help": help, "positional": True})
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,6 +48,9 @@ def parser_of(settings, description):
     hints = typing.get_type_hints(settings)
     for field in dataclasses.fields(settings):
         kind = hints[field.name]
+        if field.metadata.get("positional"):
+            parser.add_argument(field.name, nargs="*", help=field.metadata["help"])
+            continue
         if isinstance(kind, types.UnionType):  # `float | None`: the flag itself is a float
             kind = next(t for t in typing.get_args(kind) if t is not types.NoneType)
         if kind is bool:
@@ -64,7 +79,7 @@ def run(main):
     try:
         main()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun every rank raises the same error
+        if not error.told:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except BrokenPipeError:  # `generate.py … | head` closed the pipe

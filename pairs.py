@@ -53,14 +53,15 @@ class Drops:
         return "; ".join(rules) or "none"
 
 
-def read_pairs(source, drops, limit=None, need_rejected=True):
+def read_pairs(source, drops, limit=None, need_rejected=True, revision=None):
     """All pairs of a file, glob or hub dataset id (`id` or `id:split`), in their order.
 
     limit: stop after that many. Pairs whose two prompts differ, or with an empty answer, are
-    added to `drops`. Raises UserError for a missing file, a broken row, unknown columns.
+    added to `drops`. revision: branch, tag or commit on the hub. Raises UserError for a
+    missing file, a broken row, unknown columns.
     """
     pairs = []
-    for file in data_files(source):
+    for file in data_files(source, revision):
         for where, record in records(file):
             if limit is not None and len(pairs) >= limit:
                 return pairs
@@ -72,7 +73,7 @@ def read_pairs(source, drops, limit=None, need_rejected=True):
     return pairs
 
 
-def data_files(source):
+def data_files(source, revision=None):
     """Local path, glob, or hub dataset id -> list of local files."""
     if os.path.isfile(source):
         return [source]
@@ -80,23 +81,24 @@ def data_files(source):
         return found
     name, _, split = source.partition(":")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not re.search(r"\.(jsonl?|gz|parquet)$", name):
-        return hub_files(name, split)
+        return hub_files(name, split, revision)
     raise UserError(f"--data {source}: no such file; give a path, a glob or a hub dataset id")
 
 
-def hub_files(name, split):
+def hub_files(name, split, revision=None):
     """Download the files of one split of a hub dataset; by default train_prefs, else train."""
     import huggingface_hub
 
     try:
-        listed = huggingface_hub.HfApi().list_repo_files(name, repo_type="dataset")
+        where = {"repo_type": "dataset", "revision": revision}
+        listed = huggingface_hub.HfApi().list_repo_files(name, **where)
         files = [f for f in listed if f.endswith((".parquet", ".jsonl", ".jsonl.gz", ".json"))]
         splits = [split] if split else ["train_prefs", "train"]
         for wanted in splits:
             pattern = re.compile(rf"(^|[/_-]){re.escape(wanted)}([-./]|$)")
             if chosen := [f for f in files if pattern.search(f)]:
                 cached = huggingface_hub.hf_hub_download
-                return [cached(name, f, repo_type="dataset") for f in chosen]
+                return [cached(name, f, **where) for f in chosen]
     except Exception as error:  # the hub client raises some twenty kinds; all mean: not reachable
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(

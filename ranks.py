@@ -1,10 +1,15 @@
-"""The processes of a run: what they say and share, and how the model is sharded over them (FSDP2).
+"""The processes of a run: what they say, share and tell each other, and how the model is sharded.
 
-The same code runs as one process and under torchrun, on CPU (gloo) and CUDA (nccl).
+The same code runs as one process and under torchrun, on CPU (gloo) and CUDA (nccl); FSDP2 shards
+over all processes, or with --shard_group over groups of them that hold copies of each other.
 """
 
 import dataclasses
 import os
+import signal
+import sys
+import threading
+import time
 
 import torch
 import torch.distributed as dist
@@ -24,8 +29,16 @@ from model import Transformer
 from weights import load_weights, read_config
 
 
+class Stopped(Exception):
+    """SIGTERM or SIGINT: raised where nothing of the run would be lost, or at the next save."""
+
+
 class Ranks:
-    """The processes of this run: rank, world, device; and what they say and share."""
+    """The processes of this run: rank, world, device; and what they say and share.
+
+    As a context manager it tells failures: the first rank to fail leaves its message in the store,
+    and the others end with it within seconds, wherever they are, instead of waiting for ever.
+    """
 
     def __init__(self, device):
         cuda = torch.cuda.is_available()
@@ -40,10 +53,81 @@ class Ranks:
             # torchrun leaves each of several processes a single thread
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
         backend = "cuda:nccl,cpu:gloo" if self.kind == "cuda" else "gloo"
-        alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-        dist.init_process_group(backend, **alone)
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.mesh = init_device_mesh(self.kind, (self.world,))
+        self.store, rank, world = dist.HashStore(), 0, 1
+        if "RANK" in os.environ:
+            self.store, rank, world = next(dist.rendezvous("env://"))
+        dist.init_process_group(backend, store=self.store, rank=rank, world_size=world)
+        self.rank, self.world, self.node_first = rank, world, local == 0
+        self.stopping, self.deferred, self.ending = False, False, threading.Event()
+
+    def __enter__(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._signalled)
+        if self.world > 1:
+            threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.ending.set()
+        if isinstance(error, Stopped) or (error and self.stopping and not self.deferred):
+            self.say("stopped by a signal while no step was under way: nothing was lost")
+            sys.stdout.flush()
+            os._exit(0)  # the others stop by the same signal: no collective would be answered
+        if error is None or isinstance(error, SystemExit):
+            dist.destroy_process_group()
+        elif self.world > 1:
+            self._tell(error)
+
+    # -- signals and failures
+
+    def _signalled(self, number, frame):
+        """Remember the signal: the run saves after its current step. Before any, just end."""
+        self.stopping = True
+        if not self.deferred:
+            raise Stopped
+
+    def agree_to_stop(self):
+        """Whether any rank caught a signal; the same answer on all of them."""
+        return self.sum(torch.tensor(float(self.stopping), device=self.device)).item() > 0
+
+    def _tell(self, error):
+        """Leave this rank's message in the store, unless another failed before it."""
+        message = " ".join(str(error).split()) or type(error).__name__
+        text = f"rank {self.rank}: {message}"
+        if lost_contact(error):
+            time.sleep(1.0)  # the rank that failed may be about to say why
+            text = f"rank {self.rank} lost contact with another, which was killed or cut off; "
+            text += "--resume goes on from the last checkpoint"
+        try:
+            told = self.store.compare_set("failure", "", text).decode()
+        except RuntimeError:  # the store went with its host
+            told = text
+        if isinstance(error, UserError):
+            error.told = told != text and told.partition(": ")[2] == message
+        elif told != text or lost_contact(error):
+            self._end(told)
+
+    def _watch(self):
+        """The thread that ends this rank when another has failed; a launcher that is gone stops it.
+
+        A rank that waits in a collective cannot end by itself: nccl would wait for minutes.
+        """
+        while not self.ending.wait(0.5):
+            try:
+                if self.store.check(["failure"]):
+                    told = self.store.get("failure").decode()
+                    if not self.ending.wait(2.0):  # it may come upon the same error by itself
+                        self._end(told)
+            except RuntimeError:  # the launcher holds the store: without it, save and end
+                self.stopping = True
+                return
+
+    def _end(self, told):
+        if self.node_first:
+            print(f"error: {told}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    # -- what they say and share
 
     @property
     def first(self):
@@ -71,6 +155,29 @@ class Ranks:
         """Sum over ranks, in place."""
         dist.all_reduce(tensor)
         return tensor
+
+    def most(self, value):
+        """The largest of the ranks' values."""
+        tensor = torch.tensor(float(value), device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.item()
+
+    def mesh(self, shard_group=None):
+        """Device mesh of the shards; 2-D, (copies, shards), where groups of ranks hold copies."""
+        if shard_group in (None, self.world):
+            return init_device_mesh(self.kind, (self.world,))
+        if shard_group < 1 or self.world % shard_group:
+            raise UserError(f"--shard_group {shard_group} does not divide {self.world} processes")
+        shape, names = (self.world // shard_group, shard_group), ("copy", "shard")
+        return init_device_mesh(self.kind, shape, mesh_dim_names=names)
+
+
+def lost_contact(error):
+    """Whether an error of torch.distributed means that another process is gone."""
+    signs = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "timed out")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    )
 
 
 def build_model(s, ranks, source, head):
@@ -102,7 +209,7 @@ def shard(model, s, ranks):
     compute = torch.bfloat16 if s.dtype == "bf16" else None
     offload = CPUOffloadPolicy(pin_memory=ranks.kind == "cuda")
     options = {
-        "mesh": ranks.mesh,
+        "mesh": ranks.mesh(s.shard_group),
         "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
         "offload_policy": offload if s.offload else OffloadPolicy(),
         "reshard_after_forward": ranks.world > 1,

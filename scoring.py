@@ -5,16 +5,17 @@ Legend: N pairs of a dataset, P paths.
 
 import hashlib
 import json
+import os
 import time
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from cli import progress
-from ranks import reshard
+from checkpoint import flush
+from cli import UserError, progress
+from ranks import Stopped, reshard
 from rows import build_row, pack
-from weights import Weights
 
 
 def by_path(values, paths):
@@ -49,11 +50,15 @@ class Scorer:
         return self.ranks.sum(out)
 
     def score_all(self, model, dataset, paths, label):
-        """The same over a whole dataset, in blocks, with a progress bar."""
+        """The same over a whole dataset, in blocks, with a progress bar; a signal ends it."""
         everything, hidden = range(len(dataset)), not self.ranks.first
         blocks = [everything[i : i + 256] for i in everything[::256]]
         with progress(label, len(dataset), "pair", hidden, leave=False) as bar:
-            parts = [self.score(model, dataset, block, paths, bar.update) for block in blocks]
+            parts = []
+            for block in blocks:
+                parts.append(self.score(model, dataset, block, paths, bar.update))
+                if self.ranks.agree_to_stop():
+                    raise Stopped
         return torch.cat(parts)
 
     def counts(self, dataset, pairs, paths):
@@ -73,16 +78,17 @@ class Reference:
         self.scorer, self.wanted = scorer, wanted
         self.values = {}  # id(dataset) -> {path: (N,)}
 
-    def prepare(self, file, source, get_model):
+    def prepare(self, file, digest, get_model):
         """Read the cache `file`, or score everything and write it.
 
-        source: HF directory of the reference model; get_model() gives the model itself. Returns
-        {reference_seconds, reference_pairs}, or None where nothing had to be computed.
+        digest: sha256 of the reference model's weights; get_model() gives the model itself. Returns
+        {reference_seconds, reference_pairs}, or None where nothing had to be computed. UserError
+        where a log-probability is not finite, with the pair it belongs to.
         """
         if not self.wanted:
             return None
-        scorer, ranks, start = self.scorer, self.scorer.ranks, time.time()
-        key = ranks.share(lambda: reference_key(scorer.s, self.wanted.values(), source))
+        scorer, ranks, start = self.scorer, self.scorer.ranks, time.monotonic()
+        key = ranks.share(lambda: reference_key(scorer.s, self.wanted.values(), digest))
         tensors = found = ranks.share(lambda: read_reference(file, key, ranks.say))
         if not found:
             model = get_model()
@@ -90,22 +96,30 @@ class Reference:
                 name: scorer.score_all(model, dataset, paths, f"reference {name}").cpu()
                 for name, (dataset, paths) in self.wanted.items()
             }
-            ranks.share(lambda: save_file(tensors, file, metadata={"key": key}))
+            self.check(tensors)
+            ranks.share(lambda: write_reference(tensors, file, key))
         for name, (dataset, paths) in self.wanted.items():
             self.values[id(dataset)] = by_path(tensors[name].to(ranks.device), paths)
         if found:
             return None
         n = sum(len(dataset) for dataset, _ in self.wanted.values())
-        return {"reference_seconds": round(time.time() - start, 3), "reference_pairs": n}
+        return {"reference_seconds": round(time.monotonic() - start, 3), "reference_pairs": n}
+
+    def check(self, tensors):
+        """UserError for the first pair whose reference log-probability is not finite."""
+        for name, (dataset, _) in self.wanted.items():
+            if len(bad := (~tensors[name].isfinite()).any(1).nonzero()):
+                where = dataset.examples[bad[0].item()].where
+                raise UserError(f"{where}: its reference log-probability is not finite")
 
     def of(self, dataset, pairs=slice(None)):
         """{path: values} of these pairs of a dataset; empty where nothing was wanted of it."""
         return {path: v[pairs] for path, v in self.values.get(id(dataset), {}).items()}
 
 
-def reference_key(s, wanted, source):
+def reference_key(s, wanted, digest):
     """What the reference log-probabilities depend on, as one digest."""
-    sha = hashlib.sha256(Weights(source).digest().encode())
+    sha = hashlib.sha256(digest.encode())
     sha.update(json.dumps([s.dtype, s.attention, s.score_eos]).encode())
     for dataset, paths in wanted:
         sha.update(json.dumps([str(path) for path in paths]).encode())
@@ -116,6 +130,27 @@ def reference_key(s, wanted, source):
     return sha.hexdigest()
 
 
+def write_reference(tensors, file, key):
+    """Write the cache aside, flush it, and give it its name."""
+    aside = file.with_name(f".{file.name}")
+    try:
+        save_file(tensors, aside, metadata={"key": key, "sha256": content_digest(tensors)})
+    except SafetensorError as error:
+        raise UserError(
+            f"{file} could not be written: {error}; mend that, then --resume"
+        ) from error
+    flush(aside)
+    os.replace(aside, file)
+
+
+def content_digest(tensors):
+    """sha256 of the values: safetensors would read a flipped bit without a word."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        sha.update(tensors[name].numpy().tobytes())
+    return sha.hexdigest()
+
+
 def read_reference(file, key, say):
     """{dataset name: (N, P)} from the cache, or None; says so when it belongs to something else."""
     if not file.exists():
@@ -123,8 +158,12 @@ def read_reference(file, key, say):
     fault = "belongs to other weights, data or settings"
     try:
         with safe_open(file, "pt") as cached:
-            if (cached.metadata() or {}).get("key") == key:
-                return {name: cached.get_tensor(name) for name in sorted(cached.keys())}
+            known = cached.metadata() or {}
+            if known.get("key") == key:
+                tensors = {name: cached.get_tensor(name) for name in sorted(cached.keys())}
+                if known.get("sha256") == content_digest(tensors):
+                    return tensors
+                fault = "is damaged"
     except SafetensorError:
         fault = "is damaged"
     say(f"{file} {fault}; computing it again")

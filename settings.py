@@ -1,8 +1,11 @@
 """The settings of a training run: every flag, its default, and the run directory they open."""
 
+import contextlib
 import dataclasses
-import json
+import fcntl
+import os
 import platform
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +13,8 @@ import torch
 
 from cli import UserError, flag
 from losses import CONDITIONS
+from metrics import logger_names
+from template import parse_json
 from weights import write_json
 
 ASSETS = Path(__file__).parent / "assets"
@@ -25,7 +30,9 @@ class Settings:
 
     loss: str = flag("ins_dpo", "objective; the README has the table")
     model: str | None = flag(None, "HF directory or hub id; default: the embedded tiny model")
+    revision: str | None = flag(None, "branch, tag or commit of a --model from the hub")
     data: str | None = flag(None, "jsonl, json, parquet, glob or hub dataset id[:split]")
+    data_revision: str | None = flag(None, "branch, tag or commit of --data from the hub")
     eval_data: str | None = flag(None, "validation pairs; default: --eval_pairs held out of --data")
     out: str | None = flag(None, "run directory; default: runs/LOSS, or the next free LOSS-2, …")
     ref_model: str | None = flag(None, "reference model; default: --model")
@@ -60,7 +67,7 @@ class Settings:
     eval_pairs: int | None = flag(None, "validation pairs; default: 1000, at most a tenth")
     eval_every: int | None = flag(None, "steps between validations; default: a tenth of the run")
     save_every: int | None = flag(None, "steps between checkpoints; default: as --eval_every")
-    keep: int = flag(2, "checkpoints kept")
+    keep: int = flag(2, "newest checkpoints kept, beside the best one")
     resume: bool = flag(False, "go on from the newest whole checkpoint in --out")
     dtype: str | None = flag(
         None, "compute dtype; default: bf16 on CUDA, else fp32", ("bf16", "fp32")
@@ -70,6 +77,10 @@ class Settings:
     compile: bool | None = flag(None, "compile the blocks; default: on CUDA")
     checkpoint_activations: bool = flag(False, "recompute blocks in backward, to save memory")
     offload: bool = flag(False, "keep parameters and optimizer state in CPU memory")
+    shard_group: int | None = flag(
+        None, "shard over groups of so many processes; default: over all"
+    )
+    log: str | None = flag(None, "also report to: tensorboard, wandb, or both with a comma")
 
 
 HYPER = ("beta", "tau", "alpha", "gamma", "delta", "lam", "label_smoothing", "lambda_w", "lambda_l")
@@ -97,8 +108,16 @@ def resolve(s, kind):
     return embedded
 
 
+@contextlib.contextmanager
 def open_out(s, ranks):
-    """Choose and create the run directory; never one that holds another run."""
+    """Choose and create the run directory, and hold it; never one that holds another run.
+
+    A restart by `torchrun --max-restarts` resumes by itself. The lock goes with the process, and
+    is waited for a minute, since a run whose launcher was killed may still be saving.
+    """
+    s.resume = s.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    logger_names(s.log)
+    lock = contextlib.ExitStack()
 
     def choose():
         if s.out is None:
@@ -109,28 +128,68 @@ def open_out(s, ranks):
         if (out / "config.json").exists() and not s.resume:
             raise UserError(f"--out {out} holds a run; add --resume to go on, or choose another")
         out.mkdir(parents=True, exist_ok=True)
+        lock.enter_context(hold(out / ".lock", ranks.say))
         return str(out)
 
-    s.out = ranks.share(choose)
+    with lock:
+        s.out = ranks.share(choose)
+        yield
+
+
+@contextlib.contextmanager
+def hold(file, say, patience=60):
+    """Hold a lock file; UserError if another process still has it after `patience` seconds."""
+    with open(file, "w", encoding="utf-8") as f:
+        until = time.monotonic() + patience
+        told = False
+        while True:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise UserError(f"--out {file.parent}: another run is writing to it") from None
+                if not told:
+                    say(f"{file.parent}: another run is writing to it; waiting")
+                told = True
+                time.sleep(0.2)
+            except OSError as error:
+                say(f"{file}: this file system keeps no locks ({error.strerror}); going on without")
+                break
+        yield
 
 
 MAY_CHANGE = ("out", "resume", "save_every", "keep", "device", "offload", "checkpoint_activations")
+MAY_CHANGE += ("shard_group", "log")
+
+
+def check_config(s, ranks):
+    """A resumed run must agree with OUT/config.json; UserError names the flag that does not."""
+    file, now = Path(s.out) / "config.json", dataclasses.asdict(s)
+
+    def check():
+        if not file.exists():
+            return
+        then = parse_json(file.read_text(encoding="utf-8"), str(file))["settings"]
+        for name, value in now.items():
+            if name not in MAY_CHANGE and then.get(name) != value:
+                was = then.get(name)
+                raise UserError(f"--resume: --{name} is {value}, but {file} has {was}")
+
+    ranks.share(check)
 
 
 def write_config(s, ranks, extra):
-    """OUT/config.json: the resolved settings and versions; a resumed run must agree with it."""
-    file, now = Path(s.out) / "config.json", dataclasses.asdict(s)
+    """OUT/config.json: the resolved settings and versions, once the model could be read."""
+    file = Path(s.out) / "config.json"
 
     def write():
         if file.exists():
-            then = json.loads(file.read_text(encoding="utf-8"))["settings"]
-            for name, value in now.items():
-                if name not in MAY_CHANGE and then.get(name) != value:
-                    was = then.get(name)
-                    raise UserError(f"--resume: --{name} is {value}, but {file} has {was}")
             return
         versions = {"python": platform.python_version(), "torch": torch.__version__}
-        content = {"settings": now, "versions": versions, "ranks": ranks.world} | extra
-        write_json(file, content)
+        content = {"settings": dataclasses.asdict(s), "versions": versions, "ranks": ranks.world}
+        aside = file.with_name(f".{file.name}")
+        write_json(aside, content | extra)
+        os.replace(aside, file)
 
     ranks.share(write)

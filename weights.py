@@ -20,8 +20,11 @@ from families import Config, hf_name
 from template import parse_json
 
 
-def resolve(source, flag="--model"):
-    """A local directory, or a hub id (downloaded: safetensors, tokenizer and configs) -> Path."""
+def resolve(source, flag="--model", revision=None):
+    """A local directory, or a hub id (downloaded: safetensors, tokenizer and configs) -> Path.
+
+    revision: branch, tag or commit on the hub; None: its main branch.
+    """
     if Path(source).is_dir():
         return Path(source)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
@@ -30,7 +33,8 @@ def resolve(source, flag="--model"):
 
     try:
         patterns = ["*.safetensors", "*.json", "*.jinja"]
-        return Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns))
+        options = {"allow_patterns": patterns, "revision": revision}
+        return Path(huggingface_hub.snapshot_download(source, **options))
     except Exception as error:  # the hub client raises some twenty kinds; all mean: not reachable
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -55,6 +59,9 @@ class Weights:
         index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
         if index.exists():
             where = parse_json(index.read_text(encoding="utf-8"), str(index))["weight_map"]
+            for file in where.values():
+                if Path(file).name != file:
+                    raise UserError(f"{index}: {file!r} leads out of the directory")
             self.files = sorted({directory / file for file in where.values()})
         else:
             self.files = [single]
