@@ -1,8 +1,10 @@
 """A checkpoint is whole or it is not used, and any number of processes may go on from it."""
 
+import errno
 import json
 import os
 import shutil
+import threading
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch.distributed as dist
 
 import checkpoint
 from checkpoint import newest, saved
-from cli import parse
+from cli import UserError, parse
 from ranks import Ranks, build_model
 from runs import final, furthest, lines, losses, torchrun, train_here
 from settings import Settings, resolve
@@ -56,6 +58,13 @@ def fresh(alone, tiny_model_dir):
     return make
 
 
+def save(directory, model, optimizer, state, keep=2, owner=None):
+    """Write a checkpoint and wait until it is published."""
+    saver = checkpoint.Saver(directory, owner or {}, keep)
+    saver.save(model, optimizer, state)
+    saver.wait()
+
+
 def train_a_step(model, optimizer):
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -73,7 +82,7 @@ def test_weights_and_moments_come_back_bitwise_and_training_goes_on_alike(fresh,
     model, optimizer = fresh()
     for _ in range(3):
         train_a_step(model, optimizer)
-    checkpoint.save(tmp_path, model, optimizer, {"step": 3, "best": 0.25}, keep=2)
+    save(tmp_path, model, optimizer, {"step": 3, "best": 0.25})
     path, state = newest(tmp_path)
     assert (path.name, state["step"], state["best"], state["world"]) == ("step-3", 3, 0.25, 1)
     other, its_optimizer = fresh()
@@ -92,7 +101,7 @@ def test_only_the_newest_are_kept(fresh, tmp_path):
     model, optimizer = fresh()
     train_a_step(model, optimizer)
     for step in (8, 9, 10, 11):  # numbers, not names, decide what is newest
-        checkpoint.save(tmp_path, model, optimizer, {"step": step}, keep=2)
+        save(tmp_path, model, optimizer, {"step": step})
     assert [path.name for path in saved(tmp_path)] == ["step-11", "step-10"]
     assert sorted(os.listdir(tmp_path)) == ["step-10", "step-11"]
 
@@ -138,12 +147,34 @@ def flipped_bit(path):
 def truncated(path):
     file = path / "rank-0.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    return "rank-0.safetensors does not match its checksum"
+    return "rank-0.safetensors is truncated"
 
 
 def missing_rank(path):
     (path / "rank-0.safetensors").unlink()
-    return "not readable"
+    return "rank-0.safetensors is missing"
+
+
+def a_link(path):
+    file = path / "rank-0.safetensors"
+    shutil.move(file, path.parent / "elsewhere")
+    file.symlink_to(path.parent / "elsewhere")
+    return "rank-0.safetensors is a link"
+
+
+def another_model(path):
+    return foreign(path, "model", "belongs to another model (0123456789abcdef, not ")
+
+
+def another_objective(path):
+    return foreign(path, "objective", "belongs to another objective (0123456789abcdef, not ins_dpo")
+
+
+def foreign(path, name, message):
+    state = json.loads((path / "state.json").read_text())
+    state["owner"][name] = "0123456789abcdef"
+    (path / "state.json").write_text(json.dumps(state))
+    return message
 
 
 def missing_state(path):
@@ -162,20 +193,76 @@ def stateless(path):
 
 
 DAMAGE = [flipped_bit, truncated, missing_rank, missing_state, broken_state, stateless]
+DAMAGE += [a_link, another_model, another_objective]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(damage, whole, tmp_path, alone):
     directory = shutil.copytree(whole["out"] / "checkpoints", tmp_path / "checkpoints")
     said = []
-    assert newest(directory, said.append)[0].name == "step-6" and not said
+    path, state = newest(directory, say=said.append)
+    assert path.name == "step-6" and not said
+    owner = state["owner"]
     message = damage(directory / "step-6")
-    path, state = newest(directory, said.append)
+    path, state = newest(directory, owner, said.append)
     assert (path.name, state["step"]) == ("step-4", 4)
     assert len(said) == 1 and message in said[0] and "step-6" in said[0]
     for older in ("step-4", "step-2"):
         damage(directory / older)
-    assert newest(directory, said.append) is None and len(said) == 4
+    assert newest(directory, owner, said.append) is None and len(said) == 4
+
+
+def test_the_best_is_kept_beside_the_newest(fresh, tmp_path):
+    model, optimizer = fresh()
+    train_a_step(model, optimizer)
+    for step, best in ((1, None), (2, 1), (3, 1), (4, 1), (5, 4)):
+        save(tmp_path, model, optimizer, {"step": step, "best_step": best})
+        newest_two = {f"step-{step}", f"step-{step - 1}"} - {"step-0"}
+        assert set(os.listdir(tmp_path)) == newest_two | ({f"step-{best}"} if best else set())
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(fresh, tmp_path, monkeypatch):
+    """What is written are the values at the call, and nothing has its name until it is whole."""
+    model, optimizer = fresh()
+    train_a_step(model, optimizer)
+    before = {n: t.clone() for n, t in content(model, optimizer).items()}
+    go_on, write = threading.Event(), checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", lambda *a: go_on.wait(30) and write(*a))
+    saver = checkpoint.Saver(tmp_path, {}, keep=2)
+    saver.save(model, optimizer, {"step": 1})
+    train_a_step(model, optimizer)
+    assert saved(tmp_path) == []
+    go_on.set()
+    saver.wait()
+    path, state = newest(tmp_path)
+    checkpoint.load(path, state, model, optimizer)
+    after = content(model, optimizer)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_full_disk_is_said_leaves_the_older_and_the_next_save_tries_again(
+    fresh, tmp_path, monkeypatch
+):
+    model, optimizer = fresh()
+    train_a_step(model, optimizer)
+    save(tmp_path, model, optimizer, {"step": 1}, keep=1)
+    said, write = [], checkpoint.save_file
+
+    def full(tensors, file):
+        file.write_bytes(b"a part")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    saver = checkpoint.Saver(tmp_path, {}, 1, said.append)
+    saver.save(model, optimizer, {"step": 2})
+    with pytest.raises(UserError, match="step-2 was not written: .*No space left on device"):
+        saver.wait()
+    assert os.listdir(tmp_path) == ["step-1"] and newest(tmp_path)[0].name == "step-1"
+    assert len(said) == 1 and "the next save tries again" in said[0]
+    monkeypatch.setattr(checkpoint, "save_file", write)
+    saver.save(model, optimizer, {"step": 3})
+    saver.wait()
+    assert os.listdir(tmp_path) == ["step-3"]
 
 
 def test_a_resumed_run_passes_over_a_damaged_checkpoint(whole, tmp_path, capsys):

@@ -205,6 +205,8 @@ def test_a_glob_reads_its_files_in_order(tmp_path):
 
 # ----------------------------------------------------------------------------- the hub
 
+REVISION = "0123abc"
+
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
@@ -213,12 +215,12 @@ def hub(monkeypatch, tmp_path):
     files = ["README.md", "data/train_prefs-0.jsonl", "data/train_prefs-1.jsonl",
              "data/train_sft-0.jsonl", "data/test_prefs-0.jsonl", "data/train-0.jsonl"]  # fmt: skip
 
-    def list_repo_files(self, name, repo_type):
-        assert (name, repo_type) == ("lab/pairs", "dataset")
+    def list_repo_files(self, name, repo_type, revision):
+        assert (name, repo_type, revision) == ("lab/pairs", "dataset", REVISION)
         return files
 
-    def download(name, file, repo_type):
-        assert (name, repo_type) == ("lab/pairs", "dataset")
+    def download(name, file, repo_type, revision):
+        assert (name, repo_type, revision) == ("lab/pairs", "dataset", REVISION)
         return write(tmp_path, [GOOD | {"chosen": file}], file.replace("/", "_"))
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_repo_files)
@@ -235,22 +237,22 @@ def hub(monkeypatch, tmp_path):
     ],
 )
 def test_a_hub_id_reads_one_split(source, files, hub):
-    assert [p.chosen for p in read_pairs(source, Drops())] == files
+    assert [p.chosen for p in read_pairs(source, Drops(), revision=REVISION)] == files
 
 
 def test_a_hub_dataset_without_preference_splits_reads_train(hub):
     hub[:] = ["harmless-base/train.jsonl", "harmless-base/test.jsonl", "helpful-base/train.jsonl",
               "retrain.jsonl", "train_sft.jsonl"]  # fmt: skip
-    pairs = read_pairs("lab/pairs", Drops())
+    pairs = read_pairs("lab/pairs", Drops(), revision=REVISION)
     assert [p.chosen for p in pairs] == ["harmless-base/train.jsonl", "helpful-base/train.jsonl"]
 
 
 def test_an_unknown_split_is_told_and_so_is_an_unreachable_hub(hub, monkeypatch):
     with pytest.raises(UserError, match="--data lab/pairs: no files of split dev among"):
-        read_pairs("lab/pairs:dev", Drops())
+        read_pairs("lab/pairs:dev", Drops(), revision=REVISION)
     monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: 1 / 0)
     with pytest.raises(UserError, match="not a file, and the hub did not serve it: division"):
-        read_pairs("lab/pairs", Drops())
+        read_pairs("lab/pairs", Drops(), revision=REVISION)
 
 
 # ----------------------------------------------------------------------------- the hold-out

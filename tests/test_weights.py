@@ -235,12 +235,13 @@ def test_the_digest_changes_with_the_weights_alone(tiny_model_dir, broken):
 def test_a_hub_id_is_downloaded_without_pickles(tiny_model_dir, monkeypatch):
     asked = []
 
-    def snapshot(name, allow_patterns):
+    def snapshot(name, allow_patterns, revision):
         asked.append((name, allow_patterns))
+        assert revision == "v1.0"
         return str(tiny_model_dir)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    assert weights.resolve("someone/a-model") == tiny_model_dir
+    assert weights.resolve("someone/a-model", revision="v1.0") == tiny_model_dir
     (name, patterns), *rest = asked
     assert name == "someone/a-model" and not rest
     assert "*.safetensors" in patterns and not any("bin" in p or "py" in p for p in patterns)

@@ -1,0 +1,413 @@
+"""What a run survives: `python tests/faults.py` injects every fault and prints a table.
+
+Each fault hits a run of the embedded tiny model, which is then started again with --resume as a
+user would. "Recovered exactly" counts the runs whose weights, bitwise, and losses then equal those
+of the run that nothing disturbed. "Seconds lost" is what the resumed run had to do again: the
+steps after its last whole checkpoint. Faults are injected from outside (signals, limits of the
+process), or by a wrapper around train.py that lives in this file: the product has no hooks.
+
+    python tests/faults.py [--times 5] [--only NAME …]        # the table of docs/faults.md
+"""
+
+import argparse
+import errno
+import json
+import math
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+STEPS, SAVE_EVERY = 12, 3
+FLAGS = {"model": ROOT / "assets" / "start", "data": ROOT / "assets" / "world" / "pairs.jsonl",
+         "loss": "ins_dpo", "steps": STEPS, "save_every": SAVE_EVERY, "eval_every": 6, "batch": 4,
+         "limit": 24, "eval_pairs": 4, "max_len": 256, "row_tokens": 512, "lr": 3e-4}  # fmt: skip
+LIMIT = 240  # seconds that any run may take
+
+# ----------------------------------------------------------------------------- starting runs
+
+
+def start(out, processes=1, fault=None, restarts=0, **flags):
+    """A run in its own process group; `fault` names a function of INSIDE. Output goes to files."""
+    words = [sys.executable]
+    if processes > 1:
+        words += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        words += [f"--max-restarts={restarts}"]
+    words += [str(Path(__file__)), "--inside", fault or "nothing"]
+    for name, value in (FLAGS | flags | {"out": out}).items():
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    log = open(f"{out}.log", "a", encoding="utf-8")  # noqa: SIM115  (the child's for its lifetime)
+    with log:
+        return subprocess.Popen(words, env=env, stdout=log, stderr=log, start_new_session=True)
+
+
+def finish(process):
+    """Its exit status; the whole group is killed should it hang."""
+    try:
+        return process.wait(LIMIT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError("hung") from None
+
+
+def log_of(out):
+    return Path(f"{out}.log").read_text(encoding="utf-8", errors="replace")
+
+
+def rows(out):
+    file = Path(out) / "metrics.jsonl"
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    whole = text[: text.rfind("\n") + 1].splitlines()
+    return [row for row in map(json.loads, whole) if "loss" in row]
+
+
+def result(out):
+    """What must not depend on faults: the final weights and the loss of every step."""
+    weights = (Path(out) / "final" / "model.safetensors").read_bytes()
+    return weights, [(row["step"], row["loss"]) for row in rows(out)]
+
+
+def when(out, sign, process):
+    """Wait until sign(out) is true, or the run is over."""
+    until = time.monotonic() + LIMIT
+    while not sign(out) and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.001)
+
+
+def workers(process):
+    """Process ids of the ranks: the children of the launcher, or the process itself."""
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True)
+    return [int(pid) for pid in found.stdout.split()] or [process.pid]
+
+
+# ----------------------------------------------------------------------------- signs of a moment
+
+
+def at_step(n):
+    return lambda out: len(rows(out)) >= n
+
+
+def saving(out):
+    return any(Path(out, "checkpoints").glob(".step-*"))
+
+
+def in_reference(out):
+    file = Path(f"{out}.log")
+    return file.exists() and "out " + str(out) in log_of(out)
+
+
+def moment(rng):
+    """A random moment: a step, the middle of saving, or the reference pass."""
+    return rng.choice([at_step(rng.randrange(1, STEPS)), saving, in_reference])
+
+
+# ----------------------------------------------------------------------------- inside the process
+
+
+def nothing():
+    pass
+
+
+def _break_step(number, what):
+    """Run `what(job)` in front of the gradient's use in one step, on the last rank only."""
+    from step import Run
+
+    update = Run.update
+
+    def broken(self, step, loss):
+        if step + 1 == number and self.ranks.rank == self.ranks.world - 1:
+            loss = what(self, loss)
+        return update(self, step, loss)
+
+    Run.update = broken
+
+
+def inf_gradient():
+    def poison(job, loss):
+        gradient = next(job.model.parameters()).grad
+        gradient.to_local()[0, 0] = math.inf
+        return loss
+
+    _break_step(8, poison)
+
+
+def nan_loss():
+    from step import Run
+
+    backward = Run.backward
+
+    def broken(self, row, pairs, *rest):
+        totals = backward(self, row, pairs, *rest)
+        return totals * math.nan if self.plan.pairs(7) == pairs else totals
+
+    Run.backward = broken
+
+
+def raising_rank():
+    def fail(job, loss):
+        raise RuntimeError("a board has caught fire")
+
+    _break_step(8, fail)
+
+
+def raise_once():
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        raising_rank()
+
+
+def nan_reference():
+    from scoring import Scorer
+
+    score_all = Scorer.score_all
+
+    def broken(self, *args):
+        values = score_all(self, *args)
+        values[2] = math.nan
+        return values
+
+    Scorer.score_all = broken
+
+
+def full_disk(path, once=False):
+    """Writing `path`… fails as on a full disk."""
+    import checkpoint
+    import weights
+
+    def failing(function):
+        def write(tensors, file, **options):
+            if path in str(file):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+            return function(tensors, file, **options)
+
+        return write
+
+    checkpoint.save_file = failing(checkpoint.save_file)
+    weights.save_file = failing(weights.save_file)
+
+
+def full_at_checkpoint():
+    full_disk(".step-6")
+
+
+def full_at_last_checkpoint():
+    full_disk(f".step-{STEPS}")
+
+
+def full_at_export():
+    full_disk(".final")
+
+
+def full_at_metrics():
+    """A true limit of the kernel: no file of this process may grow beyond 1,500 bytes."""
+    import metrics
+
+    write = metrics.Metrics.write
+
+    def limited(self, line):
+        if line.get("step") == 8:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            size = self.file.stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, resource.RLIM_INFINITY))
+        write(self, line)
+
+    metrics.Metrics.write = limited
+
+
+def clock_backwards():
+    true, begun = time.time, time.time()
+    time.time = lambda: begun - 3 * (true() - begun)
+
+
+def inside(name):
+    """The wrapper: break what is to be broken, then be train.py."""
+    import torch
+
+    import train
+    from cli import run
+
+    torch.set_num_threads(1)
+    INSIDE[name]()
+    run(train.main)
+
+
+INSIDE = {f.__name__: f for f in (nothing, inf_gradient, nan_loss, raising_rank, raise_once,
+          nan_reference, full_at_checkpoint, full_at_last_checkpoint, full_at_export,
+          full_at_metrics, clock_backwards)}  # fmt: skip
+
+# ----------------------------------------------------------------------------- the faults
+
+
+class Harness:
+    """Runs faults in `directory`, against undisturbed runs of 1 and 2 processes made once."""
+
+    def __init__(self, directory, seed=0):
+        self.directory, self.rng, self.whole, self.count = (
+            Path(directory),
+            random.Random(seed),
+            {},
+            0,
+        )
+
+    def out(self):
+        self.count += 1
+        return self.directory / f"run-{self.count}"
+
+    def undisturbed(self, processes):
+        if processes not in self.whole:
+            out = self.directory / f"whole-{processes}"
+            assert finish(start(out, processes)) == 0, log_of(out)
+            self.whole[processes] = result(out)
+        return self.whole[processes]
+
+    def recover(self, out, processes):
+        """Resume as a user would -> (recovered exactly, seconds of steps done again)."""
+        before = rows(out)
+        mark = len(log_of(out))
+        assert finish(start(out, processes, resume=True)) == 0, log_of(out)[-3000:]
+        found = re.search(r"resuming from .*step-(\d+)", log_of(out)[mark:])
+        first = int(found.group(1)) if found else 0
+        again = sum(row["seconds"] for row in before if row["step"] > first)
+        return result(out) == self.undisturbed(processes), again
+
+    # each returns (exact, seconds lost), having asserted what the fault must look like
+
+    def killed(self, processes, whom):
+        out = self.out()
+        process = start(out, processes)
+        when(out, moment(self.rng), process)
+        for pid in whom(process, self.rng):
+            os.kill(pid, signal.SIGKILL)
+        assert finish(process) != 0
+        return self.recover(out, processes)
+
+    def signalled(self, number, processes):
+        out = self.out()
+        process = start(out, processes)
+        when(out, at_step(self.rng.randrange(1, STEPS - 2)), process)
+        os.kill(process.pid, number)
+        status, said = finish(process), log_of(out)
+        assert "; --resume goes on from here" in said, said[-3000:]
+        assert (status == 0) == (processes == 1), "torchrun itself ends with 1 after a signal"
+        return self.recover(out, processes)
+
+    def broken(self, fault, message, status=2, processes=1, seconds=30):
+        out = self.out()
+        process = start(out, processes, fault)
+        when(out, lambda out: message in log_of(out), process)
+        begun = time.monotonic()
+        found = finish(process)
+        assert time.monotonic() - begun < seconds, "the others must end within seconds"
+        assert (found != 0) if processes > 1 else (found == status), log_of(out)[-3000:]
+        assert message in log_of(out), log_of(out)[-3000:]
+        return self.recover(out, processes)
+
+    def unharmed(self, fault, message, processes=1, **options):
+        """Faults that end nothing: the run itself must come out as the undisturbed one."""
+        out = self.out()
+        assert finish(start(out, processes, fault, **options)) == 0, log_of(out)[-3000:]
+        assert message in log_of(out)
+        assert all(row["seconds"] >= 0 for row in rows(out))
+        return result(out) == self.undisturbed(processes), 0.0
+
+    def other_reference(self):
+        """A reference cache that another model left in OUT, found by a run of its own."""
+        donor, out = self.out(), self.out()
+        other = ROOT / "assets" / "start-single"
+        assert finish(start(donor, model=other)) == 0, log_of(donor)
+        out.mkdir()
+        cache = "reference.safetensors"
+        (out / cache).write_bytes((donor / cache).read_bytes())
+        assert finish(start(out)) == 0
+        assert "belongs to other weights, data or settings; computing it again" in log_of(out)
+        return result(out) == self.undisturbed(1), 0.0
+
+    def unwritable(self):
+        """OUT below a plain file: one line, and a run elsewhere is not disturbed."""
+        (self.directory / "file").write_text("")
+        out = self.directory / "file" / "out"
+        words = [sys.executable, str(ROOT / "train.py"), "--out", str(out)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert str(out) in done.stderr and "Not a directory" in done.stderr
+        return True, 0.0
+
+
+def one(process, rng):
+    return [rng.choice(workers(process))]
+
+
+def everyone(process, rng):
+    return {*workers(process), process.pid}
+
+
+def launcher(process, rng):
+    return [process.pid]
+
+
+FAULTS = {
+    "SIGKILL of the only process": lambda h: h.killed(1, everyone),
+    "SIGKILL of one rank of two": lambda h: h.killed(2, one),
+    "SIGKILL of both ranks": lambda h: h.killed(2, everyone),
+    "SIGKILL of the launcher": lambda h: h.killed(2, launcher),
+    "SIGTERM": lambda h: h.signalled(signal.SIGTERM, 1),
+    "SIGINT": lambda h: h.signalled(signal.SIGINT, 1),
+    "SIGTERM to torchrun": lambda h: h.signalled(signal.SIGTERM, 2),
+    "one rank raises": lambda h: h.broken(
+        "raising_rank", "rank 1: a board has caught fire", processes=2
+    ),
+    "one rank raises, torchrun --max-restarts 1": lambda h: h.unharmed(
+        "raise_once", "resuming from", processes=2, restarts=1
+    ),
+    "NaN in the loss": lambda h: h.broken("nan_loss", "step 8: loss nan"),
+    "Inf in one gradient": lambda h: h.broken("inf_gradient", "gradient norm inf"),
+    "NaN in a reference log-probability": lambda h: h.broken(
+        "nan_reference", "its reference log-probability is not finite"
+    ),
+    "reference cache of other weights": lambda h: h.other_reference(),
+    "full disk at a checkpoint": lambda h: h.unharmed(
+        "full_at_checkpoint", "No space left on device"
+    ),
+    "full disk at the last checkpoint": lambda h: h.broken(
+        "full_at_last_checkpoint", "No space left on device"
+    ),
+    "full disk at the metrics": lambda h: h.broken("full_at_metrics", "File too large"),
+    "full disk at the export": lambda h: h.broken("full_at_export", "No space left on device"),
+    "unwritable OUT": lambda h: h.unwritable(),
+    "clock going backwards": lambda h: h.unharmed("clock_backwards", "saved: "),
+}
+RANDOM = [name for name in FAULTS if name.startswith("SIG")]  # the moment is drawn: worth repeating
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--times", type=int, default=5, help="of each fault at a random moment")
+    parser.add_argument("--only", nargs="*", default=list(FAULTS), help="some faults by name")
+    options = parser.parse_args()
+    print("| fault | times injected | recovered exactly | seconds lost (mean) |")
+    print("| --- | --- | --- | --- |")
+    with tempfile.TemporaryDirectory() as directory:
+        harness = Harness(directory)
+        for name in options.only:
+            times = options.times if name in RANDOM else 1
+            results = [FAULTS[name](harness) for _ in range(times)]
+            lost = sum(seconds for _, seconds in results) / times
+            exact = sum(bool(same) for same, _ in results)
+            print(f"| {name} | {times} | {exact} | {lost:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--inside"]:
+        name = sys.argv[2]
+        sys.argv[1:3] = []
+        inside(name)
+    else:
+        main()
