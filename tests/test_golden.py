@@ -37,7 +37,7 @@ WHO = {"none": "dpo, …", "cross": {"sep": "ins_dpo, …", "turn": "ifsr_dpo, �
 HEAD = """# What is scored, and behind what
 
 One real pair (hh-rlhf, harmless-base, test, row 649) on every path set, in four chat templates.
-Each entry is one log-probability: what its first scored token sees in the packed row, piece by piece,
+Each entry is one log-probability: what its first scored token sees in its row, piece by piece,
 and behind `*` the text whose tokens are scored. `↵` is a newline, `·` a space at an end. InSPO Eq.
 14-15 are *cross, sep*; IFSR Eq. 4 is *cross, turn*. A reference is scored on the *none* paths where
 it is `plain` (`ins_`), else on the policy's own. `kto` also scores, without gradient, the next
