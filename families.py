@@ -213,6 +213,10 @@ def _qwen2(raw):
     return _qwen(raw) | {"qkv_bias": True, "out_bias": False}
 
 
+def _qwen3(raw):
+    return _qwen(raw) | {"head_width": raw.get("head_dim") or 128}
+
+
 def _by_layer(raw, window, slides):
     """Windows of all layers: by `layer_types` if it is there, else where slides(layer) says so."""
     kinds = raw.get("layer_types")
@@ -313,7 +317,7 @@ FAMILIES = {
     "llama": Family("Llama", LLAMA_NAMES, _llama),
     "mistral": Family("Mistral", LLAMA_NAMES, _mistral),
     "qwen2": Family("Qwen2", LLAMA_NAMES, _qwen2),
-    "qwen3": Family("Qwen3", QWEN3_NAMES, _qwen),
+    "qwen3": Family("Qwen3", QWEN3_NAMES, _qwen3),
     "gemma2": Family("Gemma2", GEMMA2_NAMES, _gemma2),
     "gpt_neox": Family("GPTNeoX", NEOX_NAMES, _neox),
     "gpt_neox_reward_model": Family("GPTNeoX", NEOX_NAMES | {"score": "out_proj"}, _neox),
