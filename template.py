@@ -32,6 +32,15 @@ FALLBACK_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '\\n<|assistant|>\\n' }}{% endif %}"
 )
 
+# For models that were published without a template, by model_type: OASST's reward models read
+# <|prompter|>Q<|endoftext|><|assistant|>A<|endoftext|>.
+PUBLISHED_TEMPLATES = {
+    "gpt_neox_reward_model": "{% for m in messages %}"
+    "{{ '<|prompter|>' if m['role'] == 'user' else '<|' + m['role'] + '|>' }}"
+    "{{ m['content'] + '<|endoftext|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+}
+
 
 class GenerationTag(jinja2.ext.Extension):
     """`{% generation %}…{% endgeneration %}` renders its body, as in transformers."""
@@ -79,14 +88,18 @@ class Template:
         self.end_ids = self.encode([self.end])[0]
 
     def _find(self, settings):
-        """chat_template.jinja wins over tokenizer_config.json, whose value may be a list."""
+        """chat_template.jinja wins over tokenizer_config.json, whose value may be a list.
+
+        None where the checkpoint has none and none is known of its kind.
+        """
         file = self.directory / "chat_template.jinja"
         if file.exists():
             return file.read_text(encoding="utf-8")
         value = settings.get("chat_template")
         if isinstance(value, list):
             value = {t["name"]: t["template"] for t in value}.get("default")
-        return value
+        kind = read_json(self.directory / "config.json").get("model_type")
+        return value or PUBLISHED_TEMPLATES.get(kind)
 
     def _compile(self):
         def raise_exception(message):

@@ -23,14 +23,16 @@ def test_a_family_equals_transformers(name, check, tmp_path):
     assert error <= (0 if check == "bytes" else 1e-4)
 
 
-@pytest.mark.parametrize("name", parity.SCALED)
-def test_a_scaling_that_is_ignored_would_be_seen(name, tmp_path):
+@pytest.mark.parametrize("name, length", [("Llama 3.1", 2000), ("Llama 3.2", 100)])
+def test_a_scaling_that_is_ignored_would_be_seen(name, length, tmp_path):
     """The checks above can fail: without rope_scaling the same weights are far off."""
     config = parity.CONFIGS[name]
     scaled = write_model(tmp_path / "a", config)
     plain = write_model(tmp_path / "b", config | {"rope_scaling": None})
-    tokens = parity.ids(1, 100)
-    assert (load(scaled).logits(tokens) - load(plain).logits(tokens)).abs().max() > 1e-2
+    tokens = parity.ids(1, length)
+    with torch.no_grad():
+        difference = load(scaled).logits(tokens) - load(plain).logits(tokens)
+    assert difference[:, -100:].abs().max() > 1e-3
 
 
 PARTS = [  # what distinguishes a family, and a value that switches it off
@@ -50,7 +52,8 @@ PARTS = [  # what distinguishes a family, and a value that switches it off
 def test_each_part_of_a_family_is_visible_in_its_logits(name, off, tmp_path):
     config, tokens = parity.CONFIGS[name], parity.ids(1, 100)
     on = load(write_model(tmp_path / "a", config)).logits(tokens)
-    assert (on - load(write_model(tmp_path / "b", config | off)).logits(tokens)).abs().max() > 5e-4
+    changed = load(write_model(tmp_path / "b", config | off)).logits(tokens)
+    assert (on - changed).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("name", ["Gemma 2", "Pythia", "Qwen3"])
