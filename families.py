@@ -182,39 +182,48 @@ def _act(raw, field, known, default):
     return known[name] if name in known else raw.refuse(field, name)
 
 
-def _llama(raw):
-    """Llama 2, 3, 3.1, 3.2."""
-    biased = bool(raw.get("attention_bias"))
+def _swiglu(raw):
+    """What Llama, Mistral and Qwen share: no windows and no biases, unless the family says so."""
     return {
         "rope": _rope_settings(raw),
         "eps": raw.need("rms_norm_eps"),
         "act": _act(raw, "hidden_act", {"silu": "silu"}, "silu"),
         "windows": (None,) * raw.need("num_hidden_layers"),
-        "qkv_bias": biased,
-        "out_bias": biased,
+        "qkv_bias": False,
+        "out_bias": False,
     }
+
+
+def _biases(raw, default=False):
+    """Biases of the attention's projections, where the family has a field for them."""
+    biased = bool(raw.get("attention_bias", default))
+    return {"qkv_bias": biased, "out_bias": biased}
+
+
+def _llama(raw):
+    """Llama 2, 3, 3.1, 3.2."""
+    return _swiglu(raw) | _biases(raw)
 
 
 def _mistral(raw):
     """v0.1 slides over 4,096 tokens, which is also the default; v0.2 and later carry null."""
     window = raw.get("sliding_window", 4096)
-    return _llama(raw) | {"windows": (window,) * raw.need("num_hidden_layers")}
+    return _swiglu(raw) | {"windows": (window,) * raw.need("num_hidden_layers")}
 
 
 def _qwen(raw):
     """Windows only with use_sliding_window, and then by layer_types or from max_window_layers."""
-    n, window = raw.need("num_hidden_layers"), raw.get("sliding_window", 4096)
-    first = raw.get("max_window_layers", 28)
+    first, window = raw.get("max_window_layers", 28), raw.get("sliding_window", 4096)
     windows = _by_layer(raw, window, lambda i: i >= first)
-    return _llama(raw) | {"windows": windows if raw.get("use_sliding_window") else (None,) * n}
+    return _swiglu(raw) | ({"windows": windows} if raw.get("use_sliding_window") else {})
 
 
 def _qwen2(raw):
-    return _qwen(raw) | {"qkv_bias": True, "out_bias": False}
+    return _qwen(raw) | {"qkv_bias": True}
 
 
 def _qwen3(raw):
-    return _qwen(raw) | {"head_width": raw.get("head_dim") or 128}
+    return _qwen(raw) | _biases(raw) | {"head_width": raw.get("head_dim") or 128}
 
 
 def _by_layer(raw, window, slides):
@@ -233,8 +242,7 @@ def _gemma2(raw):
     """Soft caps, a scale of its own, and every other layer slides, the first one too."""
     raw.get("hidden_act")  # its older spelling, which nobody reads
     known = {"gelu_pytorch_tanh": "gelu_tanh"}
-    biased = bool(raw.get("attention_bias"))
-    return {
+    return _biases(raw) | {
         "rope": _rope_settings(raw),
         "eps": raw.need("rms_norm_eps"),
         "act": _act(raw, "hidden_activation", known, "gelu_pytorch_tanh"),
@@ -244,8 +252,6 @@ def _gemma2(raw):
         "attn_cap": raw.get("attn_logit_softcapping", 50.0),
         "logit_cap": raw.get("final_logit_softcapping", 30.0),
         "tied": bool(raw.get("tie_word_embeddings", True)),
-        "qkv_bias": biased,
-        "out_bias": biased,
     }
 
 
@@ -253,9 +259,8 @@ def _neox(raw):
     """GPT-NeoX and Pythia, whose rotary settings have names of their own."""
     rope = _rope_settings(raw, "rotary_emb_base", raw.get("rotary_pct", 0.25))
     head_width = raw.need("hidden_size") // raw.need("num_attention_heads")
-    biased = bool(raw.get("attention_bias", True))
     tanh = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
-    return {
+    return _biases(raw, True) | {
         "eps": raw.get("layer_norm_eps", 1e-5),
         "act": _act(raw, "hidden_act", {"gelu": "gelu"} | dict.fromkeys(tanh, "gelu_tanh"), "gelu"),
         "rope": rope,
@@ -263,8 +268,6 @@ def _neox(raw):
         "rotary": int(head_width * rope["partial_rotary_factor"]),
         "windows": (None,) * raw.need("num_hidden_layers"),
         "parallel": bool(raw.get("use_parallel_residual", True)),
-        "qkv_bias": biased,
-        "out_bias": biased,
     }
 
 

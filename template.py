@@ -15,6 +15,7 @@ import jinja2.sandbox
 import numpy as np
 import tokenizers
 
+from bounds import bounded
 from cli import UserError
 
 INSTRUCTIONS = {  # IFSR's refining instructions (section 3.1, Table 6)
@@ -22,6 +23,7 @@ INSTRUCTIONS = {  # IFSR's refining instructions (section 3.1, Table 6)
     "another": "please generate another response",
     "worse": "please generate a worse response",
 }
+LONGEST = 10**7  # characters of a rendered dialogue
 PROBE = "qzx-answer-qzx"  # stands for an answer when the template is asked what it puts around one
 
 # For base models, after HALOs' legacy form: a role line, the text, and the end token after answers.
@@ -118,20 +120,28 @@ class Template:
         )
         env.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
         try:
-            return env.from_string(self.source)
-        except jinja2.TemplateError as error:
+            with bounded():  # constants are folded, however large
+                return env.from_string(self.source)
+        except Exception as error:  # RecursionError, MemoryError, …
             raise UserError(f"{self.directory}: the chat template is broken: {error}") from error
 
     def render(self, messages, generation=False):
-        """Messages -> text; generation=True opens the assistant's reply."""
+        """Messages -> text; generation=True opens the assistant's reply.
+
+        A template comes from strangers: its time, memory and output are bounded.
+        """
         try:
-            return self._template.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=generation,
-                **self.special,
-            )
+            with bounded():
+                text = self._template.render(
+                    messages=messages,
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=generation,
+                    **self.special,
+                )
+            if len(text) > LONGEST:
+                raise ValueError(f"its text is longer than {LONGEST} characters")
+            return text
         except Exception as error:  # a template is a program: TypeError, OverflowError, its own …
             raise UserError(f"{self.directory}: the chat template refuses: {error}") from error
 

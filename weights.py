@@ -72,7 +72,8 @@ class Weights:
                     raise UserError(f"{file}: tensor {name} is in another file too")
                 self._open[name] = opened
         if absent := sorted(where.keys() - self._open.keys()):
-            raise UserError(f"{index}: names {absent[0]}, which {where[absent[0]]} does not hold")
+            missing = f"{absent[0]} is missing from {where[absent[0]]}"
+            raise UserError(f"{index}: tensor {missing}; download the files again")
 
     def __contains__(self, name):
         return name in self._open
