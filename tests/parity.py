@@ -167,7 +167,7 @@ def tries(seed=0):
 
 
 @torch.no_grad()
-def packed(directory, high=256):
+def packed(directory):
     model, other, pairs = load(directory), theirs(directory), tries()
     row = rows.build_row([rows.lay_out(paths) for paths in pairs], range(3), 4, pad_to=256)
     found, expected = row.sums(model(row)), torch.zeros(3, 4)
