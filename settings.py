@@ -70,6 +70,7 @@ class Settings:
     compile: bool | None = flag(None, "compile the blocks; default: on CUDA")
     checkpoint_activations: bool = flag(False, "recompute blocks in backward, to save memory")
     offload: bool = flag(False, "keep parameters and optimizer state in CPU memory")
+    plan: bool = flag(False, "print parameters and bytes per GPU for --model, and stop")
 
 
 HYPER = ("beta", "tau", "alpha", "gamma", "delta", "lam", "label_smoothing", "lambda_w", "lambda_l")

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 import checkpoint
+import memory
 import weights
 from cli import UserError, parse, progress, run
 from data import Dataset, Limits, plain_paths
@@ -284,6 +285,8 @@ def choose_row_tokens(s, ranks, datasets, paths):
 
 def main():
     s = parse(Settings, __doc__.splitlines()[0])
+    if s.plan:
+        return memory.show(s)
     ranks = Ranks(s.device)
     try:
         train(s, ranks)
