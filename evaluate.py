@@ -3,6 +3,7 @@
     reward    score answers with a reward model, and count wins against other answers
     pairs     accuracy and margin of the implicit reward on preference pairs: of the plain policy,
               which is what gets deployed, and of the cross-conditioned one, which was trained
+    alpaca    AlpacaEval 2: win rate, raw and length-controlled, from annotations (alpaca.py)
     world     exact win rate in the embedded small world (assets/world.py)
 
 Scores and log-probabilities come from rows, as in training. Brackets hold 95% bootstrap intervals
@@ -15,7 +16,6 @@ import dataclasses
 import functools
 import json
 import os
-import pathlib
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -24,16 +24,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cli import UserError, flag, parse, progress, run
+import alpaca
+from cli import UserError, flag, parse, progress, require, run
 from data import Dataset, Limits
 from generate import load_model
 from losses import Path, recipe
 from pairs import Drops, Pair, as_messages, read_pairs, records
+from results import save
 from rows import build_row, lay_out, pack, trie_size
 from settings import ASSETS
 from stats import estimate, win_rate
 from template import read_json
-from weights import write_json
 
 # ----------------------------------------------------------------------------- scores from rows
 
@@ -353,23 +354,8 @@ COMMANDS = {
     "reward": (RewardSettings, reward),
     "pairs": (PairsSettings, pairs),
     "world": (WorldSettings, world),
+    "alpaca": (alpaca.Settings, alpaca.alpaca),
 }
-
-
-def require(s, *names):
-    for name in names:
-        if getattr(s, name) is None:
-            raise UserError(f"--{name} is missing")
-
-
-def save(file, results):
-    """Write the numbers as JSON, if a file is wanted; an Estimate becomes [mean, low, high]."""
-    if file:
-        try:
-            pathlib.Path(file).parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, results)
-        except OSError as error:
-            raise UserError(f"--out {file}: {error.strerror}") from error
 
 
 def main():
