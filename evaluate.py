@@ -4,6 +4,8 @@
     pairs     accuracy and margin of the implicit reward on preference pairs: of the plain policy,
               which is what gets deployed, and of the cross-conditioned one, which was trained
     alpaca    AlpacaEval 2: win rate, raw and length-controlled, from annotations (alpaca.py)
+    arena     Arena-Hard: scores from verdicts, raw and style-controlled (arena.py)
+    mtbench   MT-Bench: scores by turn and category (mtbench.py)
     world     exact win rate in the embedded small world (assets/world.py)
 
 Scores and log-probabilities come from rows, as in training. Brackets hold 95% bootstrap intervals
@@ -25,6 +27,8 @@ import numpy as np
 import torch
 
 import alpaca
+import arena
+import mtbench
 from cli import UserError, flag, parse, progress, require, run
 from data import Dataset, Limits
 from generate import load_model
@@ -355,6 +359,8 @@ COMMANDS = {
     "pairs": (PairsSettings, pairs),
     "world": (WorldSettings, world),
     "alpaca": (alpaca.Settings, alpaca.alpaca),
+    "arena": (arena.Settings, arena.arena),
+    "mtbench": (mtbench.Settings, mtbench.mtbench),
 }
 
 

@@ -336,7 +336,7 @@ def test_answers_are_joined_by_prompt(files, tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([], "the commands are reward, pairs, world, alpaca"),
+        ([], "the commands are reward, pairs, world, alpaca, arena, mtbench"),
         (["score"], "unknown command score; the commands are reward, pairs, world"),
         (["reward"], "--model is missing"),
         (["reward", "--model", "RM"], "--answers is missing"),
