@@ -18,7 +18,6 @@ Intervals: 95%, by the bootstrap over questions (upstream: over games, which com
 pairs, and 90%). Legend: Q questions, M models, G games, S style columns, R resamples.
 """
 
-import glob
 import re
 from dataclasses import dataclass
 
@@ -26,7 +25,7 @@ import numpy as np
 
 from cli import UserError, flag, progress, require
 from pairs import Drops, records
-from results import number, refuse, save, table
+from results import files_of, number, refuse, save, table
 from stats import Estimate, interval, logistic, ratio_of_sums, resample, sigmoid
 
 STRONG = 3  # how often a strong verdict counts
@@ -126,10 +125,7 @@ def read_judgments(pattern, category=None):
 
 def rows_of(pattern, name):
     """Yield ("file:row", dict) of all files that match; UserError if none does."""
-    files = sorted(glob.glob(pattern))
-    if not files:
-        raise UserError(f"{name} {pattern}: no such file")
-    for file in files:
+    for file in files_of(pattern, name):
         for where, row in records(file):
             if not isinstance(row, dict):
                 raise UserError(f"{where}: expected an object with named columns")

@@ -5,6 +5,8 @@
               which is what gets deployed, and of the cross-conditioned one, which was trained
     alpaca    AlpacaEval 2: win rate, raw and length-controlled, from annotations (alpaca.py)
     arena     Arena-Hard: scores from verdicts, raw and style-controlled (arena.py)
+    compare   two models, question by question, with a paired interval (compare.py)
+    report    one self-contained page of all of it (report.py)
     mtbench   MT-Bench: scores by turn and category (mtbench.py)
     world     exact win rate in the embedded small world (assets/world.py)
 
@@ -24,7 +26,9 @@ import torch
 
 import alpaca
 import arena
+import compare
 import mtbench
+import report
 from answers import align, question_ids, read_answers, read_both
 from cache import ScoreCache
 from cli import UserError, flag, parse, progress, require, run
@@ -108,12 +112,13 @@ def reward(s):
     scores = dict(zip(sides, np.split(scores, len(sides)), strict=True))
     results = {"command": "reward", "model": s.model, "seed": s.seed}
     for name, (file, rows) in sides.items():
-        report = describe(file, rows, scores[name], s)
-        mean, std = report["reward"], report["std"]
+        results[name] = side = describe(file, rows, scores[name], s)
+        mean, std = side["reward"], side["std"]
         print(f"{file}: {len(rows)} answers, reward {mean:.4f}, std {std:.4f}")
-        results[name] = report
-    results["models"] = {side["file"]: {"n": side["n"], "values": side["values"]}
-                         for side in map(results.get, sides)}  # fmt: skip
+    results["models"] = {
+        side["file"]: {key: side[key] for key in ("n", "reward", "std", "values")}
+        for side in map(results.get, sides)
+    }
     if len(sides) == 2:
         results |= compare_sides(*sides.values(), *scores.values(), s)
     save(s.out, results)
@@ -392,6 +397,8 @@ COMMANDS = {
     "alpaca": (alpaca.Settings, alpaca.alpaca),
     "arena": (arena.Settings, arena.arena),
     "mtbench": (mtbench.Settings, mtbench.mtbench),
+    "compare": (compare.Settings, compare.compare),
+    "report": (report.Settings, report.report),
 }
 
 

@@ -4,11 +4,24 @@ The JSON has {"models": {name: {"n", …, "values": {question id: number or null
 what `evaluate.py compare` pairs, question by question.
 """
 
+import glob
 import json
 import math
+import os
 import pathlib
 
 from cli import UserError
+
+
+def files_of(text, name):
+    """Paths and globs, with commas between them -> list of files."""
+    files = []
+    for part in map(str.strip, text.split(",")):
+        found = sorted(filter(os.path.isfile, glob.glob(part)))
+        if not found:
+            raise UserError(f"{name} {part}: no such file")
+        files += found
+    return files
 
 
 def refuse(drops, expected, max_missing, what):

@@ -403,7 +403,7 @@ def test_answers_are_joined_by_prompt(files, tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([], "the commands are reward, pairs, world, alpaca, arena, mtbench"),
+        ([], "the commands are reward, pairs, world, alpaca, arena, mtbench, compare, report"),
         (["score"], "unknown command score; the commands are reward, pairs, world"),
         (["reward"], "--model is missing"),
         (["reward", "--model", "RM"], "--answers is missing"),
