@@ -4,6 +4,8 @@
     pairs     accuracy and margin of the implicit reward on preference pairs: of the plain policy,
               which is what gets deployed, and of the cross-conditioned one, which was trained
     world     exact win rate in the embedded small world (assets/world.py)
+    context, next_token, attention
+              why conditioning works: IFSR's Tables 2 and 7 and Figure 4 (analysis.py, attention.py)
 
 Scores and log-probabilities come from rows, as in training. Brackets hold 95% bootstrap intervals
 over prompts or pairs (stats.py).
@@ -15,7 +17,6 @@ import dataclasses
 import functools
 import json
 import os
-import pathlib
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -24,36 +25,32 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cli import UserError, flag, parse, progress, run
+import analysis
+import attention
+from cli import UserError, flag, parse, require, run
 from data import Dataset, Limits
 from generate import load_model
 from losses import Path, recipe
 from pairs import Drops, Pair, as_messages, read_pairs, records
-from rows import build_row, lay_out, pack, trie_size
+from results import save
+from rows import lay_out, trie_size
+from scoring import scored_rows
 from settings import ASSETS
 from stats import estimate, win_rate
 from template import read_json
-from weights import write_json
 
 # ----------------------------------------------------------------------------- scores from rows
 
 
-@torch.no_grad()
 def score(model, trie, sizes, n_paths, row_tokens=None, label="score"):
     """Sums of the scored values of N items, and how many were scored: (N, P) and (N, P), on CPU.
 
-    trie(n) makes the rows.Trie of item n, of sizes[n] tokens. row_tokens: longest row, unless one
-    item is longer.
+    The arguments are those of scoring.scored_rows.
     """
-    device = model.embed.weight.device
-    row_tokens = row_tokens or (8192 if device.type == "cuda" else 2048)
     sums = torch.zeros(len(sizes), n_paths)
     counts = torch.zeros_like(sums)
-    with progress(label, len(sizes), "item", leave=False) as bar:
-        for items in pack(sizes, max(row_tokens, *sizes)):
-            row = build_row([trie(n) for n in items], items, n_paths).to(device)
-            sums[items], counts[items] = row.sums(model(row)).cpu(), row.counts().cpu()
-            bar.update(len(items))
+    for items, row, values in scored_rows(model, trie, sizes, n_paths, row_tokens, label):
+        sums[items], counts[items] = row.sums(values).cpu(), row.counts().cpu()
     return sums, counts
 
 
@@ -353,23 +350,10 @@ COMMANDS = {
     "reward": (RewardSettings, reward),
     "pairs": (PairsSettings, pairs),
     "world": (WorldSettings, world),
+    "context": (analysis.ContextSettings, analysis.context),
+    "next_token": (analysis.NextTokenSettings, analysis.next_token),
+    "attention": (attention.AttentionSettings, attention.attention),
 }
-
-
-def require(s, *names):
-    for name in names:
-        if getattr(s, name) is None:
-            raise UserError(f"--{name} is missing")
-
-
-def save(file, results):
-    """Write the numbers as JSON, if a file is wanted; an Estimate becomes [mean, low, high]."""
-    if file:
-        try:
-            pathlib.Path(file).parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, results)
-        except OSError as error:
-            raise UserError(f"--out {file}: {error.strerror}") from error
 
 
 def main():
