@@ -8,8 +8,8 @@ The third, attention over the parts of a prompt (Figure 4), is attention.py's.
 
 In the signs of the paper, y+ is the chosen answer, ỹ the pseudo response (the rejected one), i the
 refining instruction: ↑ for a better, ⁰ for another, ↓ for a worse response. Without ỹ it is a
-suffix of the question, behind ỹ a user turn of its own. The paper's text was not at hand when this
-was written, only what its tables hold; what is averaged over what here, the functions say.
+suffix of the question, behind ỹ a user turn of its own. Of the paper only the names of these
+quantities were at hand; what is averaged over what here, the functions say.
 
 The token sequences are those of training, and log-probabilities come from the same tries and rows.
 

@@ -3,8 +3,8 @@
     attention    mass, variance and skewness by layer, before and after training (IFSR Figure 4)
 
 The contexts are analysis.py's: x,i (the instruction i as a suffix of the question x) and x,ỹ,i (it
-follows the pseudo response ỹ in a turn of its own). The paper's text was not at hand when this was
-written, only what its figure shows; what is averaged over what here, `attention_statistics` says.
+follows the pseudo response ỹ in a turn of its own). Of the paper only the names of these three
+quantities were at hand; what is averaged over what here, `attention_statistics` says.
 
 Legend: N pairs, P contexts, L layers, H heads, K key/value heads, C head width, T tokens of the
 trie, S of them that predict y+.

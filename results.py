@@ -1,9 +1,52 @@
-"""What every evaluation reports: a table to read, one JSON file."""
+"""What every evaluation reports: a table to read, what is missing from it, one JSON file.
 
+The JSON has {"models": {name: {"n", …, "values": {question id: number or null}}}}; the values are
+what `evaluate.py compare` pairs, question by question.
+"""
+
+import glob
 import json
+import math
+import os
 import pathlib
 
 from cli import UserError
+
+
+def files_of(text, name):
+    """Paths and globs, with commas between them -> list of files."""
+    files = []
+    for part in map(str.strip, text.split(",")):
+        found = sorted(filter(os.path.isfile, glob.glob(part)))
+        if not found:
+            raise UserError(f"{name} {part}: no such file")
+        files += found
+    return files
+
+
+def refuse(drops, expected, max_missing, what):
+    """Print what is missing of `expected` verdicts or scores; UserError if it is too large a share.
+
+    drops: pairs.Drops; max_missing: a share in [0, 1].
+    """
+    missing = sum(len(where) for where in drops.rules.values())
+    if not missing:
+        return
+    print(f"{what}: {missing} of {expected} missing or faulty: {drops}")
+    if missing > max_missing * expected:
+        raise UserError(
+            f"{what}: {missing / expected:.1%} missing or faulty ({drops}); "
+            f"mend them or raise --max_missing {max_missing}"
+        )
+
+
+def number(value):
+    """A finite number, or text that is one, as float; None for all else: that is no verdict."""
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return None
+    return found if math.isfinite(found) else None
 
 
 def table(rows):
