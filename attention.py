@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from analysis import Context, Settings, open_views
-from cli import flag, progress, require
+from cli import UserError, flag, progress, require
 from generate import load_model
 from model import row_attention
 from results import save, table
@@ -41,6 +41,8 @@ class AttentionSettings(Settings):
 def attention(s):
     """What the parts of a prompt get of the attention while y+ is read, by layer."""
     require(s, "model", "data")
+    if s.out and Path(s.out).suffix == ".png":
+        raise UserError(f"--out {s.out}: name the json file; the figure goes beside it")
     contexts = {
         "x,i": Context("instruct", s.instruction),
         "x,ỹ,i": Context("rejected", s.instruction),
