@@ -9,6 +9,8 @@
     report    one self-contained page of all of it (report.py)
     mtbench   MT-Bench: scores by turn and category (mtbench.py)
     world     exact win rate in the embedded small world (assets/world.py)
+    context, next_token, attention
+              why conditioning works: IFSR's Tables 2 and 7 and Figure 4 (analysis.py, attention.py)
 
 Scores and log-probabilities come from rows, as in training. Brackets hold 95% bootstrap intervals
 over prompts or pairs (stats.py).
@@ -25,19 +27,22 @@ import numpy as np
 import torch
 
 import alpaca
+import analysis
 import arena
+import attention
 import compare
 import mtbench
 import report
 from answers import align, question_ids, read_answers, read_both
 from cache import ScoreCache
-from cli import UserError, flag, parse, progress, require, run
+from cli import UserError, flag, parse, require, run
 from data import Dataset, Limits
 from generate import load_model
 from losses import Path, recipe
 from pairs import Drops, Pair, read_pairs
 from results import number, refuse, save, table
-from rows import build_row, lay_out, pack
+from rows import lay_out
+from scoring import scored_rows
 from settings import ASSETS
 from stats import estimate, win_rate
 from template import read_json
@@ -45,22 +50,15 @@ from template import read_json
 # ----------------------------------------------------------------------------- scores from rows
 
 
-@torch.no_grad()
 def score(model, trie, sizes, n_paths, row_tokens=None, label="score"):
     """Sums of the scored values of N items, and how many were scored: (N, P) and (N, P), on CPU.
 
-    trie(n) makes the rows.Trie of item n, of sizes[n] tokens. row_tokens: longest row, unless one
-    item is longer.
+    The arguments are those of scoring.scored_rows.
     """
-    device = model.embed.weight.device
-    row_tokens = row_tokens or (8192 if device.type == "cuda" else 2048)
     sums = torch.zeros(len(sizes), n_paths)
     counts = torch.zeros_like(sums)
-    with progress(label, len(sizes), "item", leave=False) as bar:
-        for items in pack(sizes, max(row_tokens, *sizes)):
-            row = build_row([trie(n) for n in items], items, n_paths).to(device)
-            sums[items], counts[items] = row.sums(model(row)).cpu(), row.counts().cpu()
-            bar.update(len(items))
+    for items, row, values in scored_rows(model, trie, sizes, n_paths, row_tokens, label):
+        sums[items], counts[items] = row.sums(values).cpu(), row.counts().cpu()
     return sums, counts
 
 
@@ -399,6 +397,9 @@ COMMANDS = {
     "mtbench": (mtbench.Settings, mtbench.mtbench),
     "compare": (compare.Settings, compare.compare),
     "report": (report.Settings, report.report),
+    "context": (analysis.ContextSettings, analysis.context),
+    "next_token": (analysis.NextTokenSettings, analysis.next_token),
+    "attention": (attention.AttentionSettings, attention.attention),
 }
 
 
