@@ -4,6 +4,7 @@
     pairs     accuracy and margin of the implicit reward on preference pairs: of the plain policy,
               which is what gets deployed, and of the cross-conditioned one, which was trained
     world     exact win rate in the embedded small world (assets/world.py)
+    judge     let a model compare answers, or grade them; files as the benchmarks' tools write
 
 Scores and log-probabilities come from rows, as in training. Brackets hold 95% bootstrap intervals
 over prompts or pairs (stats.py).
@@ -27,6 +28,7 @@ import torch
 from cli import UserError, flag, parse, progress, run
 from data import Dataset, Limits
 from generate import load_model
+from judge import JudgeSettings, judge
 from losses import Path, recipe
 from pairs import Drops, Pair, as_messages, read_pairs, records
 from rows import build_row, lay_out, pack, trie_size
@@ -353,6 +355,7 @@ COMMANDS = {
     "reward": (RewardSettings, reward),
     "pairs": (PairsSettings, pairs),
     "world": (WorldSettings, world),
+    "judge": (JudgeSettings, judge),
 }
 
 

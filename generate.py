@@ -161,7 +161,6 @@ class RemoteAnswers:
 
     def __post_init__(self):
         self.refused = []  # (number, what the server said)
-        self.replies = []  # of this run, for their token counts
 
     def numbered(self, asks, numbers):
         """Yield (number, row) as answers end; an Ask that the server refuses goes to `refused`."""
@@ -200,7 +199,11 @@ class RemoteAnswers:
             max_tokens=self.sampling.max_new_tokens,
             seed=int(np.random.SeedSequence(numbers).generate_state(1)[0] >> 1),  # 31 bits
         )
-        self.replies.append(reply)
+        told = (reply.tokens_in, reply.tokens_out)
+        if None not in told:  # a server may leave its counts out
+            job.row["usage"] = [
+                a + b for a, b in zip(job.row.get("usage", (0, 0)), told, strict=True)
+            ]
         return reply
 
 
@@ -246,6 +249,8 @@ def check(s, world=1):
             raise UserError(f"--{name} {getattr(s, name)}: must be at least 1")
     if not s.out and (s.format != "jsonl" or world > 1):
         raise UserError("--out FILE is needed for a benchmark's format and for several processes")
+    if s.format == "alpaca_eval" and not s.out.endswith(".json"):
+        raise UserError(f"--out {s.out}: alpaca_eval reads .json files alone")
     if s.endpoint and world > 1:
         raise UserError("--endpoint wants a single process; --concurrency N asks N at once")
 
@@ -289,6 +294,8 @@ def open_rows(s, asks, rank, world):
     def check(where, n, row):
         row = row if isinstance(row, dict) else {}
         faults = [name for name, value in settings.items() if row.get(name) != value]
+        if s.endpoint and row.get("endpoint"):  # a server may have moved since
+            faults = [name for name in faults if name != "endpoint"]
         faults = faults if asks[n].is_of(row) else ["prompt", *faults]
         if faults:
             fault = f"{where}: of another run ({faults[0]} differs)"
@@ -319,16 +326,16 @@ class Stream:
             print(file=self.file, flush=True)
 
 
-def answerer(s):
+def answerer(s, mode="plain", instruction="better"):
     """What answers: the own sampler with --model loaded, or the server at --endpoint."""
-    instruction = INSTRUCTIONS.get(s.instruction, s.instruction)
+    instruction = INSTRUCTIONS.get(instruction, instruction)
     if s.endpoint:
         endpoint = Endpoint(s.endpoint, s.model, s.timeout, s.retries)
         sampling = Sampling(s.max_new_tokens, s.temperature, s.top_p)
-        return RemoteAnswers(endpoint, sampling, s.mode, instruction, s.seed, s.concurrency)
+        return RemoteAnswers(endpoint, sampling, mode, instruction, s.seed, s.concurrency)
     model, template = load_model(s.model, s.dtype, s.device)
     sampling = Sampling(s.max_new_tokens, s.temperature, s.top_p, stop_ids(template))
-    return Answers(model, template, sampling, s.mode, instruction, s.seed, s.batch)
+    return Answers(model, template, sampling, mode, instruction, s.seed, s.batch)
 
 
 def recorded(s):
@@ -345,7 +352,8 @@ def produce(s, asks, numbers, store):
 
     An answer to --prompt streams to the terminal as well; a server's is printed when it is whole.
     """
-    answers, settings, one = answerer(s), recorded(s), s.prompt is not None
+    settings, one = recorded(s), s.prompt is not None
+    answers = answerer(s, s.mode, s.instruction)
     stream = Stream(answers.template) if one and not s.endpoint else None
     numbered = answers.numbered([asks[n] for n in numbers], numbers, *filter(None, [stream]))
     if store is None:
@@ -367,23 +375,10 @@ def produce(s, asks, numbers, store):
     for count, fault in ((cut, "were cut at --max_new_tokens"), (empty, "are empty")):
         if count:
             print(f"{count} answers {fault}", file=sys.stderr)
-    if s.endpoint:
-        report_server(answers, len(numbers))
-
-
-def report_server(answers, asked):
-    """Print what the server counted; UserError for prompts that it refused."""
-    counted = [r for r in answers.replies if None not in (r.tokens_in, r.tokens_out)]
-    tokens = [sum(r.tokens_in for r in counted), sum(r.tokens_out for r in counted)]
-    print(
-        f"{len(answers.replies)} replies, {len(counted)} of them counted by the server: "
-        f"{tokens[0]} tokens in, {tokens[1]} out",
-        file=sys.stderr,
-    )
-    if answers.refused:
+    if s.endpoint and answers.refused:
         number, said = min(answers.refused)
         raise UserError(
-            f"the server refused {len(answers.refused)} of {asked} prompts, "
+            f"the server refused {len(answers.refused)} of {len(numbers)} prompts, "
             f"as number {number + 1}: {said}; the other answers are kept"
         )
 
