@@ -72,7 +72,7 @@ class ChatServer:
         if status == 200:
             message = {"role": "assistant", "content": self.reply(body["messages"], body)}
             content = {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
-            content["usage"] = {"prompt_tokens": 7, "completion_tokens": 3}
+            content["usage"] = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
         payload = {"garbage": b"<html>", "empty": b"{}"}.get(fault, json.dumps(content).encode())
         http.send_response(status)
         if status == 429 and self.retry_after is not None:

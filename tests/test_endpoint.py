@@ -2,8 +2,12 @@
 
 import email.utils
 import json
+import os
+import socket
+import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -197,3 +201,53 @@ def test_the_modes_by_messages(ask):
         ask(server, "--mode", "instruct", "--limit", 1)
     (sent,) = server.bodies
     assert sent["messages"][0]["content"] == "question 0?\nplease generate a better response"
+
+
+# ----------------------------------------------------------------------------- a real server
+
+
+@contextmanager
+def transformers_serve(model):
+    """`transformers serve MODEL` in fp32 on a free port of 127.0.0.1 -> its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    main = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
+    words = [sys.executable, "-c", main, "serve", str(model), "--host", "127.0.0.1"]
+    words += ["--port", str(port), "--device", "cpu", "--dtype", "float32"]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(words, env=env, **pipes)
+    try:
+        for _ in range(240):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None, "transformers serve has ended"
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+@pytest.mark.slow
+def test_transformers_serve_answers_as_our_sampler(smollm2, tmp_path, monkeypatch):
+    """Greedy answers, refined ones too, from a real server and from our own cache."""
+    for package in ("transformers", "fastapi", "uvicorn", "openai"):
+        pytest.importorskip(package)
+    data = tmp_path / "prompts.jsonl"
+    asked = ["Name three colours.", "Why is the sky blue?", "Write a haiku about the sea."]
+    data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in asked))
+    flags = ["--model", smollm2, "--data", data, "--temperature", 0, "--max_new_tokens", 12]
+    flags += ["--mode", "refine", "--dtype", "fp32"]
+    answers = []
+    with transformers_serve(smollm2) as url:
+        for i, more in enumerate((["--endpoint", url, "--concurrency", 2], [])):
+            argv = ["generate.py", *flags, "--out", tmp_path / f"{i}.jsonl", *more]
+            monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+            run(generate.main)
+            answers.append([(r["draft"], r["answer"]) for r in rows(tmp_path / f"{i}.jsonl")])
+    assert answers[0] == answers[1] and all(a and b for a, b in answers[0])
+    usage = [r["usage"] for r in rows(tmp_path / "0.jsonl")]
+    assert [out for _, out in usage] == [24, 24, 24]
