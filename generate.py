@@ -146,6 +146,7 @@ def in_order(numbered, numbers):
         while wanted in held:
             yield held.pop(wanted)
             wanted = next(waiting, None)
+    yield from (held[number] for number in sorted(held))  # behind one that a server refused
 
 
 @dataclass

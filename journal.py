@@ -64,7 +64,7 @@ class Shared:
 
     def __init__(self, file, n, check, rank=0, world=1):
         self.name, self.n, self.rank, self.world = file, n, rank, world
-        if not Path(file).exists():  # tells before any work whether it can be written
+        if rank == 0 and not Path(file).exists():  # tells before any work whether it can be
             Journal(file).file.close()
             os.remove(file)
         self.done = set()

@@ -380,7 +380,7 @@ def report_cost(s, cache, n):
     tokens_in, tokens_out = (sum(column) for column in zip(*told, strict=True)) if told else (0, 0)
     dollars = (tokens_in * s.price_in + tokens_out * s.price_out) / 1e6
     print(
-        f"{n} judgments: {len(cache.asked)} asked now, {len(cache.refused)} refused, others cached"
+        f"{n} judgments: {len(cache.asked)} asked now, {len(cache.refused)} refused, others known"
     )
     untold = f", {len(cache.asked) - len(told)} untold" if len(told) < len(cache.asked) else ""
     print(f"tokens: {tokens_in} in, {tokens_out} out{untold}; cost ${dollars:.4f}")

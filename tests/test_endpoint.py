@@ -187,6 +187,11 @@ def test_a_refused_question_is_told_and_the_others_kept(ask, capsys):
     assert [r["answer"] for r in rows(ask.out)] == [f"echo question {i}?" for i in range(20)]
 
 
+def test_a_refusal_holds_nothing_back():
+    ended = [(2, "c"), (0, "a"), (3, "d")]  # 1 was refused
+    assert list(generate.in_order(ended, range(4))) == ["a", "c", "d"]
+
+
 def test_the_modes_by_messages(ask):
     with ChatServer() as server:
         ask(server, "--mode", "refine", "--instruction", "another", "--limit", 1)
