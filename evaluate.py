@@ -11,6 +11,7 @@
     world     exact win rate in the embedded small world (assets/world.py)
     context, next_token, attention
               why conditioning works: IFSR's Tables 2 and 7 and Figure 4 (analysis.py, attention.py)
+    judge     let a model compare answers, or grade them; files as the benchmarks' tools write
 
 Scores and log-probabilities come from rows, as in training. Brackets hold 95% bootstrap intervals
 over prompts or pairs (stats.py).
@@ -38,6 +39,7 @@ from cache import ScoreCache
 from cli import UserError, flag, parse, require, run
 from data import Dataset, Limits
 from generate import load_model
+from judge import JudgeSettings, judge
 from losses import Path, recipe
 from pairs import Drops, Pair, read_pairs
 from results import number, refuse, save, table
@@ -400,6 +402,7 @@ COMMANDS = {
     "context": (analysis.ContextSettings, analysis.context),
     "next_token": (analysis.NextTokenSettings, analysis.next_token),
     "attention": (attention.AttentionSettings, attention.attention),
+    "judge": (JudgeSettings, judge),
 }
 
 
