@@ -68,6 +68,13 @@ def parse(settings, description, argv=None):
     return settings(**vars(parser_of(settings, description).parse_args(argv)))
 
 
+def require(s, *names):
+    """UserError unless these flags of the settings `s` are given."""
+    for name in names:
+        if getattr(s, name) is None:
+            raise UserError(f"--{name} is missing")
+
+
 def progress(label, total, unit, hidden=False, **options):
     """A progress bar with rate and time left; in a log file one line every half minute."""
     calm = {} if sys.stderr.isatty() else {"mininterval": 30.0}

@@ -3,8 +3,16 @@
     reward    score answers with a reward model, and count wins against other answers
     pairs     accuracy and margin of the implicit reward on preference pairs: of the plain policy,
               which is what gets deployed, and of the cross-conditioned one, which was trained
+    alpaca    AlpacaEval 2: win rate, raw and length-controlled, from annotations (alpaca.py)
+    arena     Arena-Hard: scores from verdicts, raw and style-controlled (arena.py)
+    compare   two models, question by question, with a paired interval (compare.py)
+    report    one self-contained page of all of it (report.py)
+    mtbench   MT-Bench: scores by turn and category (mtbench.py)
     world     exact win rate in the embedded small world (assets/world.py)
-    compare   draw training runs over each other, and tabulate their ends
+    context, next_token, attention
+              why conditioning works: IFSR's Tables 2 and 7 and Figure 4 (analysis.py, attention.py)
+    judge     let a model compare answers, or grade them; files as the benchmarks' tools write
+    runs      draw training runs over each other, and tabulate their ends (metrics.py)
 
 Scores and log-probabilities come from rows, as in training. Brackets hold 95% bootstrap intervals
 over prompts or pairs (stats.py).
@@ -14,48 +22,47 @@ Legend: N answers or pairs, P paths, Q questions, A answers of a question.
 
 import dataclasses
 import functools
-import json
-import os
-import pathlib
 import sys
-from collections import Counter
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from cli import UserError, flag, parse, progress, run
+import alpaca
+import analysis
+import arena
+import attention
+import compare
+import mtbench
+import report
+from answers import align, question_ids, read_answers, read_both
+from cache import ScoreCache
+from cli import UserError, flag, parse, require, run
 from data import Dataset, Limits
 from generate import load_model
+from judge import JudgeSettings, judge
 from losses import Path, recipe
-from metrics import CompareSettings, compare
-from pairs import Drops, Pair, as_messages, read_pairs, records
-from rows import build_row, lay_out, pack, trie_size
+from metrics import CompareSettings, compare_runs
+from pairs import Drops, Pair, read_pairs
+from results import number, refuse, save, table
+from rows import lay_out
+from scoring import scored_rows
 from settings import ASSETS
 from stats import estimate, win_rate
 from template import read_json
-from weights import write_json
 
 # ----------------------------------------------------------------------------- scores from rows
 
 
-@torch.no_grad()
 def score(model, trie, sizes, n_paths, row_tokens=None, label="score"):
     """Sums of the scored values of N items, and how many were scored: (N, P) and (N, P), on CPU.
 
-    trie(n) makes the rows.Trie of item n, of sizes[n] tokens. row_tokens: longest row, unless one
-    item is longer.
+    The arguments are those of scoring.scored_rows.
     """
-    device = model.embed.weight.device
-    row_tokens = row_tokens or (8192 if device.type == "cuda" else 2048)
     sums = torch.zeros(len(sizes), n_paths)
     counts = torch.zeros_like(sums)
-    with progress(label, len(sizes), "item", leave=False) as bar:
-        for items in pack(sizes, max(row_tokens, *sizes)):
-            row = build_row([trie(n) for n in items], items, n_paths).to(device)
-            sums[items], counts[items] = row.sums(model(row)).cpu(), row.counts().cpu()
-            bar.update(len(items))
+    for items, row, values in scored_rows(model, trie, sizes, n_paths, row_tokens, label):
+        sums[items], counts[items] = row.sums(values).cpu(), row.counts().cpu()
     return sums, counts
 
 
@@ -73,18 +80,14 @@ def score_pairs(model, dataset, paths, row_tokens=None, label="score"):
 # ----------------------------------------------------------------------------- reward
 
 
-class Answer(NamedTuple):
-    prompt: list  # messages
-    text: str
-
-
 @dataclass
 class RewardSettings:
     """Every flag of `evaluate.py reward`."""
 
     model: str | None = flag(None, "reward model: HF directory or hub id")
     answers: str | None = flag(None, "rows of prompt, answer (or instruction, output)")
-    against: str | None = flag(None, "answers to the same prompts, to be beaten")
+    against: str | None = flag(None, "answers to the same prompts, or pairs: the chosen answers")
+    pairs: str | None = flag(None, "instead of answers: how often the chosen beats the rejected")
     pool: str = flag(
         "last",
         "read the score at the last token, or as transformers at the last that is no padding id",
@@ -92,6 +95,8 @@ class RewardSettings:
     )
     limit: int | None = flag(None, "only the first N answers")
     row_tokens: int | None = flag(None, "tokens per row; default: 8192 on CUDA, else 2048")
+    cache: str | None = flag(None, "directory of scores to keep, by model and tokens")
+    max_missing: float = flag(0.0, "largest share of scores that are no number")
     seed: int = flag(0, "of the bootstrap")
     dtype: str | None = flag(None, "default: bf16 on CUDA, else fp32", ("bf16", "fp32"))
     device: str = flag("auto", "where to run", ("auto", "cpu", "cuda"))
@@ -99,68 +104,95 @@ class RewardSettings:
 
 
 def reward(s):
-    """Score --answers, and --against where given; print and write what came out."""
-    require(s, "model", "answers")
-    answers = read_answers(s.answers, "--answers")[: s.limit]
-    others = align(answers, s) if s.against else None
+    """Score --answers, and --against or both sides of --pairs; print and write what came out."""
+    require(s, "model", *(() if s.pairs else ("answers",)))
+    sides = read_sides(s)
     model, template = load_model(s.model, s.dtype, s.device, head="reward")
-    results = {"model": s.model}
-    for name, rows in (("answers", answers), ("against", others)):
-        if rows is not None:
-            scores = reward_scores(model, template, rows, s.pool, s.row_tokens)
-            mean, std = (
-                estimate(scores, s.seed),
-                float(scores.std(ddof=1)) if len(rows) > 1 else 0.0,
-            )
-            print(f"{getattr(s, name)}: {len(rows)} answers, reward {mean:.4f}, std {std:.4f}")
-            file = {"file": getattr(s, name), "n": len(rows)}
-            results[name] = file | {"reward": mean, "std": std, "scores": scores.tolist()}
-    if others is not None:
-        ours, theirs = (np.array(results[name]["scores"]) for name in ("answers", "against"))
-        wins, ties = win_rate(ours, theirs, s.seed)
-        gap = estimate(ours - theirs, s.seed)
-        print(f"win rate {wins:.1%}, {ties} ties; difference {gap:+.4f}")
-        results |= {"win_rate": wins, "ties": ties, "difference": gap}
+    cache = ScoreCache(s.cache, model, template.directory) if s.cache else None
+    every = [answer for _, rows in sides.values() for answer in rows]  # at once: equal ones tie
+    scores = reward_scores(model, template, every, s.pool, s.row_tokens, cache)
+    scores = dict(zip(sides, np.split(scores, len(sides)), strict=True))
+    results = {"command": "reward", "model": s.model, "seed": s.seed}
+    for name, (file, rows) in sides.items():
+        results[name] = side = describe(file, rows, scores[name], s)
+        mean, std = side["reward"], side["std"]
+        print(f"{file}: {len(rows)} answers, reward {mean:.4f}, std {std:.4f}")
+    results["models"] = {
+        side["file"]: {key: side[key] for key in ("n", "reward", "std", "values")}
+        for side in map(results.get, sides)
+    }
+    if len(sides) == 2:
+        results |= compare_sides(*sides.values(), *scores.values(), s)
     save(s.out, results)
 
 
-def read_answers(file, name):
-    """Rows as generate.py writes them, or AlpacaEval's -> list of Answer."""
-    if not os.path.isfile(file):
-        raise UserError(f"{name} {file}: no such file")
-    answers = []
-    for where, record in records(file):
-        row = record if isinstance(record, dict) else {}
-        prompt = row.get("prompt", row.get("instruction"))
-        text = row.get("answer", row.get("output"))
-        if prompt is None or not isinstance(text, str):
-            raise UserError(f"{where}: expected prompt and answer, or instruction and output")
-        answers.append(Answer(as_messages(prompt, where), text))
-    if not answers:
-        raise UserError(f"{name} {file}: no answers")
-    return answers
+def read_sides(s):
+    """{name: (what it is, list of Answer)} of the one or two sides that are to be scored."""
+    if s.pairs:
+        if s.answers or s.against:
+            raise UserError("give either --pairs, or --answers with or without --against")
+        chosen, rejected, drops = read_both(s.pairs, "--pairs")
+        print(f"{s.pairs}: {len(chosen)} pairs read, dropped: {drops}")
+        return {"answers": (f"{s.pairs} chosen", chosen[: s.limit]),
+                "against": (f"{s.pairs} rejected", rejected[: s.limit])}  # fmt: skip
+    answers = read_answers(s.answers, "--answers")[: s.limit]
+    sides = {"answers": (s.answers, answers)}
+    return sides | ({"against": (s.against, align(answers, s))} if s.against else {})
 
 
-def align(answers, s):
-    """The answers of --against in the order of --answers; UserError if a prompt has none."""
-    others = read_answers(s.against, "--against")
-    wanted, found = ([json.dumps(a.prompt) for a in rows] for rows in (answers, others))
-    if found[: len(wanted)] == wanted:
-        return others[: len(wanted)]
-    counts = Counter(found)
-    for n, prompt in enumerate(wanted, 1):
-        if counts[prompt] != 1:
-            times = f"has {counts[prompt]} answers" if counts[prompt] else "has no answer"
-            raise UserError(f"--against {s.against} {times} to the prompt of {s.answers}:{n}")
-    by_prompt = dict(zip(found, others, strict=True))
-    return [by_prompt[prompt] for prompt in wanted]
+def describe(file, rows, scores, s):
+    """Mean, spread and every score of one side; scores that are no number are counted."""
+    drops, fine = Drops(), np.isfinite(scores)
+    for n in np.flatnonzero(~fine):
+        drops.add("without a finite score", f"{file}:{n + 1}")
+    refuse(drops, len(rows), s.max_missing, file)
+    if not fine.any():
+        raise UserError(f"{file}: not one finite score")
+    std = float(scores[fine].std(ddof=1)) if fine.sum() > 1 else 0.0
+    values = [number(score) for score in scores]
+    found = {"file": file, "n": len(rows), "reward": estimate(scores[fine], s.seed), "std": std}
+    ids = dict(zip(question_ids(rows), values, strict=True))
+    return found | {"scores": values, "values": ids}
 
 
-def reward_scores(model, template, answers, pool="last", row_tokens=None):
+def compare_sides(ours, theirs, our_scores, their_scores, s):
+    """Win rate, ties and difference where both have scores, over all and by subset."""
+    fine = np.isfinite(our_scores) & np.isfinite(their_scores)
+    if not fine.any():
+        raise UserError(f"{ours[0]}, {theirs[0]}: no question with two scores")
+    wins, ties = win_rate(our_scores[fine], their_scores[fine], s.seed)
+    gap = estimate(our_scores[fine] - their_scores[fine], s.seed)
+    print(f"{'accuracy' if s.pairs else 'win rate'} {wins:.1%}, {ties} ties; difference {gap:+.4f}")
+    sides = zip(ours[1], theirs[1], strict=True)
+    names = np.array([row.subset or other.subset for row, other in sides])
+    subsets = by_subset(our_scores, their_scores, names, fine, s.seed)
+    return {"win_rate": wins, "ties": ties, "difference": gap, "subsets": subsets}
+
+
+def by_subset(ours, theirs, names, fine, seed):
+    """Print and return {subset: {n, win_rate, ties, reward}}; names: (N,), "" belongs to none."""
+    parts = {}
+    for name in filter(None, dict.fromkeys(names.tolist())):
+        part = fine & (names == name)
+        if part.any():
+            rate, ties = win_rate(ours[part], theirs[part], seed)
+            parts[name] = {"n": int(part.sum()), "win_rate": rate, "ties": ties}
+            parts[name]["reward"] = float(ours[part].mean())
+    if parts:
+        rows = [{"subset": name, "n": part["n"], "win rate": f"{part['win_rate']:.1%}",
+                 "ties": part["ties"], "reward": f"{part['reward']:.4f}"}
+                for name, part in parts.items()]  # fmt: skip
+        mean = np.mean([part["win_rate"].mean for part in parts.values()])
+        print(table([*rows, {"subset": "mean of the subsets", "win rate": f"{mean:.1%}"}]))
+    return parts
+
+
+def reward_scores(model, template, answers, pool="last", row_tokens=None, cache=None):
     """(N,) scores of answers under a reward model, rendered as `--loss reward` trains it.
 
     pool: "last" reads the score at the last token; "not_pad" at the last one whose id is not the
     config's pad_token_id, as transformers does even where the template itself ends with that id.
+    cache: a ScoreCache, asked first.
     """
     texts = [template.render(a.prompt, generation=True) for a in answers]
     texts += [template.answer(a.prompt, a.text, closed=False) for a in answers]
@@ -171,9 +203,18 @@ def reward_scores(model, template, answers, pool="last", row_tokens=None):
     paths = [
         [([x, y], len(y))] for x, y in zip(ids[: len(answers)], ids[len(answers) :], strict=True)
     ]
-    sizes = [trie_size(path) for path in paths]
-    sums, _ = score(model, lambda n: lay_out(paths[n], "last"), sizes, 1, row_tokens, "reward")
-    return sums[:, 0].double().numpy()
+    keys = [b"|".join(ids.tobytes() for ids in path[0][0]) for path in paths]
+    found = {key: cache and cache.get(key) for key in keys}
+    first = {key: n for n, key in enumerate(keys) if found[key] is None}  # equal answers: once
+    if first:
+        tries = [lay_out(paths[n], "last") for n in first.values()]
+        sizes = list(map(len, tries))
+        sums, _ = score(model, tries.__getitem__, sizes, 1, row_tokens, "reward")
+        new = dict(zip(first, sums[:, 0].tolist(), strict=True))
+        found |= new
+        if cache:
+            cache.add(new)
+    return np.array([found[key] for key in keys], dtype=np.float64)
 
 
 def trim(ids, pad):
@@ -355,24 +396,17 @@ COMMANDS = {
     "reward": (RewardSettings, reward),
     "pairs": (PairsSettings, pairs),
     "world": (WorldSettings, world),
-    "compare": (CompareSettings, compare),
+    "alpaca": (alpaca.Settings, alpaca.alpaca),
+    "arena": (arena.Settings, arena.arena),
+    "mtbench": (mtbench.Settings, mtbench.mtbench),
+    "compare": (compare.Settings, compare.compare),
+    "report": (report.Settings, report.report),
+    "context": (analysis.ContextSettings, analysis.context),
+    "next_token": (analysis.NextTokenSettings, analysis.next_token),
+    "attention": (attention.AttentionSettings, attention.attention),
+    "judge": (JudgeSettings, judge),
+    "runs": (CompareSettings, compare_runs),
 }
-
-
-def require(s, *names):
-    for name in names:
-        if getattr(s, name) is None:
-            raise UserError(f"--{name} is missing")
-
-
-def save(file, results):
-    """Write the numbers as JSON, if a file is wanted; an Estimate becomes [mean, low, high]."""
-    if file:
-        try:
-            pathlib.Path(file).parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, results)
-        except OSError as error:
-            raise UserError(f"--out {file}: {error.strerror}") from error
 
 
 def main():

@@ -1,6 +1,6 @@
 """What a run reports: OUT/metrics.jsonl, drawn in OUT/curves.png, and told to other loggers.
 
-`python evaluate.py compare OUT1 OUT2 …` draws runs over each other and tabulates their ends.
+`python evaluate.py runs OUT1 OUT2 …` draws runs over each other and tabulates their ends.
 """
 
 import json
@@ -177,15 +177,15 @@ def draw(runs, file):
     plt.close(figure)
 
 
-# ----------------------------------------------------------------------------- compare
+# ----------------------------------------------------------------------------- runs
 
 
 @dataclass
 class CompareSettings:
-    """Every flag of `evaluate.py compare`."""
+    """Every flag of `evaluate.py runs`."""
 
     runs: list = arguments("run directories of train.py")
-    out: str = flag("compare.png", "the figure")
+    out: str = flag("runs.png", "the figure")
 
 
 ENDS = (  # column, which line, key
@@ -201,10 +201,10 @@ ENDS = (  # column, which line, key
 )
 
 
-def compare(s):
+def compare_runs(s):
     """Draw the runs over each other, and print where each of them ended."""
     if not s.runs:
-        raise UserError("compare: name the run directories, OUT1 OUT2 …")
+        raise UserError("runs: name the run directories, OUT1 OUT2 …")
     names = [str(Path(run)) for run in s.runs]
     runs = {name: read_metrics(Path(name) / "metrics.jsonl") for name in names}
     print("| run | " + " | ".join(column for column, _, _ in ENDS) + " |")

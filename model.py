@@ -1,113 +1,26 @@
-"""A Llama-style transformer: blocks, attention over rows, scored heads.
+"""The transformer: attention over rows, and scored heads.
 
-Its shape comes from families.py, its weights from weights.py; nothing here knows about ranks:
-train.py shards from outside.
+Its blocks are Llama's (layers.py) or the family's own (variants.py), its shape comes from
+families.py, its weights from weights.py; nothing here knows about ranks: train.py shards from
+outside.
 
 Legend: B batch, T tokens, S scored tokens, D width, H heads, K key/value heads, C head width,
-F feed-forward width, V vocabulary.
+V vocabulary.
 """
 
-import math
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.utils.checkpoint import checkpoint
 
+from heads import REWARDS
+from layers import Block, rope_table
 from rows import visible
+from variants import BLOCKS
 from weights import load_weights, read_config, resolve
-
-# ----------------------------------------------------------------------------- layers
-
-
-def rope_table(rope, head_width, positions, dtype):
-    """cos and sin of every position, (…, T, C), in transformers' half-split layout.
-
-    Llama 3.1 (rope_type "llama3"): slow frequencies are divided by `factor`, fast ones kept, those
-    between blended, so that 8k of pre-training reach 128k.
-    """
-    exponent = torch.arange(0, head_width, 2, device=positions.device).float() / head_width
-    freq = 1.0 / rope["rope_theta"] ** exponent  # (C/2,)
-    if rope["rope_type"] == "linear":
-        freq = freq / rope["factor"]
-    elif rope["rope_type"] == "llama3":
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        turns = rope["original_max_position_embeddings"] * freq / (2 * math.pi)
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        freq = keep * freq + (1 - keep) * freq / rope["factor"]
-    angles = positions[..., None].float() * freq  # (…, T, C/2)
-    angles = torch.cat([angles, angles], -1)  # (…, T, C)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x, cos, sin):
-    """Rotary position embedding. x: (B, H, T, C); cos, sin: (B, T, C)."""
-    a, b = x.chunk(2, -1)
-    return x * cos[:, None] + torch.cat([-b, a], -1) * sin[:, None]
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-
-
-class Attention(nn.Module):
-    """Grouped-query attention; who sees whom is decided by `attend`, handed in from outside."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.head_width = c.head_width
-        self.q = nn.Linear(c.width, c.heads * c.head_width, bias=c.qkv_bias)
-        self.k = nn.Linear(c.width, c.kv_heads * c.head_width, bias=c.qkv_bias)
-        self.v = nn.Linear(c.width, c.kv_heads * c.head_width, bias=c.qkv_bias)
-        self.o = nn.Linear(c.heads * c.head_width, c.width, bias=c.out_bias)
-
-    def forward(self, x, cos, sin, attend):
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # (B, H or K, T, C)
-            for proj in (self.q, self.k, self.v)
-        )
-        y = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)  # (B, H, T, C)
-        return self.o(y.transpose(1, 2).flatten(2))  # (B, T, D)
-
-
-class MLP(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.gate = nn.Linear(c.width, c.ffn, bias=False)
-        self.up = nn.Linear(c.width, c.ffn, bias=False)
-        self.down = nn.Linear(c.ffn, c.width, bias=False)
-
-    def forward(self, x):
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
-class Block(nn.Module):
-    """Pre-norm attention and feed-forward; `recompute` saves only its input for backward."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.attn_norm, self.attn = RMSNorm(c.width, c.eps), Attention(c)
-        self.mlp_norm, self.mlp = RMSNorm(c.width, c.eps), MLP(c)
-        self.recompute = False
-
-    def forward(self, x, cos, sin, attend):
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.body, x, cos, sin, attend, use_reentrant=False)
-        return self.body(x, cos, sin, attend)
-
-    def body(self, x, cos, sin, attend):
-        x = x + self.attn(self.attn_norm(x), cos, sin, attend)
-        return x + self.mlp(self.mlp_norm(x))
 
 
 class Transformer(nn.Module):
@@ -120,11 +33,12 @@ class Transformer(nn.Module):
         super().__init__()
         c = self.config = config
         self.attention = "sdpa"
-        self.embed = nn.Embedding(c.vocab, c.width)
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layers))
-        self.norm = RMSNorm(c.width, c.eps)
+        block = BLOCKS.get(c.family, Block)
+        self.embed = block.Embedding(c.vocab, c.width)
+        self.blocks = nn.ModuleList(block(c) for _ in range(c.n_layers))
+        self.norm = block.Norm(c.width, c.eps)
         if c.head == "reward":
-            self.score = nn.Linear(c.width, 1, bias=False)
+            self.score = REWARDS[c.score](c)
         elif not c.tied:
             self.head = nn.Linear(c.width, c.vocab, bias=False)
 
@@ -139,27 +53,33 @@ class Transformer(nn.Module):
         (B, heads, T, C). Returns (B, T, D).
         """
         x = self.embed(tokens)  # (B, T, D)
-        cos, sin = rope_table(self.config.rope, self.config.head_width, positions, x.dtype)
+        c = self.config
+        cos, sin = rope_table(c.rope, c.rotary or c.head_width, positions, x.dtype)
         for block, rule in zip(self.blocks, attend, strict=True):
             x = block(x, cos, sin, rule)
         return x
 
     def forward(self, row):
         """Row -> (S,) fp32: log-probabilities of the labels, or scalar rewards."""
-        attend = row_attention(row, self.config.windows, self.attention)
+        attend = row_attention(row, self.config, self.attention)
         x = self.hidden(row.tokens[None], row.positions[None], attend)[0]  # (T, D)
-        x = self.norm(x[row.source])  # (S, D)
         if self.config.head == "reward":
-            return F.linear(x.float(), self.score.weight.float()).squeeze(-1)  # bf16 would tie
-        return ScoredLogps.apply(x, self.head_weight, row.label)
+            return self.score(self.norm(x), row)
+        x = self.norm(x[row.source])  # (S, D)
+        return ScoredLogps.apply(x, self.head_weight, row.label, self.config.logit_cap)
+
+    def to_logits(self, x):
+        """Residual stream after the last block (…, D) -> (…, V)."""
+        return soft_cap(F.linear(self.norm(x), self.head_weight), self.config.logit_cap)
 
     def logits(self, tokens):
         """(B, T) ids -> (B, T, V): plain causal language model."""
+        c = self.config
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         until = torch.full_like(positions[0], tokens.shape[1])
-        masks = {w: visible(until, positions[0], w) for w in set(self.config.windows)}
-        attend = [Dense(masks[w]) for w in self.config.windows]
-        return F.linear(self.norm(self.hidden(tokens, positions, attend)), self.head_weight)
+        masks = {w: visible(until, positions[0], w) for w in set(c.windows)}
+        attend = [Dense(masks[w], c.scale, c.attn_cap) for w in c.windows]
+        return self.to_logits(self.hidden(tokens, positions, attend))
 
 
 def load(directory, dtype=torch.float32, device="cpu"):
@@ -176,56 +96,87 @@ def load(directory, dtype=torch.float32, device="cpu"):
 # ----------------------------------------------------------------------------- attention over rows
 
 
-class Dense:
-    """SDPA under one boolean mask (…, T query, T key)."""
+def soft_cap(x, cap):
+    """cap * tanh(x / cap), which keeps x within (-cap, cap); x itself where there is no cap."""
+    return x if cap is None else cap * torch.tanh(x / cap)
 
-    def __init__(self, mask):
-        self.mask = mask
+
+@dataclass
+class Dense:
+    """Attention under one boolean mask (…, T query, T key)."""
+
+    mask: torch.Tensor
+    scale: float | None = None  # None: 1 / sqrt(C)
+    cap: float | None = None  # soft cap of the scores
 
     def __call__(self, q, k, v):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=True)
+        return masked_attention(q, k, v, self.mask, self.scale, self.cap)
 
 
+@dataclass
 class PerTrie:
     """Attention trie by trie: no row-wide mask, and no work between tries."""
 
-    def __init__(self, spans, masks):
-        self.spans, self.masks = spans, masks
+    spans: list
+    masks: list
+    scale: float | None = None
+    cap: float | None = None
 
     def __call__(self, q, k, v):
         parts = [
-            trie_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], mask)
+            trie_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], mask, self.scale, self.cap)
             for (a, b), mask in zip(self.spans, self.masks, strict=True)
         ]
         rest = q.shape[2] - self.spans[-1][1]  # padding: its values reach nobody
         return torch.cat([*parts, q[:, :, q.shape[2] - rest :]], 2)
 
 
-def trie_attention(q, k, v, mask):
-    """SDPA, or the same spelt out where that is twice as fast: short tries in bf16 on a CPU.
+def trie_attention(q, k, v, mask, scale=None, cap=None):
+    """Attention, spelt out where that is twice as fast: short tries in bf16 on a CPU.
 
-    q: (1, H, T, C), k, v: (1, K, T, C), mask: (T, T). Spelt out, the heads that share a key head
-    are the rows of one matrix product, and the (H, T, T) probabilities are kept for backward.
+    q: (B, H, T, C), k, v: (B, K, T, C), mask: (T, T) -> (B, H, T, C).
     """
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or len(mask) > 1024:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-    (_, heads, size, width), groups = q.shape, k.shape[1]
-    grouped = (q * width**-0.5).reshape(groups, -1, width)  # (K, H/K T, C)
-    scores = (grouped @ k[0].mT).view(groups, -1, size, size)  # (K, H/K, T, T)
-    hidden = torch.zeros(size, size, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
-    weights = (scores + hidden).softmax(-1).view(groups, -1, size)  # (K, H/K T, T)
-    return (weights @ v[0]).view(1, heads, size, width)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and len(mask) <= 1024:
+        return spelt_out(q, k, v, mask, scale, cap)
+    return masked_attention(q, k, v, mask, scale, cap)
 
 
+def masked_attention(q, k, v, mask, scale=None, cap=None):
+    """SDPA, which knows no soft cap: with one, the same spelt out. Shapes as in `spelt_out`."""
+    if cap is not None:
+        return spelt_out(q, k, v, mask, scale, cap)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def spelt_out(q, k, v, mask, scale=None, cap=None):
+    """softmax(cap tanh(q k^T scale / cap)) v, where the (H, T, U) probabilities are kept.
+
+    q: (B, H, T, C), k, v: (B, K, U, C), mask: (T, U) or (B, 1, T, U) -> (B, H, T, C). The heads
+    that share a key head are the rows of one matrix product.
+    """
+    (batch, heads, size, width), groups = q.shape, k.shape[1]
+    scale = width**-0.5 if scale is None else scale
+    grouped = (q * scale).reshape(batch, groups, -1, width)  # (B, K, H/K T, C)
+    scores = soft_cap(grouped @ k.mT, cap).view(batch, heads, size, -1)  # (B, H, T, U)
+    hidden = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+    weights = (scores + hidden).softmax(-1).view(batch, groups, -1, k.shape[2])
+    return (weights @ v).view(batch, heads, size, width)
+
+
+@dataclass
 class Flex:
     """FlexAttention under a block mask; compiled, so that CUDA never sees a T x T matrix."""
 
-    def __init__(self, block_mask):
-        self.block_mask = block_mask
+    block_mask: object
+    scale: float | None = None
+    cap: float | None = None
 
     def __call__(self, q, k, v):
         kernel = compiled_flex() if q.is_cuda else flex_attention
-        return kernel(q, k, v, block_mask=self.block_mask, enable_gqa=True)
+        options = {"block_mask": self.block_mask, "scale": self.scale, "enable_gqa": True}
+        return kernel(q, k, v, score_mod=_capped(self.cap), **options)
 
 
 @cache
@@ -233,16 +184,23 @@ def compiled_flex():
     return torch.compile(flex_attention, dynamic=False)
 
 
-def row_attention(row, windows, kind):
-    """One attention rule per layer; layers of the same window share it."""
+@cache
+def _capped(cap):
+    """FlexAttention's score_mod for a soft cap: one function per cap, so one compilation."""
+    return None if cap is None else lambda score, b, h, q, k: soft_cap(score, cap)
+
+
+def row_attention(row, c, kind):
+    """One attention rule per layer of Config c; layers of the same window share it."""
     rules = {}
-    for window in set(windows):
+    for window in set(c.windows):
         if kind == "flex":
-            rules[window] = Flex(_block_mask(row, window))
+            rules[window] = Flex(_block_mask(row, window), c.scale, c.attn_cap)
         else:
             parts = ((row.until[a:b] - a, row.positions[a:b]) for a, b in row.spans)
-            rules[window] = PerTrie(row.spans, [visible(u, p, window) for u, p in parts])
-    return [rules[window] for window in windows]
+            masks = [visible(u, p, window) for u, p in parts]
+            rules[window] = PerTrie(row.spans, masks, c.scale, c.attn_cap)
+    return [rules[window] for window in c.windows]
 
 
 def _block_mask(row, window):
@@ -260,38 +218,40 @@ def _block_mask(row, window):
 
 
 class ScoredLogps(torch.autograd.Function):
-    """log softmax(x W^T)[label] per scored token, a chunk of logits at a time.
+    """log softmax(soft_cap(x W^T))[label] per scored token, a chunk of logits at a time.
 
-    x: (S, D), weight: (V, D), label: (S,) -> (S,) fp32. The (S, V) matrix never exists: logits of
-    a chunk are made in forward, dropped, and made again in backward.
+    x: (S, D), weight: (V, D), label: (S,), cap: number or None -> (S,) fp32. The (S, V) matrix
+    never exists: logits of a chunk are made in forward, dropped, and made again in backward.
     """
 
     LOGITS = 2**26  # of one chunk
 
     @staticmethod
-    def forward(ctx, x, weight, label):
+    def forward(ctx, x, weight, label, cap=None):
         logps = torch.empty(len(x), device=x.device)
         logsumexp = torch.empty_like(logps)
         for part in ScoredLogps._chunks(x, weight):
-            logits = (x[part] @ weight.T).float()  # (chunk, V)
+            logits = soft_cap((x[part] @ weight.T).float(), cap)  # (chunk, V)
             logsumexp[part] = logits.logsumexp(-1)
             logps[part] = logits.gather(-1, label[part, None]).squeeze(-1) - logsumexp[part]
         ctx.save_for_backward(x, weight, label, logsumexp)
+        ctx.cap = cap
         return logps
 
     @staticmethod
     def backward(ctx, grad):
-        """d logp / d logits = onehot(label) - softmax."""
+        """d logp / d logits = onehot(label) - softmax; and of the cap, 1 - (capped / cap)^2."""
         x, weight, label, logsumexp = ctx.saved_tensors
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
         for part in ScoredLogps._chunks(x, weight):
-            d = (x[part] @ weight.T).float()  # (chunk, V)
+            d = soft_cap((x[part] @ weight.T).float(), ctx.cap)  # (chunk, V)
+            slope = None if ctx.cap is None else 1 - (d / ctx.cap) ** 2
             d.sub_(logsumexp[part, None]).exp_().mul_(-grad[part, None])
             d.scatter_add_(-1, label[part, None], grad[part, None])
-            d = d.to(x.dtype)
+            d = (d if slope is None else d.mul_(slope)).to(x.dtype)
             grad_x[part] = d @ weight
             grad_weight.addmm_(d.T, x[part])
-        return grad_x, grad_weight, None
+        return grad_x, grad_weight, None, None
 
     @staticmethod
     def _chunks(x, weight):

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from model import masked_attention
+
 # ----------------------------------------------------------------------------- one token
 
 
@@ -68,7 +70,7 @@ class Cache:
     """
 
     def __init__(self, model, rows):
-        c, self.windows = model.config, model.config.windows
+        c = self.config = model.config
         self.groups = c.heads // c.kv_heads
         empty = model.embed.weight.new_zeros(2, rows, c.kv_heads, 0, c.head_width)
         self.layers = [empty] * c.n_layers
@@ -78,16 +80,16 @@ class Cache:
 
         rows: slice of B rows; positions: (B, T) of the new tokens, which also are their slots.
         """
-        used = int(positions.max()) + 1
+        c, used = self.config, int(positions.max()) + 1
         self._grow(used)
         slots = torch.arange(used, device=positions.device)
         age = positions[:, None, :, None] - slots  # (B, 1, T, U)
-        masks = {w: age >= 0 if w is None else (age >= 0) & (age < w) for w in set(self.windows)}
+        masks = {w: age >= 0 if w is None else (age >= 0) & (age < w) for w in set(c.windows)}
         # the G query heads of a key/value head attend as if they were G times as many queries
         masks = {w: mask.repeat(1, 1, self.groups, 1) for w, mask in masks.items()}
         return [
-            Cached(*layer[:, rows, :, :used], positions, masks[window])
-            for layer, window in zip(self.layers, self.windows, strict=True)
+            Cached(*layer[:, rows, :, :used], positions, masks[window], c.scale, c.attn_cap)
+            for layer, window in zip(self.layers, c.windows, strict=True)
         ]
 
     def _grow(self, used):
@@ -112,13 +114,15 @@ class Cached:
     values: torch.Tensor
     positions: torch.Tensor  # (B, T)
     mask: torch.Tensor  # (B, 1, G T, U)
+    scale: float | None
+    cap: float | None
 
     def __call__(self, q, k, v):
         rows = torch.arange(len(k), device=k.device)[:, None]  # (B, 1)
         self.keys.transpose(1, 2)[rows, self.positions] = k.transpose(1, 2)  # (B, T, K, C)
         self.values.transpose(1, 2)[rows, self.positions] = v.transpose(1, 2)
         q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, K, G T, C)
-        y = F.scaled_dot_product_attention(q, self.keys, self.values, attn_mask=self.mask)
+        y = masked_attention(q, self.keys, self.values, self.mask, self.scale, self.cap)
         return y.unflatten(2, (-1, k.shape[2])).flatten(1, 2)  # (B, H, T, C)
 
 
@@ -193,7 +197,7 @@ def step(model, cache, active, sampling):
     places = [[len(seq.prompt) + len(seq.answer) - 1] for seq in active]
     positions = torch.tensor(places, device=device)  # (B, 1)
     x = model.hidden(last, positions, cache.attend(slice(0, len(active)), positions))  # (B, 1, D)
-    logits = F.linear(model.norm(x[:, 0]), model.head_weight)  # (B, V)
+    logits = model.to_logits(x[:, 0])  # (B, V)
     uniforms = torch.tensor([seq.rng.random() for seq in active], device=device)
     return draw(logits, uniforms, sampling).tolist()
 

@@ -81,6 +81,7 @@ class Settings:
         None, "shard over groups of so many processes; default: over all"
     )
     log: str | None = flag(None, "also report to: tensorboard, wandb, or both with a comma")
+    plan: bool = flag(False, "print parameters and bytes per GPU for --model, and stop")
 
 
 HYPER = ("beta", "tau", "alpha", "gamma", "delta", "lam", "label_smoothing", "lambda_w", "lambda_l")

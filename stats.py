@@ -1,6 +1,6 @@
-"""What a mean is worth: intervals by the bootstrap, win rates.
+"""What a number is worth: intervals by the bootstrap, win rates, logistic regression.
 
-Legend: N prompts, pairs or questions, R resamples.
+Legend: N prompts, pairs or questions, R resamples, D features.
 """
 
 from typing import NamedTuple
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Estimate(NamedTuple):
-    """A mean and its 95% interval."""
+    """A mean, or another statistic, and its 95% interval."""
 
     mean: float
     low: float
@@ -31,11 +31,87 @@ def estimate(values, seed=0, resamples=10_000):
         values[rng.integers(len(values), size=(min(block, resamples - done), len(values)))].mean(1)
         for done in range(0, resamples, block)
     ]  # (R,) in all
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return Estimate(float(values.mean()), float(low), float(high))
+    return interval(float(values.mean()), np.concatenate(means))
+
+
+def interval(value, resampled):
+    """A statistic and its (R,) values on resamples -> Estimate, by percentiles."""
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return Estimate(float(value), float(low), float(high))
 
 
 def win_rate(scores, others, seed=0):
     """Share of prompts whose score is strictly higher -> (Estimate, number of ties, no wins)."""
     scores, others = np.asarray(scores), np.asarray(others)
     return estimate(scores > others, seed), int((scores == others).sum())
+
+
+def ratio_of_sums(above, below, seed=0, resamples=10_000):
+    """Estimate of sum(above) / sum(below) over N questions that are resampled whole.
+
+    above, below: (N,), say a question's weighted wins and its weights.
+    """
+    above, below = np.asarray(above, dtype=np.float64), np.asarray(below, dtype=np.float64)
+    counts = resample(len(above), seed, resamples)  # (R, N)
+    return interval(above.sum() / below.sum(), (counts @ above) / (counts @ below))
+
+
+def resample(n, seed, resamples):
+    """How often each of n questions is drawn in each resample: (R, n)."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
+
+
+# ----------------------------------------------------------------------------- regression
+
+
+def sigmoid(z):
+    return 0.5 * (1 + np.tanh(0.5 * z))
+
+
+def logistic(x, y, weight, l1=0.0, start=None, steps=100, tolerance=1e-10):
+    """Weighted logistic regression without intercept, on soft labels: the (D,) coefficients w of
+
+        min  l1 |w|_1 + sum_i weight_i [log(1 + exp z_i) - y_i z_i],   z = x w
+
+    x (N, D), y (N,) in [0, 1], weight (N,). By Newton steps, each a small lasso where l1 > 0, and
+    each halved until it descends. Where the classes can be separated and l1 is 0, w has no
+    maximum and stops growing after `steps`.
+    """
+
+    def objective(w):
+        z = x @ w
+        return l1 * np.abs(w).sum() + (weight * (np.logaddexp(0, z) - y * z)).sum()
+
+    w = np.zeros(x.shape[1]) if start is None else start
+    value = objective(w)
+    for _ in range(steps):
+        p = sigmoid(x @ w)
+        gradient = x.T @ (weight * (p - y))
+        hessian = (x.T * (weight * p * (1 - p))) @ x + 1e-9 * np.eye(len(w))
+        step = lasso(hessian, gradient, w, l1) - w if l1 else -np.linalg.solve(hessian, gradient)
+        for _ in range(30):
+            moved = objective(w + step)
+            if moved <= value:
+                break
+            step = step / 2
+        gain = value - moved
+        if gain <= tolerance * (abs(value) + 1):
+            return w + step if gain >= 0 else w
+        w, value = w + step, moved
+    return w
+
+
+def lasso(hessian, gradient, w, l1, sweeps=200):
+    """argmin_v of gradient·(v - w) + ½ (v - w)·hessian (v - w) + l1 |v|_1: coordinate descent."""
+    h, v = hessian.tolist(), w.tolist()
+    linear = (gradient - hessian @ w).tolist()
+    coordinates = range(len(v))
+    for _ in range(sweeps):
+        change = 0.0
+        for i in coordinates:
+            pull = linear[i] + sum(h[i][j] * v[j] for j in coordinates) - h[i][i] * v[i]
+            moved = -np.sign(pull) * max(abs(pull) - l1, 0.0) / h[i][i]
+            change, v[i] = max(change, abs(moved - v[i])), float(moved)
+        if change < 1e-12:
+            break
+    return np.array(v)

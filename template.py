@@ -15,6 +15,7 @@ import jinja2.sandbox
 import numpy as np
 import tokenizers
 
+from bounds import bounded
 from cli import UserError
 
 INSTRUCTIONS = {  # IFSR's refining instructions (section 3.1, Table 6)
@@ -22,6 +23,7 @@ INSTRUCTIONS = {  # IFSR's refining instructions (section 3.1, Table 6)
     "another": "please generate another response",
     "worse": "please generate a worse response",
 }
+LONGEST = 10**7  # characters of a rendered dialogue
 PROBE = "qzx-answer-qzx"  # stands for an answer when the template is asked what it puts around one
 
 # For base models, after HALOs' legacy form: a role line, the text, and the end token after answers.
@@ -31,6 +33,15 @@ FALLBACK_TEMPLATE = (
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\\n<|assistant|>\\n' }}{% endif %}"
 )
+
+# For models that were published without a template, by model_type: OASST's reward models read
+# <|prompter|>Q<|endoftext|><|assistant|>A<|endoftext|>.
+PUBLISHED_TEMPLATES = {
+    "gpt_neox_reward_model": "{% for m in messages %}"
+    "{{ '<|prompter|>' if m['role'] == 'user' else '<|' + m['role'] + '|>' }}"
+    "{{ m['content'] + '<|endoftext|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+}
 
 
 class GenerationTag(jinja2.ext.Extension):
@@ -79,14 +90,18 @@ class Template:
         self.end_ids = self.encode([self.end])[0]
 
     def _find(self, settings):
-        """chat_template.jinja wins over tokenizer_config.json, whose value may be a list."""
+        """chat_template.jinja wins over tokenizer_config.json, whose value may be a list.
+
+        None where the checkpoint has none and none is known of its kind.
+        """
         file = self.directory / "chat_template.jinja"
         if file.exists():
             return file.read_text(encoding="utf-8")
         value = settings.get("chat_template")
         if isinstance(value, list):
             value = {t["name"]: t["template"] for t in value}.get("default")
-        return value
+        kind = read_json(self.directory / "config.json").get("model_type")
+        return value or PUBLISHED_TEMPLATES.get(kind)
 
     def _compile(self):
         def raise_exception(message):
@@ -105,20 +120,28 @@ class Template:
         )
         env.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
         try:
-            return env.from_string(self.source)
-        except jinja2.TemplateError as error:
+            with bounded():  # constants are folded, however large
+                return env.from_string(self.source)
+        except Exception as error:  # RecursionError, MemoryError, …
             raise UserError(f"{self.directory}: the chat template is broken: {error}") from error
 
     def render(self, messages, generation=False):
-        """Messages -> text; generation=True opens the assistant's reply."""
+        """Messages -> text; generation=True opens the assistant's reply.
+
+        A template comes from strangers: its time, memory and output are bounded.
+        """
         try:
-            return self._template.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=generation,
-                **self.special,
-            )
+            with bounded():
+                text = self._template.render(
+                    messages=messages,
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=generation,
+                    **self.special,
+                )
+            if len(text) > LONGEST:
+                raise ValueError(f"its text is longer than {LONGEST} characters")
+            return text
         except Exception as error:  # a template is a program: TypeError, OverflowError, its own …
             raise UserError(f"{self.directory}: the chat template refuses: {error}") from error
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+import memory
 import weights
 from cli import UserError, parse, progress, run
 from data import Dataset, Limits, plain_paths
@@ -72,6 +73,8 @@ def choose_row_tokens(s, ranks, datasets, paths):
 
 def main():
     s = parse(Settings, __doc__.splitlines()[0])
+    if s.plan:
+        return memory.show(s)
     with Ranks(s.device) as ranks:
         train(s, ranks)
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cli import UserError
-from families import Config, hf_name
+from families import FAMILIES, Config, hf_name
 from template import parse_json
 
 
@@ -54,28 +54,30 @@ def read_config(directory):
 class Weights:
     """The safetensors files of a directory, read tensor by tensor or by slices of their rows."""
 
+    FLOATS = ("F64", "F32", "F16", "BF16")  # what a weight may be stored as
+
     def __init__(self, directory):
-        directory = Path(directory)
-        index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-        if index.exists():
-            where = parse_json(index.read_text(encoding="utf-8"), str(index))["weight_map"]
-            for file in where.values():
-                if Path(file).name != file:
-                    raise UserError(f"{index}: {file!r} leads out of the directory")
-            self.files = sorted({directory / file for file in where.values()})
-        else:
-            self.files = [single]
+        self.directory = Path(directory)
+        index = self.directory / "model.safetensors.index.json"
+        where = _weight_map(index) if index.exists() else {}
+        names = sorted(set(where.values())) or ["model.safetensors"]
+        self.files = [self.directory / name for name in names]
         for file in self.files:
             if not file.exists():
-                raise UserError(f"{directory}: no {file.name}; weights must be safetensors files")
+                raise UserError(f"{self.directory}: no {file.name}; {_no_weights(self.directory)}")
         self._open = {}
         for file in self.files:
             try:
                 opened = safe_open(file, framework="pt")
             except SafetensorError as error:
                 raise UserError(f"{file}: not readable as safetensors: {error}") from error
-            self._open |= dict.fromkeys(opened.keys(), opened)
-        self.directory = directory
+            for name in opened.keys():  # noqa: SIM118
+                if name in self._open:
+                    raise UserError(f"{file}: tensor {name} is in another file too")
+                self._open[name] = opened
+        if absent := sorted(where.keys() - self._open.keys()):
+            missing = f"{absent[0]} is missing from {where[absent[0]]}"
+            raise UserError(f"{index}: tensor {missing}; download the files again")
 
     def __contains__(self, name):
         return name in self._open
@@ -88,7 +90,22 @@ class Weights:
         if tuple(tensor.get_shape()) != tuple(shape):
             found = tuple(tensor.get_shape())
             raise UserError(f"{self.directory}: {name} is {found}, expected {tuple(shape)}")
+        if tensor.get_dtype() not in self.FLOATS:
+            kinds = f"{tensor.get_dtype()}, not one of {', '.join(self.FLOATS)}"
+            raise UserError(f"{self.directory}: {name} is stored as {kinds}; use plain weights")
         return tensor[rows]
+
+    # buffers of old checkpoints, which config.json implies
+    BUFFERS = re.compile(r".*\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)")
+
+    def refuse_rest(self, used, spare=()):
+        """UserError for tensors that are neither used nor spare, as of another architecture."""
+        rest = [n for n in self._open if n not in used and n not in spare]
+        if rest := sorted(n for n in rest if not self.BUFFERS.fullmatch(n)):
+            raise UserError(
+                f"{self.directory}: {len(rest)} tensors too many for its config.json, {rest[0]} "
+                "for one; is it of another architecture, or an adapter?"
+            )
 
     def digest(self):
         """sha256 over the content of all files."""
@@ -99,21 +116,57 @@ class Weights:
         return sha.hexdigest()
 
 
+def _weight_map(index):
+    """{tensor name: file name} of model.safetensors.index.json."""
+    content = parse_json(index.read_text(encoding="utf-8"), str(index))
+    where = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(where, dict) or not where:
+        raise UserError(f"{index}: no weight_map; not an index of safetensors files")
+    for file in where.values():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise UserError(f"{index}: names {file!r}, which is no file beside it")
+    return where
+
+
+def _no_weights(directory):
+    """What to do about a directory without its safetensors files."""
+    if not (pickles := sorted([*directory.glob("*.bin"), *directory.glob("*.pt*")])):
+        return "weights must be safetensors files"
+    return (
+        f"weights must be safetensors files, and {pickles[0].name} is a pickle, which can run code "
+        "when it is loaded. If you trust it: transformers' from_pretrained, then save_pretrained"
+    )
+
+
 def load_weights(model, directory, local=lambda parameter: (parameter, slice(None))):
     """Fill the model's parameters from a HF directory.
 
     local(parameter) -> (tensor, rows): the part to fill and which rows of the whole it is. A
     sharded caller hands in its shards, so that no process ever reads more than its slices.
     """
-    weights, (_, config) = Weights(directory), read_config(directory)
+    (_, config), weights = read_config(directory), Weights(directory)
+    names = {name: hf_name(model.config.family, name) for name, _ in model.named_parameters()}
+    head = hf_name(model.config.family, "head.weight")  # may be there, and not be used
+    unused = model.config.tied or model.config.head == "reward"
+    weights.refuse_rest(names.values(), [head] if unused else ())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            theirs = hf_name(model.config.family, name)
+            theirs = names[name]
             tensor, rows = local(parameter)
             if name == "score.weight" and config.head != "reward":
                 tensor.zero_()  # a new reward head on a language model starts at r = 0
             else:
                 tensor.copy_(weights.read(theirs, parameter.shape, rows))
+            if name == "embed.weight" and model.config.tied and head in weights:
+                _check_tied(tensor, weights, head, parameter.shape, rows)
+
+
+def _check_tied(embedding, weights, head, shape, rows):
+    if not torch.equal(embedding, weights.read(head, shape, rows).to(embedding)):
+        raise UserError(
+            f"{weights.directory}: {head} differs from the embedding, but config.json says "
+            "tie_word_embeddings; set it to false there"
+        )
 
 
 SIDE_FILES = (  # what travels with the weights, unchanged
@@ -142,10 +195,11 @@ def save(directory, config, tensors, source, dtype, template=None, shard_bytes=5
             shutil.copyfile(source / name, directory / name)
     _write_template(directory, template)
     raw, _ = read_config(source)
-    stem = (raw.get("architectures") or [config.family.capitalize()])[0].split("For")[0]
-    kind = "ForSequenceClassification" if config.head == "reward" else "ForCausalLM"
-    raw |= {"architectures": [stem + kind], "dtype": str(dtype).removeprefix("torch.")}
+    raw |= {"dtype": str(dtype).removeprefix("torch.")}
     raw.pop("torch_dtype", None)  # its older spelling
+    if config.score == "linear":  # OASST's and ArmoRM's classes keep their names
+        kind = "ForSequenceClassification" if config.head == "reward" else "ForCausalLM"
+        raw |= {"architectures": [FAMILIES[config.family].stem + kind]}
     if config.head == "reward":
         raw |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     write_json(directory / "config.json", raw)

@@ -101,9 +101,10 @@ def form_table(found, measure, start, kind):
         for name in forms:
             values = found.values(measure, "forms", base, name, *world)
             star = differs(values, found.values(measure, "forms", base, "plain", *world))
-            noisy = not validated(found.values("plain", "forms", base, name, *world))
+            noisy = measure == "plain" and not validated(values)
             percent = measure not in ("kl", "length")
-            cells.append(spread(values, percent) + "*" * star + " (n)" * noisy)
+            marks = ("*" if star else "") + (" (n)" if noisy else "")
+            cells.append(spread(values, percent) + marks)
         rows.append(cells)
     return table(["", *forms], rows)
 
@@ -183,6 +184,10 @@ def draw(found, file):
         axis.set_xticks(range(len(bases)), bases)
         axis.grid(axis="y", alpha=0.3)
     axes[0, 0].legend(frameon=False, ncols=3, fontsize=8, loc="lower left")
+    full, hollow = "full: prompt only", "hollow: shown the answer that it is to beat"
+    figure.suptitle(
+        f"{full} (at best the dashed line); {hollow} (at best the dotted line)", size=10
+    )
     figure.tight_layout()
     figure.savefig(file, dpi=100)
     plt.close(figure)

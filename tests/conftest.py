@@ -61,13 +61,18 @@ def smollm2():
     return directory
 
 
+def shared_data(name):
+    """A file or directory of real data beside the checkout; skips where it is not at hand."""
+    place = Path(__file__).parents[2] / "shared" / "data" / name
+    if not place.exists():
+        pytest.skip(f"no {name}: real data that is not part of the repository")
+    return place
+
+
 @pytest.fixture(scope="session")
 def hh_file():
     """Anthropic hh-rlhf, harmless-base test split: 2,312 pairs as they lie on the hub."""
-    file = Path(__file__).parents[2] / "shared" / "data" / "hh-harmless-test.jsonl.gz"
-    if not file.exists():
-        pytest.skip(f"no {file.name}: hh-rlhf's harmless-base test split is not at hand")
-    return file
+    return shared_data("hh-harmless-test.jsonl.gz")
 
 
 @pytest.fixture(params=["seeded", "hypothesis"])

@@ -11,10 +11,13 @@ import torch
 
 import evaluate
 import tiny
+from answers import Answer
 from assets import world
+from cache import ScoreCache
 from cli import UserError, run
 from conftest import PAIRS, write_model
-from evaluate import Answer, reward_scores, world_probabilities
+from evaluate import reward_scores, world_probabilities
+from evaluate import score as real
 from generate import load_model
 from model import load
 from settings import ASSETS
@@ -93,7 +96,7 @@ def peer_scores(directory, template, pad_token_id):
     )
     peer.config.pad_token_id = pad_token_id
     scores = []
-    for prompt, text in ANSWERS:
+    for prompt, text, _ in ANSWERS:
         whole = template.render([*prompt, {"role": "assistant", "content": text}])
         ids = torch.tensor(template.encode([whole])[0].tolist())[None]
         scores.append(peer(ids).logits[0, 0].item())
@@ -303,6 +306,70 @@ def test_the_same_answers_tie(reward_dir, files, command):
     assert status == 0 and "win rate 0.0% [0.0%, 0.0%], 3 ties" in out
 
 
+def test_accuracy_on_pairs_by_subset(reward_dir, command, tmp_path):
+    """The chosen answer is the rejected one (a tie), or other text; two subsets and their mean."""
+    rows = [
+        {"prompt": f"q{i}?", "chosen": f"c{i}", "rejected": f"c{i}" if i % 3 == 0 else f"r{i}x",
+         "subset": "easy" if i < 4 else "hard"} for i in range(9)
+    ]  # fmt: skip
+    rows.append({"prompt": "q?", "chosen": "c", "rejected": "  "})
+    file, out = write_rows(tmp_path / "pairs.jsonl", rows), tmp_path / "out.json"
+    said, _, status = command("reward", "--model", reward_dir, "--pairs", file, "--out", out)
+    assert status == 0 and "9 pairs read, dropped: 1 empty answer" in said
+    results = json.loads(out.read_text())
+    model, template = load(reward_dir), Template(reward_dir)
+    sides = [Answer(user(r["prompt"]), r[k]) for k in ("chosen", "rejected") for r in rows[:9]]
+    chosen, rejected = np.split(reward_scores(model, template, sides), 2)
+    wins = chosen > rejected
+    assert results["ties"] == 3 and results["win_rate"][0] == pytest.approx(wins.mean())
+    assert results["subsets"]["easy"]["win_rate"][0] == pytest.approx(wins[:4].mean())
+    assert (results["subsets"]["hard"]["n"], results["subsets"]["hard"]["ties"]) == (5, 1)
+    mean = (wins[:4].mean() + wins[4:].mean()) / 2
+    assert f"mean of the subsets {mean:.1%}" in " ".join(said.split())
+
+
+def test_win_rate_against_the_chosen_answers(reward_dir, command, tmp_path):
+    """A pair file serves as --against; the model that gives the chosen answers ties with them."""
+    answers = [{"prompt": row["prompt"], "answer": row["chosen"]} for row in PAIRS[:5]]
+    files = write_rows(tmp_path / "a.jsonl", answers), write_rows(tmp_path / "p.jsonl", PAIRS[:5])
+    words = ["--answers", files[0], "--against", files[1]]
+    out, _, status = command("reward", "--model", reward_dir, *words)
+    assert status == 0 and "win rate 0.0% [0.0%, 0.0%], 5 ties" in out
+
+
+def test_cached_scores(reward_dir, tmp_path, monkeypatch):
+    """Only new answers are scored again, also after a line was cut; other weights have others."""
+    model, template = load(reward_dir), Template(reward_dir)
+    expected, asked = reward_scores(model, template, ANSWERS), []
+    monkeypatch.setattr(evaluate, "score", lambda *a: asked.append(len(a[2])) or real(*a))
+
+    def scores(answers):
+        cache = ScoreCache(tmp_path, model, reward_dir)
+        return reward_scores(model, template, answers, cache=cache)
+
+    np.testing.assert_allclose(scores(ANSWERS[:4]), expected[:4], atol=1e-5)
+    np.testing.assert_allclose(scores(ANSWERS), expected, atol=1e-5)
+    (file,) = tmp_path.iterdir()
+    file.write_text(file.read_text()[:-5])
+    np.testing.assert_allclose(scores(ANSWERS), expected, atol=1e-5)
+    assert scores(ANSWERS).tolist() == scores(ANSWERS).tolist() and asked == [4, 3, 1]
+    other = write_model(tmp_path / "other", tiny.REWARD, seed=3)
+    assert ScoreCache(tmp_path, model, other).scores == {}
+
+
+def test_scores_that_are_no_number_are_counted(reward_dir, files, command, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        evaluate, "reward_scores", lambda *a: np.array([1, np.nan, 3, np.inf, 5] * 2)
+    )
+    words = ["reward", "--model", reward_dir, "--answers", files[0], "--against", files[1]]
+    _, error, status = command(*words)
+    assert status == 2 and "40.0% missing or faulty (2 without a finite score" in error
+    words += ["--max_missing", 0.4, "--out", tmp_path / "out.json"]
+    out, _, status = command(*words)
+    assert status == 0 and "reward 3.0000" in out and "3 ties" in out
+    assert json.loads((tmp_path / "out.json").read_text())["answers"]["scores"][1] is None
+
+
 def test_pairs_command(tiny_model_dir, start_dir, pairs_file, command):
     words = ["--model", tiny_model_dir, "--ref", start_dir, "--data", pairs_file, "--limit", 4]
     out, _, status = command("pairs", *words, "--loss", "ins_kto", "--bridge", "turn")
@@ -336,14 +403,18 @@ def test_answers_are_joined_by_prompt(files, tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([], "the commands are reward, pairs, world"),
+        ([], "the commands are reward, pairs, world, alpaca, arena, mtbench, compare, report"),
         (["score"], "unknown command score; the commands are reward, pairs, world"),
         (["reward"], "--model is missing"),
         (["reward", "--model", "RM"], "--answers is missing"),
         (["reward", "--model", "RM", "--answers", "no.jsonl"], "--answers no.jsonl: no such file"),
         (["reward", "--model", "RM", "--answers", "BAD"], "bad.jsonl:2: expected prompt and"),
         (["reward", "--model", "LM", "--answers", "OURS"], "a reward model is needed"),
-        (["reward", "--model", "RM", "--answers", "OURS", "--against", "PAIRS"], "PAIRS:1: "),
+        (["reward", "--model", "RM", "--answers", "OURS", "--against", "PAIRS"],
+         "PAIRS has no answer to the prompt of"),
+        (["reward", "--model", "RM", "--answers", "OURS", "--pairs", "PAIRS"], "give either"),
+        (["reward", "--model", "RM", "--pairs", "BAD"], "bad.jsonl:1: columns ['answer', 'pro"),
+        (["reward", "--model", "RM", "--answers", "OURS", "--cache", "OURS"], "--cache "),
         (["pairs", "--model", "LM", "--data", "PAIRS"], "--loss ins_dpo needs --ref"),
         (["pairs", "--model", "RM", "--data", "PAIRS", "--ref", "LM"], "a language model"),
         (["pairs", "--model", "LM", "--data", "PAIRS", "--loss", "sft"], "gives a pair no margin"),

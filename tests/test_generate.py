@@ -12,10 +12,11 @@ import torch
 
 import generate
 import tiny
+from benchmarks import Ask, read_asks
 from cli import UserError, run
 from conftest import write_model
 from data import Dataset, Limits
-from generate import Answers, Ask, Stream, read_asks, stop_ids
+from generate import Answers, Job, Stream, stop_ids
 from losses import Path as LossPath
 from losses import recipe
 from model import load
@@ -256,7 +257,7 @@ def test_a_mode_asks_as_its_path_was_trained(template, mode, path):
     dataset = Dataset([pair], template, rule, Limits(512, 0.4), "better")
     segments, _ = dataset.path(0, path)
     answers = Answers(None, template, GREEDY, mode)
-    seq = answers._first(Ask(pair.prompt, "So what."), {}, (0, 0), None)
+    seq = answers._first(Job(Ask(pair.prompt, "So what."), 0), None)
     assert seq.prompt == np.concatenate(segments[:-1]).tolist()
 
 
@@ -283,9 +284,9 @@ def test_rows_come_in_order(model, template):
     """Though the second of three ends first."""
     asks = [Ask(user(text)) for text in ("first", "second", "third")]
     sampling = Sampling(15, temperature=1.0, stop_ids=frozenset(range(0, 256, 20)))
-    rows = list(Answers(model, template, sampling, batch=2)(asks, first=5))
+    rows = list(Answers(model, template, sampling, batch=2)(asks, range(5, 8)))
     assert [row["prompt"] for row in rows] == [ask.prompt for ask in asks]
-    later = list(Answers(model, template, sampling, batch=1)(asks[1:], first=6))
+    later = list(Answers(model, template, sampling, batch=1)(asks[1:], range(6, 8)))
     assert later == rows[1:]
 
 

@@ -264,6 +264,45 @@ def test_the_chosen_answer_is_pulled_up_and_the_rejected_down(name, condition):
             assert (sign * values.grad <= 0).all(), path
 
 
+MONOTONE = {  # which way the loss goes when an argument grows and all others stay
+    "dpo": {"chosen": -1, "rejected": 1, "ref_chosen": 1, "ref_rejected": -1},
+    "rdpo": {"chosen": -1, "rejected": 1, "ref_chosen": 1, "ref_rejected": -1}
+    | {"len_chosen": -1, "len_rejected": 1},
+    "simpo": {"mean_chosen": -1, "mean_rejected": 1},
+    "orpo": {"mean_chosen": -1, "mean_rejected": 1},
+    "cpo": {"chosen": -1, "rejected": 1, "mean_chosen": -1},
+    "slic": {"chosen": -1, "rejected": 1, "mean_chosen": -1},
+    "rrhf": {"mean_chosen": -1, "mean_rejected": 1},
+    "kto": {"chosen": -1, "rejected": 1, "ref_chosen": 1, "ref_rejected": -1},
+    "sft": {"chosen": -1},
+    "reward": {"chosen": -1, "rejected": 1},
+}
+
+
+@pytest.mark.parametrize("name", MONOTONE)
+def test_monotone_in_each_argument(name, for_all):
+    """Never against the sign, and with it somewhere (a hinge is flat beyond its margin)."""
+    objective = OBJECTIVES[name]
+    assert MONOTONE[name].keys() == {*objective.inputs} - {"kl"}
+    moved = dict.fromkeys(MONOTONE[name], False)
+
+    def check(rng):
+        values = {n: -(10 ** rng.uniform(-2, 1)) for n in objective.inputs}
+        values |= {n: float(rng.randint(1, 50)) for n in values if n.startswith("len_")}
+        values |= {"kl": rng.uniform(0, 3)} if "kl" in values else {}
+        for argument, sign in MONOTONE[name].items():
+            more = values | {argument: values[argument] * (2 if "len" in argument else 0.5)}
+            before, after = (
+                objective.loss(*(torch.tensor(v, dtype=torch.float64) for v in x.values())).item()
+                for x in (values, more)
+            )
+            assert sign * (after - before) >= 0, (argument, values)
+            moved[argument] |= after != before
+
+    for_all(check)
+    assert all(moved.values()), moved
+
+
 def test_ipo_beyond_its_target_pulls_back():
     chosen = t(6.0).requires_grad_()
     losses.ipo(chosen, t(0.0), t(0.0), t(0.0), tau=0.1).backward()

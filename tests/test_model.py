@@ -102,6 +102,17 @@ UNSUPPORTED = [
     ({"mlp_bias": True}, "mlp_bias True"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
     ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
+    ({"rope_scaling": {"rope_type": "linear"}}, "without factor"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mrope_section": [2]}}, "mrope_secti"),
+    ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_fac"),
+    ({"architectures": ["LlamaForTokenClassification"]}, "LlamaForTokenClassification"),
+    ({"num_local_experts": 8}, "num_local_experts 8"),
+    ({"attention_multiplier": 0.1}, "attention_multiplier 0.1"),
+    ({"model_type": "qwen2", "attention_bias": "yes"}, "attention_bias"),
+    ({"model_type": "qwen3", "layer_types": ["chunked_attention"] * 2}, "chunked_attention"),
+    ({"model_type": "gemma2", "hidden_activation": "relu"}, "hidden_activation 'relu'"),
+    ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ({"model_type": "gpt_neox", "hidden_act": "relu"}, "hidden_act 'relu'"),
 ]
 
 

@@ -1,12 +1,16 @@
 """Text is rendered as transformers renders it, and cut at the template's own seams."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
+import template as template_file
+import tiny
+from bounds import bounded
 from cli import UserError
 from data import Dataset, Limits
 from losses import recipe
@@ -328,3 +332,44 @@ def test_a_broken_tokenizer_is_told(tmp_path):
     (write(tmp_path, CHATML) / "tokenizer.json").write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match="tokenizer.json: not readable as a tokenizer"):
         Template(tmp_path)
+
+
+# ----------------------------------------------------------------------------- hostile templates
+
+HOSTILE = {
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "calls": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+    "{{ f(40) }}",
+    "constant": "{{ 'a' * 10 ** 12 }}",
+    "text": "{{ bos_token.ljust(10 ** 12) }}",
+    "doubling": "{% set n = namespace(x='aaaaaaaa') %}"
+    "{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "number": "{% set n = 10 %}{{ n ** (n ** n) }}",
+    "output": "{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}",
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "nesting": "{{ " + "(" * 5000 + ")" * 5000 + " }}",
+    "attributes": "{{ messages.__class__.__mro__[-1].__subclasses__() }}",
+    "files": "{% include '/etc/passwd' %}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_template_is_stopped_in_one_line(name, tmp_path, monkeypatch):
+    """Within a fifth of a second and 256 MB here; five seconds and 512 MB otherwise."""
+    monkeypatch.setattr(template_file, "bounded", lambda: bounded(0.2, 2**28))
+    directory = tiny.build(tmp_path, template=HOSTILE[name])
+    start = time.time()
+    with pytest.raises(UserError, match="the chat template") as caught:
+        Template(directory).render([{"role": "user", "content": "u"}])
+        raise AssertionError("it was rendered")
+    assert str(directory) in str(caught.value) and time.time() - start < 3
+
+
+def test_the_bounds_are_lifted_again():
+    with pytest.raises(TimeoutError), bounded(0.05):
+        while True:
+            pass
+    with pytest.raises(MemoryError, match="64 MB"), bounded(nbytes=2**26):
+        bytearray(2**28)
+    assert len(bytearray(2**28)) == 2**28
+    time.sleep(0.1)  # no alarm is left

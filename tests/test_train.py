@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import parity
 import rows
 import scoring
 import tiny
@@ -22,6 +23,7 @@ from cli import run
 from conftest import PAIRS, write_model
 from losses import PRESETS
 from metrics import Metrics
+from model import load
 from runs import argv, command, final, furthest, lines, losses, torchrun, train_here
 
 STEP = {"step", "epoch", "loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "lr"}
@@ -55,6 +57,23 @@ def test_every_preset_trains(preset, flags, no_plots):
     before = load_file(flags["model"] / "model.safetensors")
     before |= {"score.weight": torch.zeros(1, 32)} if reward else {}
     assert 1e-4 < furthest(before, final(out)) < 1e-2
+
+
+@pytest.mark.parametrize("family, loss", [("Gemma 2", "ins_dpo"), ("Pythia", "reward")])
+def test_other_families_train_and_their_exports_load_in_transformers(
+    family, loss, flags, no_plots, tmp_path
+):
+    pytest.importorskip("transformers")
+    source = write_model(tmp_path / "model", parity.CONFIGS[family] | {"dtype": "float32"})
+    train_here(flags | {"model": source, "loss": loss, "steps": 2})
+    directory, tokens = flags["out"] / "final", parity.ids(1, 40)
+    if loss == "reward":
+        assert parity.reward(directory) <= 1e-4
+        return
+    with torch.no_grad():
+        expected = parity.theirs(directory)(tokens).logits
+        assert (load(directory).logits(tokens) - expected).abs().max() <= 1e-4
+        assert (load(source).logits(tokens) - expected).abs().max() > 1e-3, "it was trained"
 
 
 @pytest.mark.parametrize("objective", ["dpo", "sft", "kto", "simpo"])

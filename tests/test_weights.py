@@ -209,16 +209,108 @@ def change_first(directory, change):
     save_file(tensors, file)
 
 
+def index_of_absent_tensors(directory):
+    change_index(directory, lambda where: where | {"model.none.weight": min(where.values())})
+    return "model.none.weight is missing from model-00001"
+
+
+def index_without_a_map(directory):
+    weights.write_json(directory / "model.safetensors.index.json", {"metadata": {}})
+    return "index.json: no weight_map"
+
+
+def index_of_files_elsewhere(directory):
+    change_index(directory, lambda where: where | {"model.norm.weight": "../x.safetensors"})
+    return "'../x.safetensors', which is no file beside it"
+
+
+def tensor_in_two_files(directory):
+    name = "model.norm.weight"
+    last = load_file(sorted(directory.glob("*.safetensors"))[-1])
+    change_first(directory, lambda tensors: tensors.update({name: last[name]}))
+    return f"{name} is in another file too"
+
+
+def extra_tensor(directory):
+    change_first(directory, lambda t: t.update({"model.adapter.lora_A.weight": torch.ones(3)}))
+    return "1 tensors too many for its config.json, model.adapter.lora_A.weight"
+
+
+def integer_tensor(directory):
+    def quantise(tensors):
+        tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].to(torch.int8)
+
+    change_first(directory, quantise)
+    return "model.embed_tokens.weight is stored as I8"
+
+
+def header_of_garbage(directory):
+    sorted(directory.glob("*.safetensors"))[0].write_bytes(b"\xff" * 64)
+    return "model-00001.*not readable as safetensors"
+
+
+def untied_head(directory):
+    change_first(directory, lambda t: t.update({"lm_head.weight": torch.ones(260, 32)}))
+    return "lm_head.weight differs from the embedding"
+
+
+def remote_code(directory):
+    change_config(directory, {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}})
+    return "auto_map .* asks for code of its own, which is never run"
+
+
+def quantised(directory):
+    change_config(directory, {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    return "quantization_config .* is not supported"
+
+
+def cut_config(directory):
+    raw = json.loads((directory / "config.json").read_text())
+    raw.pop("num_attention_heads")
+    weights.write_json(directory / "config.json", raw)
+    return "no num_attention_heads; not a whole config.json"
+
+
+def change_index(directory, change):
+    file = directory / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    weights.write_json(file, index | {"weight_map": change(index["weight_map"])})
+
+
+def change_config(directory, changes):
+    raw = json.loads((directory / "config.json").read_text())
+    weights.write_json(directory / "config.json", raw | changes)
+
+
+STRANGE = [index_of_absent_tensors, index_without_a_map, index_of_files_elsewhere, extra_tensor]
+STRANGE += [tensor_in_two_files, integer_tensor, header_of_garbage, untied_head, remote_code]
+STRANGE += [quantised, cut_config]
 DAMAGE = [missing_shard, truncated_shard, missing_tensor, wrong_shape, only_pickle, no_config]
 
 
-@pytest.mark.parametrize("damage", [*DAMAGE, broken_config, broken_index])
+@pytest.mark.parametrize("damage", [*DAMAGE, broken_config, broken_index, *STRANGE])
 def test_a_damaged_directory_is_told_in_one_line(damage, broken):
     load(broken)  # whole so far
     message = damage(broken)
     with pytest.raises(UserError, match=message) as caught:
         load(broken)
     assert str(broken) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_pickle_is_refused_with_the_way_out(broken):
+    only_pickle(broken)
+    with pytest.raises(UserError, match="pytorch_model.bin is a pickle.*save_pretrained"):
+        load(broken)
+
+
+def test_a_head_that_equals_the_tied_embedding_and_old_buffers_do_no_harm(broken):
+    def add(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+
+    tokens, before = torch.arange(40)[None], load(broken)
+    change_first(broken, add)
+    assert torch.equal(load(broken).logits(tokens), before.logits(tokens))
 
 
 def test_the_digest_changes_with_the_weights_alone(tiny_model_dir, broken):

@@ -1,0 +1,100 @@
+"""Compare two models question by question: the paired bootstrap.
+
+Both sides are result files that evaluate.py wrote with --out: the same command, the same questions.
+Several files of a side (a glob, or names with commas) are seeds of one model: a question's value
+is their mean, and the means of the seeds are shown beside it. The interval of the difference is
+that of the per-question differences, so what makes a question hard for both cancels.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cli import UserError, flag, require
+from pairs import Drops
+from results import files_of, number, refuse, save, table
+from stats import estimate
+from template import parse_json
+
+
+@dataclass
+class Settings:
+    """Every flag of `evaluate.py compare`."""
+
+    a: str | None = flag(None, "result files of one model: a path, a glob, or several with commas")
+    b: str | None = flag(None, "result files of the other")
+    model_a: str | None = flag(None, "which model of the files of --a; default: the first")
+    model_b: str | None = flag(None, "which model of the files of --b; default: the first")
+    max_missing: float = flag(0.05, "largest share of questions that lack a value")
+    seed: int = flag(0, "of the bootstrap")
+    out: str | None = flag(None, "json file for the numbers")
+
+
+def read_results(file):
+    """A result file -> dict; UserError where it is none."""
+    try:
+        with open(file, encoding="utf-8") as f:
+            content = parse_json(f.read(), file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not readable: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("models"), dict):
+        raise UserError(f"{file}: no result file; write one with evaluate.py … --out")
+    return content
+
+
+def read_side(text, model, name):
+    """Result files of one model -> [{question: value or None}], one per seed, and their command."""
+    seeds, commands = [], set()
+    for file in files_of(text, name):
+        content = read_results(file)
+        models = content["models"]
+        chosen = next(iter(models), None) if model is None else model
+        if chosen not in models:
+            raise UserError(f"{file}: no model {chosen}; it has {', '.join(models)}")
+        values = models[chosen].get("values") or {}
+        seeds.append({question: number(value) for question, value in values.items()})
+        commands.add(content.get("command"))
+    return seeds, commands
+
+
+def mean_over_seeds(seeds):
+    """{question: mean}, None where any seed has no value, of all questions of all seeds."""
+    questions = dict.fromkeys(question for seed in seeds for question in seed)
+    columns = {question: [seed.get(question) for seed in seeds] for question in questions}
+    return {q: None if None in v else float(np.mean(v)) for q, v in columns.items()}
+
+
+def compare(s):
+    """Print how two models differ on the same questions, with a paired interval."""
+    require(s, "a", "b")
+    sides = [read_side(s.a, s.model_a, "--a"), read_side(s.b, s.model_b, "--b")]
+    if len(commands := sides[0][1] | sides[1][1]) > 1:
+        raise UserError(f"--a and --b come from different commands: {sorted(map(str, commands))}")
+    ours, theirs = (mean_over_seeds(seeds) for seeds, _ in sides)
+    drops, questions = Drops(), list(dict.fromkeys([*ours, *theirs]))
+    for question in questions:
+        for name, values in (("a", ours), ("b", theirs)):
+            if values.get(question) is None:
+                fault = "null" if question in values else "missing"
+                drops.add(f"{fault} in --{name}", question)
+                break  # a question counts once
+    refuse(drops, len(questions), s.max_missing, "questions")
+    shared = [q for q in questions if ours.get(q) is not None and theirs.get(q) is not None]
+    if not shared:
+        raise UserError(f"--a {s.a} and --b {s.b} share no question")
+    a, b = (np.array([values[q] for q in shared]) for values in (ours, theirs))
+    gap = estimate(a - b, s.seed)
+    rows, results = [], {"command": "compare", "n": len(shared), "seed": s.seed}
+    for name, values, (seeds, _) in (("a", a, sides[0]), ("b", b, sides[1])):
+        means = [float(np.mean([seed[q] for q in shared])) for seed in seeds]
+        results[name] = {"mean": estimate(values, s.seed), "seeds": means}
+        rows.append({"side": name, "file": getattr(s, name), "n": len(shared),
+                     "mean": f"{results[name]['mean']:.4f}",
+                     "seeds": " ".join(f"{mean:.4f}" for mean in means)})  # fmt: skip
+    print(table(rows))
+    counts = [int(x) for x in ((a > b).sum(), (a == b).sum(), (a < b).sum())]
+    verdict = "differ" if gap.low > 0 or gap.high < 0 else "do not differ"
+    print(f"a - b {gap:+.4f}: they {verdict} at 95%; a higher/equal/lower on "
+          f"{'/'.join(map(str, counts))} of {len(shared)}")  # fmt: skip
+    results |= {"difference": gap, "a_higher": counts[0], "equal": counts[1], "b_higher": counts[2]}
+    save(s.out, results | {"nulls": {rule: len(where) for rule, where in drops.rules.items()}})

@@ -1,0 +1,71 @@
+"""What every evaluation reports: a table to read, what is missing from it, one JSON file.
+
+The JSON has {"models": {name: {"n", …, "values": {question id: number or null}}}}; the values are
+what `evaluate.py compare` pairs, question by question.
+"""
+
+import glob
+import json
+import math
+import os
+import pathlib
+
+from cli import UserError
+
+
+def files_of(text, name):
+    """Paths and globs, with commas between them -> list of files."""
+    files = []
+    for part in map(str.strip, text.split(",")):
+        found = sorted(filter(os.path.isfile, glob.glob(part)))
+        if not found:
+            raise UserError(f"{name} {part}: no such file")
+        files += found
+    return files
+
+
+def refuse(drops, expected, max_missing, what):
+    """Print what is missing of `expected` verdicts or scores; UserError if it is too large a share.
+
+    drops: pairs.Drops; max_missing: a share in [0, 1].
+    """
+    missing = sum(len(where) for where in drops.rules.values())
+    if not missing:
+        return
+    print(f"{what}: {missing} of {expected} missing or faulty: {drops}")
+    if missing > max_missing * expected:
+        raise UserError(
+            f"{what}: {missing / expected:.1%} missing or faulty ({drops}); "
+            f"mend them or raise --max_missing {max_missing}"
+        )
+
+
+def number(value):
+    """A finite number, or text that is one, as float; None for all else: that is no verdict."""
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return None
+    return found if math.isfinite(found) else None
+
+
+def table(rows):
+    """[{column: text or number}] -> aligned lines, the first column on the left."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [columns] + [[str(row.get(name, "")) for name in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in cells
+    )
+
+
+def save(file, results):
+    """Write the numbers as JSON, if a file is wanted; an Estimate becomes [mean, low, high]."""
+    if file:
+        try:
+            pathlib.Path(file).parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+            pathlib.Path(file).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--out {file}: {error.strerror}") from error
