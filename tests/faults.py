@@ -18,10 +18,12 @@ import random
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -35,28 +37,100 @@ LIMIT = 240  # seconds that any run may take
 # ----------------------------------------------------------------------------- starting runs
 
 
-def start(out, processes=1, fault=None, restarts=0, **flags):
-    """A run in its own process group; `fault` names a function of INSIDE. Output goes to files."""
-    words = [sys.executable]
-    if processes > 1:
-        words += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        words += [f"--max-restarts={restarts}"]
-    words += [str(Path(__file__)), "--inside", fault or "nothing"]
-    for name, value in (FLAGS | flags | {"out": out}).items():
-        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    log = open(f"{out}.log", "a", encoding="utf-8")  # noqa: SIM115  (the child's for its lifetime)
-    with log:
-        return subprocess.Popen(words, env=env, stdout=log, stderr=log, start_new_session=True)
+class Processes:
+    """The ranks of a run, forked from this process, which has imported torch but not used it.
+
+    No launcher watches over them: what ends them all when one fails is the product itself.
+    """
+
+    def __init__(self, out, processes, fault, flags):
+        self.status, port = {}, str(free_port())
+        for rank in range(processes):
+            pid = os.fork()
+            if not pid:
+                self._be(rank, processes, port, out, fault, flags)
+            self.status[pid] = None
+
+    def _be(self, rank, world, port, out, fault, flags):
+        """In the child: a rank of the run, and never anything of the harness again."""
+        status = 1
+        try:
+            log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1), os.dup2(log, 2)
+            if world > 1:
+                address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                os.environ |= address | {"RANK": str(rank), "WORLD_SIZE": str(world)}
+                os.environ |= {"LOCAL_RANK": str(rank)}
+            sys.argv = ["train.py", *words_of(flags)]
+            inside(fault)
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+
+    def poll(self):
+        """The worst exit status, or None while a rank still runs."""
+        for pid in [pid for pid, status in self.status.items() if status is None]:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                self.status[pid] = os.waitstatus_to_exitcode(status)
+        found = list(self.status.values())
+        return None if None in found else max(found, key=abs)
+
+    def kill(self, number=signal.SIGKILL, pids=None):
+        for pid in self.status if pids is None else pids:
+            if self.status[pid] is None:
+                os.kill(pid, number)
 
 
-def finish(process):
-    """Its exit status; the whole group is killed should it hang."""
-    try:
-        return process.wait(LIMIT)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise AssertionError("hung") from None
+class Launched:
+    """A run under torchrun; the same face as Processes, with the launcher in front."""
+
+    def __init__(self, out, processes, fault, flags, restarts):
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        words += [f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
+        words += [str(Path(__file__)), "--inside", fault, *words_of(flags)]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        with open(f"{out}.log", "a", encoding="utf-8") as log:
+            self.launcher = subprocess.Popen(words, env=env, stdout=log, stderr=log)
+
+    def poll(self):
+        return self.launcher.poll()
+
+    def kill(self, number=signal.SIGKILL):
+        self.launcher.send_signal(number)
+
+
+def start(out, processes=1, fault="nothing", restarts=None, **flags):
+    """A run, started; `fault` names a function of INSIDE; restarts: under torchrun. -> its face"""
+    flags = FLAGS | flags | {"out": out}
+    if restarts is None:
+        return Processes(out, processes, fault, flags)
+    return Launched(out, processes, fault, flags, restarts)
+
+
+def words_of(flags):
+    return [w for k, v in flags.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def finish(process, limit=LIMIT):
+    """Its exit status; everything is killed should it hang."""
+    until = time.monotonic() + limit
+    while process.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    if process.poll() is None:
+        process.kill()
+        raise AssertionError("hung")
+    return process.poll()
 
 
 def log_of(out):
@@ -80,13 +154,7 @@ def when(out, sign, process):
     """Wait until sign(out) is true, or the run is over."""
     until = time.monotonic() + LIMIT
     while not sign(out) and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.001)
-
-
-def workers(process):
-    """Process ids of the ranks: the children of the launcher, or the process itself."""
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True)
-    return [int(pid) for pid in found.stdout.split()] or [process.pid]
+        time.sleep(0.005)
 
 
 # ----------------------------------------------------------------------------- signs of a moment
@@ -227,6 +295,12 @@ def clock_backwards():
     time.time = lambda: begun - 3 * (true() - begun)
 
 
+def preload():
+    """Import what every run needs, once, before the forks; no thread of torch runs yet."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import train  # noqa: F401
+
+
 def inside(name):
     """The wrapper: break what is to be broken, then be train.py."""
     import torch
@@ -280,23 +354,31 @@ class Harness:
 
     # each returns (exact, seconds lost), having asserted what the fault must look like
 
-    def killed(self, processes, whom):
+    def killed(self, processes, how_many):
         out = self.out()
         process = start(out, processes)
         when(out, moment(self.rng), process)
-        for pid in whom(process, self.rng):
-            os.kill(pid, signal.SIGKILL)
+        process.kill(pids=self.rng.sample(list(process.status), how_many))
         assert finish(process) != 0
         return self.recover(out, processes)
 
-    def signalled(self, number, processes):
+    def launcher_killed(self):
+        """The ranks are orphans then: they save, end, and let the resumed run have OUT."""
         out = self.out()
-        process = start(out, processes)
+        process = start(out, 2, restarts=0)
+        when(out, at_step(self.rng.randrange(1, STEPS - 4)), process)
+        process.kill()
+        assert finish(process) != 0
+        return self.recover(out, 2)
+
+    def signalled(self, number, processes=1, restarts=None):
+        out = self.out()
+        process = start(out, processes, restarts=restarts)
         when(out, at_step(self.rng.randrange(1, STEPS - 2)), process)
-        os.kill(process.pid, number)
+        process.kill(number)
         status, said = finish(process), log_of(out)
         assert "; --resume goes on from here" in said, said[-3000:]
-        assert (status == 0) == (processes == 1), "torchrun itself ends with 1 after a signal"
+        assert (status == 0) == (restarts is None), "torchrun itself ends with 1 after a signal"
         return self.recover(out, processes)
 
     def broken(self, fault, message, status=2, processes=1, seconds=30):
@@ -306,7 +388,7 @@ class Harness:
         begun = time.monotonic()
         found = finish(process)
         assert time.monotonic() - begun < seconds, "the others must end within seconds"
-        assert (found != 0) if processes > 1 else (found == status), log_of(out)[-3000:]
+        assert found == status, log_of(out)[-3000:]
         assert message in log_of(out), log_of(out)[-3000:]
         return self.recover(out, processes)
 
@@ -334,35 +416,25 @@ class Harness:
         """OUT below a plain file: one line, and a run elsewhere is not disturbed."""
         (self.directory / "file").write_text("")
         out = self.directory / "file" / "out"
-        words = [sys.executable, str(ROOT / "train.py"), "--out", str(out)]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-        assert str(out) in done.stderr and "Not a directory" in done.stderr
+        log = self.out()
+        process = Processes(log, 1, "nothing", FLAGS | {"out": out})
+        assert finish(process) == 2
+        assert log_of(log).count("\n") == 1 and str(out) in log_of(log)
+        assert "Not a directory" in log_of(log)
         return True, 0.0
 
 
-def one(process, rng):
-    return [rng.choice(workers(process))]
-
-
-def everyone(process, rng):
-    return {*workers(process), process.pid}
-
-
-def launcher(process, rng):
-    return [process.pid]
-
-
 FAULTS = {
-    "SIGKILL of the only process": lambda h: h.killed(1, everyone),
-    "SIGKILL of one rank of two": lambda h: h.killed(2, one),
-    "SIGKILL of both ranks": lambda h: h.killed(2, everyone),
-    "SIGKILL of the launcher": lambda h: h.killed(2, launcher),
-    "SIGTERM": lambda h: h.signalled(signal.SIGTERM, 1),
-    "SIGINT": lambda h: h.signalled(signal.SIGINT, 1),
-    "SIGTERM to torchrun": lambda h: h.signalled(signal.SIGTERM, 2),
+    "SIGKILL of the only process": lambda h: h.killed(1, 1),
+    "SIGKILL of one rank of two": lambda h: h.killed(2, 1),
+    "SIGKILL of both ranks": lambda h: h.killed(2, 2),
+    "SIGTERM": lambda h: h.signalled(signal.SIGTERM),
+    "SIGINT": lambda h: h.signalled(signal.SIGINT),
+    "SIGTERM to both ranks": lambda h: h.signalled(signal.SIGTERM, 2),
+    "SIGTERM to torchrun": lambda h: h.signalled(signal.SIGTERM, 2, restarts=0),
+    "SIGKILL of torchrun": lambda h: h.launcher_killed(),
     "one rank raises": lambda h: h.broken(
-        "raising_rank", "rank 1: a board has caught fire", processes=2
+        "raising_rank", "rank 1: a board has caught fire", status=1, processes=2
     ),
     "one rank raises, torchrun --max-restarts 1": lambda h: h.unharmed(
         "raise_once", "resuming from", processes=2, restarts=1
@@ -388,6 +460,7 @@ RANDOM = [name for name in FAULTS if name.startswith("SIG")]  # the moment is dr
 
 
 def main():
+    preload()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--times", type=int, default=5, help="of each fault at a random moment")
     parser.add_argument("--only", nargs="*", default=list(FAULTS), help="some faults by name")
