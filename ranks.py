@@ -55,7 +55,10 @@ class Ranks:
         backend = "cuda:nccl,cpu:gloo" if self.kind == "cuda" else "gloo"
         self.store, rank, world = dist.HashStore(), 0, 1
         if "RANK" in os.environ:
-            self.store, rank, world = next(dist.rendezvous("env://"))
+            store, rank, world = next(dist.rendezvous("env://"))
+            # the launcher's store outlives a restart: what the dead ranks left must not be read
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            self.store = dist.PrefixStore(f"attempt-{attempt}", store)
         dist.init_process_group(backend, store=self.store, rank=rank, world_size=world)
         self.rank, self.world, self.node_first = rank, world, local == 0
         self.stopping, self.deferred, self.ending = False, False, threading.Event()
@@ -73,9 +76,9 @@ class Ranks:
             self.say("stopped by a signal while no step was under way: nothing was lost")
             sys.stdout.flush()
             os._exit(0)  # the others stop by the same signal: no collective would be answered
-        if error is None or isinstance(error, SystemExit):
+        if self.world == 1 or error is None or isinstance(error, SystemExit):
             dist.destroy_process_group()
-        elif self.world > 1:
+        else:
             self._tell(error)
 
     # -- signals and failures

@@ -27,7 +27,8 @@ from model import load
 from runs import argv, command, final, furthest, lines, losses, torchrun, train_here
 
 STEP = {"step", "epoch", "loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "lr"}
-STEP |= {"grad_norm", "pairs", "tokens", "seconds"}
+TIMED = {"seconds", "eval_seconds", "pairs_per_second", "tokens_per_second", "memory_gib"}
+STEP |= {"grad_norm", "pairs", "tokens", "row_fill"} | TIMED - {"eval_seconds"}
 EVAL = {"step", "eval_loss", "eval_accuracy", "eval_margin", "eval_plain_accuracy"}
 EVAL |= {"eval_plain_margin", "eval_seconds"}
 
@@ -162,10 +163,8 @@ def until_step(process, out, step):
 
 
 def steps_and_losses(out):
-    """What a run reports, but for the clock."""
-    timed = ("seconds", "eval_seconds")
-    found = [{k: v for k, v in line.items() if k not in timed} for line in lines(out, "step")]
-    return found
+    """What a run reports, but for the clock and the memory."""
+    return [{k: v for k, v in line.items() if k not in TIMED} for line in lines(out, "step")]
 
 
 @pytest.fixture(scope="module")
