@@ -134,7 +134,8 @@ def finish(process, limit=LIMIT):
 
 
 def log_of(out):
-    return Path(f"{out}.log").read_text(encoding="utf-8", errors="replace")
+    file = Path(f"{out}.log")
+    return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
 
 
 def rows(out):
@@ -169,8 +170,7 @@ def saving(out):
 
 
 def in_reference(out):
-    file = Path(f"{out}.log")
-    return file.exists() and "out " + str(out) in log_of(out)
+    return f"out {out}" in log_of(out)
 
 
 def moment(rng):
