@@ -45,6 +45,12 @@ def train_here(*runs):
             signal.signal(number, handler)
 
 
+def start_words(processes):
+    """The command that starts train.py in so many processes, without its flags."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "train.py")]
+
+
 def command(flags, **options):
     """`python train.py` with these flags, started; stdout and stderr are captured as text."""
     words = [sys.executable, str(ROOT / "train.py"), *argv(flags)]

@@ -1,4 +1,4 @@
-"""A few faults of the harness, once each: `python tests/faults.py` injects all of them, many times."""
+"""A few faults of the harness, once each; `python tests/faults.py` injects them all, many times."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ FAULTS += ["full disk at the metrics", "Inf in one gradient", "SIGTERM to both r
 
 @pytest.fixture(scope="module")
 def table():
-    """{fault: cells} as the command prints it, which it does only if every check of a fault holds."""
+    """{fault: cells} as the command prints it; it fails where a check of a fault does."""
     words = [sys.executable, str(Path(__file__).with_name("faults.py")), "--times", "1", "--only"]
     done = subprocess.run([*words, *FAULTS], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
