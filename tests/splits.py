@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from runs import ROOT, argv, losses, start_words
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from runs import ROOT, argv, losses, start_words  # noqa: E402
 
 FLAGS = {"model": ROOT / "assets" / "start", "data": ROOT / "assets" / "world" / "pairs.jsonl",
          "loss": "ins_dpo", "batch": 8, "limit": 200, "eval_pairs": 4, "eval_every": 50,
