@@ -27,10 +27,12 @@ import torch
 from cli import UserError, flag, parse, progress, run
 from data import Dataset, Limits
 from generate import load_model
+from layouts import Pair, as_messages
 from losses import Path, recipe
-from pairs import Drops, Pair, as_messages, read_pairs, records
+from pairs import Drops, read_pairs
 from rows import build_row, lay_out, pack, trie_size
 from settings import ASSETS
+from sources import records
 from stats import estimate, win_rate
 from template import read_json
 from weights import write_json

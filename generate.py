@@ -20,9 +20,11 @@ import torch
 from tokenizers.decoders import DecodeStream
 
 from cli import UserError, flag, parse, progress, run
+from layouts import as_messages, to_pair
 from model import load
-from pairs import Drops, as_messages, data_files, records, to_pair
+from pairs import Drops
 from sampling import Sampling, Sequence, complete
+from sources import data_files, records
 from template import INSTRUCTIONS, Template, parse_json, read_json, with_suffix
 from weights import read_config, resolve
 
