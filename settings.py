@@ -25,7 +25,9 @@ class Settings:
 
     loss: str = flag("ins_dpo", "objective; the README has the table")
     model: str | None = flag(None, "HF directory or hub id; default: the embedded tiny model")
-    data: str | None = flag(None, "jsonl, json, parquet, glob or hub dataset id[:split]")
+    data: str | None = flag(
+        None, "file, glob, folder or hub id[:split], with @weight; joined by commas"
+    )
     eval_data: str | None = flag(None, "validation pairs; default: --eval_pairs held out of --data")
     out: str | None = flag(None, "run directory; default: runs/LOSS, or the next free LOSS-2, …")
     ref_model: str | None = flag(None, "reference model; default: --model")
@@ -51,6 +53,13 @@ class Settings:
     max_len: int | None = flag(None, "tokens of every single path (default 4096)")
     draft_cap: float = flag(0.4, "share of max_len that a rejected context answer may take")
     limit: int | None = flag(None, "read only the first N pairs")
+    bad_rows: str = flag("stop", "at a broken row: stop, or drop and count it", ("stop", "drop"))
+    dedup: bool = flag(False, "leave out exact duplicates")
+    max_answer: int | None = flag(None, "leave out pairs with an answer over so many tokens")
+    min_answer: int | None = flag(None, "leave out pairs with both answers under so many tokens")
+    min_margin: float | None = flag(None, "leave out pairs with a smaller score difference")
+    guard: str | None = flag(None, "leave out what this Llama-Guard-style model calls unsafe")
+    guard_threshold: float = flag(0.5, "probability of unsafe from which a pair is left out")
     lr: float | None = flag(None, "peak learning rate (default 5e-7)")
     warmup: float = flag(0.1, "share of the steps with rising learning rate")
     final_lr: float = flag(0.1, "share of the peak that the cosine ends at")

@@ -181,6 +181,10 @@ class Template:
                 ids[i] = self._encode_marked(text)
         return ids
 
+    def lengths(self, texts):
+        """Tokens of each text, as a message says it."""
+        return [len(ids) for ids in self.encode(map(self._shield, texts))]
+
     def _encode_marked(self, text):
         """Ids of a rendering in which marked names of special tokens are text, others control."""
         text = self._named.sub(lambda m: SHIELD + m[0], text)
