@@ -11,6 +11,8 @@ import evaluate
 import parity
 import tiny
 import weights
+from answers import Answer
+from cli import UserError
 from conftest import write_model
 from families import Config, hf_name
 from heads import GatedHead
