@@ -98,7 +98,7 @@ def attention_statistics(model, views, label):
     with progress(f"attention {label}", len(views), "pair", leave=False) as bar:
         for n in range(len(views)):
             row = build_row([lay_out(views.paths(n))], [n], shape[1]).to(device)
-            rules = row_attention(row, model.config.windows, "sdpa")
+            rules = row_attention(row, model.config, "sdpa")
             rules = [Watched(rule, row.source) for rule in rules]
             model.hidden(row.tokens[None], row.positions[None], rules)
             sees = visible(row.until, row.positions)

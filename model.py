@@ -162,7 +162,7 @@ def spelt_out(q, k, v, mask, scale=None, cap=None):
     scores = soft_cap(grouped @ k.mT, cap).view(batch, heads, size, -1)  # (B, H, T, U)
     hidden = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
     weights = (scores + hidden).softmax(-1).view(batch, groups, -1, k.shape[2])
-    return (weights @ v).view(batch, heads, size, width)
+    return (weights @ v).view(batch, heads, size, v.shape[-1])
 
 
 @dataclass

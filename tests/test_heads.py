@@ -11,6 +11,7 @@ import evaluate
 import parity
 import tiny
 import weights
+from answers import Answer
 from cli import UserError
 from conftest import write_model
 from families import Config, hf_name
@@ -157,7 +158,7 @@ def test_oasst_input_is_the_published_one(tmp_path):
     assert template.render(turns[:1], generation=True) == text
     assert template.answer(turns[:1], "A", closed=False) == "A<|endoftext|>"
     assert template.render(turns) == text + "A<|endoftext|>" and not template.fallback
-    answers = [evaluate.Answer(turns[:1], text) for text in ("A", "something else")]
+    answers = [Answer(turns[:1], text) for text in ("A", "something else")]
     scores = evaluate.reward_scores(load(directory), template, answers)
     ids = [template.encode([text + a.text + "<|endoftext|>"])[0] for a in answers]
     assert np.allclose(scores, parity.last_scores(directory, ids).numpy(), atol=1e-5)
