@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks import Ask, digest, question_id, read_answered, transcript, write_rows
-from cli import UserError, flag, progress
+from cli import UserError, flag, progress, require
 from generate import answerer
 from journal import Journal
 from stats import estimate
@@ -226,9 +226,7 @@ class JudgeSettings:
 def judge(s):
     """Let --model compare --answers with --against, or grade them; write verdicts, print rates."""
     single = s.format == "mt_bench"
-    for name in ("model", "answers", "out") + (() if single else ("against",)):
-        if getattr(s, name) is None:
-            raise UserError(f"--{name} is missing")
+    require(s, "model", "answers", "out", *([] if single else ["against"]))
     if single and s.against:
         raise UserError("--format mt_bench grades single answers; leave --against out")
     prompt = read_template(s.template, single)

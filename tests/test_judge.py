@@ -318,3 +318,29 @@ def test_a_local_judge(judge, tmp_path, capsys):
     assert asked["tokens"][0] > 800 and "2 questions, 2 unread" in said and "4 asked now" in said
     judge(None, *flags)
     assert "0 asked now" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------- read back
+
+
+def evaluated(monkeypatch, capsys, *argv):
+    """What `evaluate.py …` prints."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, argv)])
+    run(evaluate.main)
+    return capsys.readouterr().out
+
+
+def test_the_leaderboards_read_what_the_judge_wrote(judge, monkeypatch, capsys):
+    """Ours wins questions 0 to 2, ties 3, loses 4 and 5: 58.3% with a tie as half; Arena-Hard's
+    strong verdicts weigh three times a tie, so (3 * 3 + 0.5) / (5 * 3 + 1) = 59.4%."""
+    with ChatServer(fair) as server:
+        file = judge(server, *against(judge))
+        arena = judge.files / "arena.jsonl"
+        judge(server, *against(judge), "--format", "arena_hard", "--out", arena)
+    json_file = judge.files / "annotations.json"
+    json_file.write_bytes(file.read_bytes())
+    capsys.readouterr()
+    hub = ("--difficulty", "none", "--gamed", "none", "--resamples", 0)
+    assert "58.3" in evaluated(monkeypatch, capsys, "alpaca", "--annotations", json_file, *hub)
+    told = evaluated(monkeypatch, capsys, "arena", "--judgments", arena, "--resamples", 20)
+    assert "59.4" in told and "ours" in told
