@@ -1,7 +1,10 @@
 """Text is rendered as transformers renders it, and cut at the template's own seams."""
 
 import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -369,7 +372,14 @@ def test_the_bounds_are_lifted_again():
     with pytest.raises(TimeoutError), bounded(0.05):
         while True:
             pass
-    with pytest.raises(MemoryError, match="64 MB"), bounded(nbytes=2**26):
-        bytearray(2**28)
-    assert len(bytearray(2**28)) == 2**28
+    # in a process of its own: this one may hold so much freed memory that nothing new is mapped
+    program = (
+        "from bounds import bounded\n"
+        "try:\n    with bounded(nbytes=2**26):\n        bytearray(2**28)\n"
+        "except MemoryError as error:\n    print(error)\n"
+        "print(len(bytearray(2**28)) == 2**28)"
+    )
+    root = Path(__file__).parent.parent
+    told = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    assert told.stdout.splitlines() == ["it takes more than 64 MB of memory", "True"], told.stderr
     time.sleep(0.1)  # no alarm is left
