@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import masked_attention
+from attend import attention
 
 # ----------------------------------------------------------------------------- one token
 
@@ -122,7 +122,7 @@ class Cached:
         self.keys.transpose(1, 2)[rows, self.positions] = k.transpose(1, 2)  # (B, T, K, C)
         self.values.transpose(1, 2)[rows, self.positions] = v.transpose(1, 2)
         q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, K, G T, C)
-        y = masked_attention(q, self.keys, self.values, self.mask, self.scale, self.cap)
+        y = attention(q, self.keys, self.values, self.mask, self.scale, self.cap)
         return y.unflatten(2, (-1, k.shape[2])).flatten(1, 2)  # (B, H, T, C)
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import attend
 import model as model_file
 import rows
 import tiny
@@ -220,7 +221,7 @@ def test_flex_attention_equals_sdpa(family, tmp_path):
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_attention_spelt_out_in_bf16_equals_sdpa_in_value_and_gradient(kv_heads):
-    """What PerTrie runs for short tries in bf16 on a CPU, as against fp32 SDPA."""
+    """What short chains run in bf16 on a CPU, as against fp32 SDPA."""
     torch.manual_seed(0)
     q, k, v = (
         torch.randn(1, h, 20, 8).bfloat16().requires_grad_() for h in (4, kv_heads, kv_heads)
@@ -229,7 +230,7 @@ def test_attention_spelt_out_in_bf16_equals_sdpa_in_value_and_gradient(kv_heads)
     mask = rows.visible(trie.until, trie.positions, window=6)
     exact = [t.detach().float().requires_grad_() for t in (q, k, v)]
     expected = torch.nn.functional.scaled_dot_product_attention(*exact, mask, enable_gqa=True)
-    found = model_file.trie_attention(q, k, v, mask)
+    found = attend.attention(q, k, v, mask)
     assert found.dtype == torch.bfloat16 and (found - expected).abs().max() < 0.03
     direction = torch.randn(expected.shape)
     wanted = torch.autograd.grad(expected, exact, direction)
