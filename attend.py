@@ -32,6 +32,8 @@ def attention(q, k, v, mask, scale=None, cap=None):
     slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and mask.shape[-1] <= 1024
     if cap is not None or slow:
         return spelt_out(q, k, v, mask, scale, cap)
+    if q.is_cuda:  # there, no kernel but the one that keeps all scores takes fewer key heads
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
@@ -102,12 +104,12 @@ class Flex:
 
     block_mask: object
     scale: float | None = None
-    cap: float | None = None
+    score_mod: object = None
 
     def __call__(self, q, k, v):
         kernel = compiled_flex() if q.is_cuda else flex_attention
         options = {"block_mask": self.block_mask, "scale": self.scale, "enable_gqa": True}
-        return kernel(q, k, v, score_mod=_capped(self.cap), **options)
+        return kernel(q, k, v, score_mod=self.score_mod, **options)
 
 
 @cache
@@ -154,7 +156,8 @@ def row_attention(row, c, kind):
     kind: "flex" or "sdpa".
     """
     if kind == "flex":
-        rules = {w: Flex(_block_mask(row, w), c.scale, c.attn_cap) for w in set(c.windows)}
+        capped = _capped(c.attn_cap)
+        rules = {w: Flex(_block_mask(row, w), c.scale, capped) for w in set(c.windows)}
         return [rules[window] for window in c.windows]
     return in_pieces(row, c, torch.ones_like(row.tokens, dtype=torch.bool))
 

@@ -117,7 +117,8 @@ class ScoredLogps(torch.autograd.Function):
     """log softmax(soft_cap(x W^T))[label] per scored token, a chunk of logits at a time.
 
     x: (S, D), weight: (V, D), label: (S,), cap: number or None -> (S,) fp32. The (S, V) matrix
-    never exists: logits of a chunk are made in forward, dropped, and made again in backward.
+    never exists: logits of a chunk are made in forward, dropped, and made again in backward. Those
+    of the last chunk are kept, since backward begins where forward ends.
     """
 
     LOGITS = 2**26  # of one chunk
@@ -131,7 +132,7 @@ class ScoredLogps(torch.autograd.Function):
             logsumexp[part] = logits.logsumexp(-1)
             logps[part] = logits.gather(-1, label[part, None]).squeeze(-1) - logsumexp[part]
         ctx.save_for_backward(x, weight, label, logsumexp)
-        ctx.cap = cap
+        ctx.cap, ctx.last = cap, logits if len(x) else None
         return logps
 
     @staticmethod
@@ -139,8 +140,10 @@ class ScoredLogps(torch.autograd.Function):
         """d logp / d logits = onehot(label) - softmax; and of the cap, 1 - (capped / cap)^2."""
         x, weight, label, logsumexp = ctx.saved_tensors
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
-        for part in ScoredLogps._chunks(x, weight):
-            d = soft_cap((x[part] @ weight.T).float(), ctx.cap)  # (chunk, V)
+        last, ctx.last = ctx.last, None
+        for part in reversed(ScoredLogps._chunks(x, weight)):
+            d = soft_cap((x[part] @ weight.T).float(), ctx.cap) if last is None else last
+            last = None  # (chunk, V)
             slope = None if ctx.cap is None else 1 - (d / ctx.cap) ** 2
             d.sub_(logsumexp[part, None]).exp_().mul_(-grad[part, None])
             d.scatter_add_(-1, label[part, None], grad[part, None])

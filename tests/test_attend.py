@@ -92,3 +92,18 @@ def test_a_row_without_pairs_still_reaches_every_parameter(tiny_model_dir):
     model.context_grad = False
     model(rows.build_row([], [], n_paths=2)).sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.slow
+def test_compiled_blocks_under_flex_attention_compile_once_for_all_rows_and_layers(tmp_path):
+    """Forward only: FlexAttention has no backward on a CPU. A recompilation is an error."""
+    model = load(write_model(tmp_path, MODELS["llama tied"] | {"hidden_size": 64}))
+    expected = []
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        expected = [model(a_row(seed, tries=seed + 1, pad_to=256)) for seed in range(3)]
+        model.attention = "flex"
+        for block in model.blocks:
+            block.body = torch.compile(block.body)
+        for seed in range(3):
+            found = model(a_row(seed, tries=seed + 1, pad_to=256))
+            torch.testing.assert_close(found, expected[seed], rtol=1e-4, atol=1e-4)
