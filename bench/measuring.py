@@ -1,0 +1,186 @@
+"""How a measurement is taken and told: fresh processes, medians, the machine and its matmul rate.
+
+Every file of bench/ writes one JSON file (`tell`): machine with versions and commit, settings, the
+figures of every single run; and prints Markdown tables of their medians.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch  # noqa: E402
+
+from cli import UserError  # noqa: E402
+from weights import write_json  # noqa: E402
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DATASHEET = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}  # bf16, dense
+
+# ----------------------------------------------------------------------------- the machine
+
+
+def machine():
+    """What was measured on: processor, cores, GPU, versions, commit, and who else was busy."""
+    packages = ("torch", "transformers", "trl")
+    return {
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "load_average": os.getloadavg()[0],  # far above the threads: others used the machine too
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+        "commit": commit(),
+    }
+
+
+def processor():
+    """The processor's name; its architecture where the system does not tell."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def version(package):
+    """The installed version of a package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit():
+    """The commit that was measured, marked when the tree differs from it; None outside git."""
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    done = subprocess.run(git, cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
+def datasheet_rate():
+    """bf16 FLOP/s that the GPU's maker states (dense), or None for a device not known here."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((rate for part, rate in DATASHEET.items() if part in name), None)
+
+
+# ----------------------------------------------------------------------------- taking figures
+
+
+def execute(command):
+    """Run a command in the project's folder -> (stdout, peak resident memory in GiB)."""
+    command = [str(part) for part in command]
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=errors, text=True)
+        _, status, usage = os.wait4(process.pid, 0)
+        for stream in (output, errors):
+            stream.seek(0)
+        if status != 0:
+            raise UserError(f"{' '.join(command)} failed:\n{errors.read()[-2000:]}")
+        return output.read(), usage.ru_maxrss / 2**20  # Linux counts KiB
+
+
+def last_json(output):
+    """The JSON object that a worker printed as its last line."""
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def in_turn(contenders, repeat):
+    """{name: measure()} -> {name: [figures of each run]}, one contender at a time, in turn."""
+    runs = {name: [] for name in contenders}
+    for turn in range(repeat):
+        for name, measure in contenders.items():
+            runs[name].append(measure())
+            print(f"{turn + 1}/{repeat} {name}: {runs[name][-1]}", file=sys.stderr, flush=True)
+    return runs
+
+
+def median(runs):
+    """[{key: number or None}] -> {key: median}; None where a run has none."""
+    columns = {key: [run[key] for run in runs] for key in runs[0]}
+    return {k: None if None in v else statistics.median(v) for k, v in columns.items()}
+
+
+def median_seconds(function, device="cpu", repeat=5, calls=1):
+    """Median seconds of a call over `repeat` timings of `calls` calls each, after a warm-up."""
+
+    def timed():
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        synchronize(device)
+        return (time.perf_counter() - start) / calls
+
+    timed()
+    return statistics.median(timed() for _ in range(repeat))
+
+
+def synchronize(device):
+    """Wait for what a device has still to do."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def matmul_rate(shapes, rows, dtype, device="cpu", repeat=5):
+    """FLOP/s of the plain matrix products of linear layers, which is a training step's ceiling.
+
+    shapes: (out, in) of the weights; rows: tokens. Each layer is its forward product and the two
+    of its backward, timed apart; the rate is of all of them together.
+    """
+    calls, seconds, flops = 10 if torch.device(device).type == "cuda" else 1, {}, 0
+    for n, k in shapes:
+        if (n, k) not in seconds:
+            w = torch.randn(n, k, dtype=dtype, device=device)
+            x = torch.randn(rows, k, dtype=dtype, device=device)
+            d = torch.randn(rows, n, dtype=dtype, device=device)
+            products = (lambda: x @ w.T), (lambda: d @ w), (lambda: d.T @ x)  # noqa: B023
+            seconds[n, k] = sum(median_seconds(p, device, repeat, calls) for p in products)
+        flops += 3 * 2 * rows * n * k
+    return flops / sum(seconds[shape] for shape in shapes)
+
+
+def ceilings(shapes, rows, dtype, device="cpu", repeat=5):
+    """Matmul rates at the shapes of a model's own linear layers, and at a big square."""
+    side = 8192 if torch.device(device).type == "cuda" else 2048
+    square = matmul_rate([(side, side)], side, dtype, device, repeat)
+    return {"model": matmul_rate(shapes, rows, dtype, device, repeat), "square": square}
+
+
+# ----------------------------------------------------------------------------- telling them
+
+
+def table(headers, rows):
+    """Markdown. Cells: text, or numbers, of which three digits are shown; None is a dash."""
+    lines = [list(headers), ["---"] * len(headers)]
+    lines += [[cell(value) for value in row] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cell(value):
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def percent(part, whole):
+    """A share as text; None where there is nothing to divide by."""
+    return f"{100 * part / whole:.0f}%" if whole else None
+
+
+def tell(settings, figures, *tables):
+    """Print the tables and write everything to settings.out."""
+    content = {"machine": machine(), "settings": asdict(settings), "figures": figures}
+    Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
+    write_json(settings.out, content)
+    print("\n\n".join(tables))
