@@ -30,15 +30,14 @@ MIXES = {
     "long_prompt": Mix(1500, 200, 200),
 }
 
-WORDS = (
-    "time year people way day man thing woman life child world school state family student group "
-    "country problem hand part place case week company system program question work number night"
-).split()
+WORDS = """
+time year people way day man thing woman life child world school state family student group
+country problem hand part place case week company system program question work number night"""
 
 
 def words(template):
     """Texts that stay one token each, whatever stands beside them."""
-    candidates = [f" {word}" for word in WORDS]
+    candidates = [f" {word}" for word in WORDS.split()]
     ids = template.encode(candidates)
     whole = [text for text, tokens in zip(candidates, ids, strict=True) if len(tokens) == 1]
     return whole or list("etaoinshrdlu")  # of a tokenizer with one token per byte
@@ -63,10 +62,10 @@ def pairs_of(mix, n, template, spread=0.3, seed=0):
 
 
 def write_pairs(file, mix, n, model, **options):
-    """The same as a jsonl file for the tokenizer of a model directory; returns the file."""
+    """The same as a jsonl file for the tokenizer of a model directory; returns its name."""
     rows = pairs_of(mix, n, Template(model), **options)
     Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return Path(file)
+    return str(file)
 
 
 @dataclass

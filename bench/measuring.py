@@ -94,6 +94,14 @@ def last_json(output):
     return json.loads(output.strip().splitlines()[-1])
 
 
+def chosen(text, names):
+    """Those of the names that a flag's text, "a; b", lists, in their order; None: all."""
+    wanted = [name.strip() for name in text.split(";")] if text else list(names)
+    if unknown := set(wanted) - set(names):
+        raise UserError(f"{'; '.join(sorted(unknown))}: choose from {'; '.join(names)}")
+    return [name for name in names if name in wanted]
+
+
 def in_turn(contenders, repeat):
     """{name: measure()} -> {name: [figures of each run]}, one contender at a time, in turn."""
     runs = {name: [] for name in contenders}

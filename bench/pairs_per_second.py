@@ -2,7 +2,7 @@
 
     python bench/pairs_per_second.py --dtype fp32 --pairs 32 --batch 16 --repeat 3
     python bench/pairs_per_second.py --device cuda --dtype bf16 --shape llama-3.2-1b \
-        --mix ultrafeedback --pairs 128 --batch 32 --micro 8 --only "dpo; ins_dpo; TRL dpo, bf16 weights"
+        --mix ultrafeedback --pairs 128 --batch 32 --micro 8 --only "ins_dpo; TRL dpo, bf16 weights"
 
 One run, one machine, one contender at a time, in turn: same model, pairs, dtype, batch and length
 limit, each in a process of its own. A pair costs its share of the reference pass and of the steps;
@@ -24,12 +24,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import training  # noqa: E402
+from bench import measuring, training  # noqa: E402
 from bench.checkpoints import published, write_noise  # noqa: E402
 from bench.flops import Flops  # noqa: E402
 from bench.lengths import MIXES, write_pairs  # noqa: E402
-from bench.measuring import DTYPES, ROOT, ceilings, execute, in_turn, last_json  # noqa: E402
-from bench.measuring import median, percent, table, tell  # noqa: E402
+from bench.measuring import DTYPES, median, percent, table  # noqa: E402
 from cli import flag, parse, run  # noqa: E402
 from smollm2 import smollm2_dir  # noqa: E402
 from weights import read_config  # noqa: E402
@@ -91,11 +90,11 @@ def measure_here(s, model, data, flags):
 
 def measure_peer(s, model, data, flags):
     """Pairs per second of TRL's DPOTrainer, from bench/trl_dpo.py."""
-    command = [sys.executable, ROOT / "bench" / "trl_dpo.py", "--dtype", s.dtype, *flags]
+    command = [sys.executable, measuring.ROOT / "bench" / "trl_dpo.py", "--dtype", s.dtype, *flags]
     command += ["--model", model, "--data", data, "--pairs", s.pairs, "--batch", s.batch]
     command += ["--micro", s.micro, "--max_len", s.max_len, "--device", s.device]
     command += ["--steps", steps(s), "--warmup", s.warmup]
-    found = last_json(execute(command)[0])
+    found = measuring.last_json(measuring.execute(command)[0])
     kept = ("pairs_per_second", "reference_seconds_per_pair", "peak_gib")
     return {k: found[k] for k in kept} | {"tokens_per_pair": None, "flops_per_pair": None}
 
@@ -111,7 +110,7 @@ def contenders(s, model, data):
         found |= {n: lambda f=f: measure_peer(s, model, data, f) for n, f in peers.items()}
     else:
         print("TRL is not installed (requirements-dev.txt): its rows are left out")
-    return {name: found[name] for name in training.chosen(s.only, found)}
+    return {name: found[name] for name in measuring.chosen(s.only, found)}
 
 
 HEADERS = ("contender", "pairs/s", "against TRL's best", "reference pass, ms/pair", "tokens/pair")
@@ -138,12 +137,14 @@ def main():
     with workload(s) as (model, data):
         shapes = Flops(read_config(model)[1]).shapes
         size = s.row_tokens or (8192 if s.device == "cuda" else 2048)
-        measures = {"matmul rate": lambda: ceilings(shapes, size, DTYPES[s.dtype], s.device)}
-        runs = in_turn(measures | contenders(s, model, data), s.repeat)
+        measures = {
+            "matmul rate": lambda: measuring.ceilings(shapes, size, DTYPES[s.dtype], s.device)
+        }
+        runs = measuring.in_turn(measures | contenders(s, model, data), s.repeat)
     rate = median(runs["matmul rate"])
     headers = ("matrix products", "model's shapes, TFLOP/s", f"square, TFLOP/s ({s.dtype})")
     ceiling = table(headers, [("", rate["model"] / 1e12, rate["square"] / 1e12)])
-    tell(s, runs, table(HEADERS, rows(runs)), ceiling)
+    measuring.tell(s, runs, table(HEADERS, rows(runs)), ceiling)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import settings  # noqa: E402
 from bench.flops import Flops  # noqa: E402
 from bench.measuring import execute, last_json, synchronize  # noqa: E402
 from bench.process_memory import smaps  # noqa: E402
-from cli import UserError, flag, parse, run  # noqa: E402
+from cli import flag, parse, run  # noqa: E402
 from losses import recipe, unique  # noqa: E402
 from metrics import peak_memory  # noqa: E402
 from ranks import Ranks, build_model  # noqa: E402
@@ -50,14 +50,6 @@ CONTENDERS = {  # what train.py can be told to do, as flags
     "averaged, sep": {"loss": "ins_dpo", "condition": "averaged"},
     "averaged, turn": {"loss": "ins_dpo", "condition": "averaged", "bridge": "turn"},
 }
-
-
-def chosen(only, names):
-    """Those of the names that `--only a;b` lists, in the order of the table; None: all."""
-    wanted = [name.strip() for name in only.split(";")] if only else list(names)
-    if unknown := set(wanted) - set(names):
-        raise UserError(f"--only {'; '.join(sorted(unknown))}: choose from {'; '.join(names)}")
-    return [name for name in names if name in wanted]
 
 
 @dataclass

@@ -9,8 +9,9 @@ a CPU its fused head pushes every position through the vocabulary, prompt and pa
 Pairs are read by nanoPO's own reader, so that both contenders get the same ones.
 
 Wall-clock covers the reference log-probabilities, after one forward to warm up, and the training
-steps after the first `--warmup`; not imports, loading or tokenising, which are reported apart. The last line of stdout is one JSON object. Option
-names: TRL 1.16 `DPOConfig`, transformers 5.23 `TrainingArguments`.
+steps after the first `--warmup`; not imports, loading or tokenising, of which the latter two are
+reported apart. The last line of stdout is one JSON object. Option names: TRL 1.16 `DPOConfig`,
+transformers 5.23 `TrainingArguments`.
 """
 
 import json
