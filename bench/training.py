@@ -30,7 +30,7 @@ from bench.flops import Flops  # noqa: E402
 from bench.measuring import execute, last_json, synchronize  # noqa: E402
 from bench.process_memory import smaps  # noqa: E402
 from cli import flag, parse, run  # noqa: E402
-from losses import recipe, unique  # noqa: E402
+from losses import recipe  # noqa: E402
 from metrics import peak_memory  # noqa: E402
 from ranks import Ranks, build_model  # noqa: E402
 from rows import Plan  # noqa: E402
@@ -88,8 +88,7 @@ def set_up(s, ranks, clock):
     with clock.stage("data"):
         template = Template(s.model)
         dataset, _ = load_data(s, ranks, template, rule)
-        paths = unique([*rule.paths, *rule.reference_paths, *rule.kl_paths])
-        choose_row_tokens(s, ranks, [dataset], paths)
+        choose_row_tokens(s, ranks, [dataset], rule.paths)  # nothing is validated
     with clock.stage("load"):
         model = build_model(s, ranks, Path(s.model), rule.objective.head)
     plan = Plan(len(dataset), s.batch, s.seed, 0.0, s.warmup + s.steps)
