@@ -63,7 +63,8 @@ class Clock:
     """Seconds and memory by stage, this process's."""
 
     def __init__(self, device):
-        self.device, self.seconds, self.gib = device, {"import": IMPORTED - BEGUN}, {}
+        self.device, self.seconds = device, {"import": IMPORTED - BEGUN}
+        self.gib = {"import": held(device)}
 
     @contextmanager
     def stage(self, name):
@@ -158,6 +159,7 @@ def figures(job, clock, lines):
         "row_fill": sum(line["row_fill"] for line in lines) / len(lines),
         "pairs": n,
         "loss": lines[-1]["loss"],
+        "dataset_gib": clock.gib["data"] - clock.gib["import"],
         "peak_gib": job.ranks.most(peak_memory(job.ranks.kind)),
     } | stages
 
@@ -168,12 +170,13 @@ def measure(s):
         return figures(job, clock, timed_steps(job, clock, s.warmup))
 
 
-def in_fresh_process(flags, processes=1):
-    """{flag: value} -> the figures of a process of its own, or of several under torchrun."""
+def in_fresh_process(flags, processes=1, switches=()):
+    """{flag: value}, and flags without one -> figures of a fresh process; several: torchrun."""
     words = [sys.executable]
     if processes > 1:
         words += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     words += [Path(__file__)] + [f"--{name}={value}" for name, value in flags.items()]
+    words += [f"--{name}" for name in switches]
     output, _ = execute(words)
     return last_json(output)
 

@@ -152,7 +152,14 @@ def rows(runs):
         shares = [percent(rate, ceiling[kind]) for kind in ("model", "square")]
         shares.append(percent(rate, stated))
         fill = percent(line["row_fill"], 1)
-        yield [line["length"], fill, line["tokens_per_second"], rate / 1e12, *shares, line["peak_gib"]]
+        yield [
+            line["length"],
+            fill,
+            line["tokens_per_second"],
+            rate / 1e12,
+            *shares,
+            line["peak_gib"],
+        ]
 
 
 def main():
