@@ -54,7 +54,7 @@ class Drops:
 
 
 def read_pairs(source, drops, limit=None, need_rejected=True, revision=None):
-    """All pairs of a file, glob or hub dataset id (`id` or `id:split`), in their order.
+    """All pairs of a file, glob or hub dataset id (`id[@revision][:split]`), in their order.
 
     limit: stop after that many. Pairs whose two prompts differ, or with an empty answer, are
     added to `drops`. revision: branch, tag or commit on the hub. Raises UserError for a
@@ -80,8 +80,9 @@ def data_files(source, revision=None):
     if found := sorted(filter(os.path.isfile, glob.glob(source))):
         return found
     name, _, split = source.partition(":")
+    name, _, pinned = name.partition("@")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not re.search(r"\.(jsonl?|gz|parquet)$", name):
-        return hub_files(name, split, revision)
+        return hub_files(name, split, pinned or revision)
     raise UserError(f"--data {source}: no such file; give a path, a glob or a hub dataset id")
 
 

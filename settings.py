@@ -30,9 +30,9 @@ class Settings:
 
     loss: str = flag("ins_dpo", "objective; the README has the table")
     model: str | None = flag(None, "HF directory or hub id; default: the embedded tiny model")
-    revision: str | None = flag(None, "branch, tag or commit of a --model from the hub")
+    revision: str | None = flag(None, "branch, tag or commit of --model on the hub; ID@REVISION pins any id")
     data: str | None = flag(None, "jsonl, json, parquet, glob or hub dataset id[:split]")
-    data_revision: str | None = flag(None, "branch, tag or commit of --data from the hub")
+    data_revision: str | None = flag(None, "branch, tag or commit of --data on the hub")
     eval_data: str | None = flag(None, "validation pairs; default: --eval_pairs held out of --data")
     out: str | None = flag(None, "run directory; default: runs/LOSS, or the next free LOSS-2, …")
     ref_model: str | None = flag(None, "reference model; default: --model")
@@ -161,7 +161,7 @@ def hold(file, say, patience=60):
 
 
 MAY_CHANGE = ("out", "resume", "save_every", "keep", "device", "offload", "checkpoint_activations")
-MAY_CHANGE += ("shard_group", "log")
+MAY_CHANGE += ("shard_group", "log", "revision", "data_revision")  # --model and --data hold both
 
 
 def check_config(s, ranks):

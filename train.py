@@ -25,10 +25,10 @@ from template import Template
 # ----------------------------------------------------------------------------- set-up
 
 
-def fetch(ranks, source, name, revision=None):
+def fetch(ranks, source, name):
     """Directory of a model, downloaded by rank 0 first and then found by all (on every node)."""
-    ranks.share(lambda: weights.resolve(source, name, revision))
-    return weights.resolve(source, name, revision)
+    ranks.share(lambda: weights.resolve(source, name))
+    return weights.resolve(source, name)
 
 
 def load_data(s, ranks, template, rule):
@@ -37,7 +37,7 @@ def load_data(s, ranks, template, rule):
     in_context = any(path.context in ("chosen", "rejected") for path in rule.paths)
     drops = Drops()
     need = {"need_rejected": both or in_context}
-    pairs = read_pairs(s.data, drops, s.limit, revision=s.data_revision, **need)
+    pairs = read_pairs(s.data, drops, s.limit, **need)
     ranks.say(f"read {len(pairs)} pairs from {s.data}; dropped: {drops}")
     if s.eval_data:
         held = read_pairs(s.eval_data, drops, s.eval_pairs, **need)
@@ -72,7 +72,7 @@ def choose_row_tokens(s, ranks, datasets, paths):
 
 
 def main():
-    s = parse(Settings, __doc__.splitlines()[0])
+    s = weights.pin(parse(Settings, __doc__.splitlines()[0]))
     if s.plan:
         return memory.show(s)
     with Ranks(s.device) as ranks:
@@ -97,7 +97,7 @@ def train(s, ranks):
 
 def fit(s, ranks, rule):
     """Set up, train, export."""
-    source = fetch(ranks, s.model, "--model", s.revision)
+    source = fetch(ranks, s.model, "--model")
     other = s.ref_model is not None
     reference_source = fetch(ranks, s.ref_model, "--ref_model") if other else source
     template = Template(source)

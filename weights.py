@@ -20,23 +20,50 @@ from families import FAMILIES, Config, hf_name
 from template import parse_json
 
 
-def resolve(source, flag="--model", revision=None):
+PINS = {  # flag: (what pins it, the flags that it pins too where they name the same hub id)
+    "model": ("revision", ("ref_model", "ref")),
+    "data": ("data_revision", ("eval_data",)),
+}
+
+
+def pin(s):
+    """--revision R with --model ID is --model ID@R, the hub's own notation; changes s, returns it.
+
+    So whatever is made of the model also says which one it was. UserError without a hub id.
+    """
+    for flag, (by, others) in PINS.items():
+        if (revision := getattr(s, by, None)) is None:
+            continue
+        source = getattr(s, flag)
+        name = (source or "").partition(":")[0]
+        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(source).exists()
+        if not hub or getattr(s, "endpoint", None):
+            raise UserError(f"--{by} {revision}: --{flag} {source} is no hub id, which it would pin")
+        for other in (flag, *others):
+            whole = getattr(s, other, None)
+            if whole is not None and whole.partition(":")[0] == name:
+                setattr(s, other, whole.replace(name, f"{name}@{revision}", 1))
+    return s
+
+
+def resolve(source, flag="--model"):
     """A local directory, or a hub id (downloaded: safetensors, tokenizer and configs) -> Path.
 
-    revision: branch, tag or commit on the hub; None: its main branch.
+    ID@REVISION: a branch, tag or commit on the hub, else its main branch.
     """
     if Path(source).is_dir():
         return Path(source)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    if not (found := re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(source))):
         raise UserError(f"{flag} {source}: no such directory")
     import huggingface_hub
 
     try:
+        name, revision = found.groups()
         patterns = ["*.safetensors", "*.json", "*.jinja"]
         options = {"allow_patterns": patterns, "revision": revision}
-        return Path(huggingface_hub.snapshot_download(source, **options))
+        return Path(huggingface_hub.snapshot_download(name, **options))
     except Exception as error:  # the hub client raises some twenty kinds; all mean: not reachable
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{flag} {source}: no such directory, and the hub did not serve it: {reason}"
         ) from error

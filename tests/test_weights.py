@@ -333,7 +333,7 @@ def test_a_hub_id_is_downloaded_without_pickles(tiny_model_dir, monkeypatch):
         return str(tiny_model_dir)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    assert weights.resolve("someone/a-model", revision="v1.0") == tiny_model_dir
+    assert weights.resolve("someone/a-model@v1.0") == tiny_model_dir
     (name, patterns), *rest = asked
     assert name == "someone/a-model" and not rest
     assert "*.safetensors" in patterns and not any("bin" in p or "py" in p for p in patterns)
