@@ -29,9 +29,9 @@ class Settings:
     """Every flag. None: decided by the objective, the data or the device, and then printed."""
 
     loss: str = flag("ins_dpo", "objective; the README has the table")
-    model: str | None = flag(None, "HF directory or hub id; default: the embedded tiny model")
-    revision: str | None = flag(None, "branch, tag or commit of --model on the hub; ID@REVISION pins any id")
-    data: str | None = flag(None, "jsonl, json, parquet, glob or hub dataset id[:split]")
+    model: str | None = flag(None, "HF directory or hub id[@REVISION]; default: the embedded model")
+    revision: str | None = flag(None, "branch, tag or commit of --model on the hub")
+    data: str | None = flag(None, "jsonl, json, parquet, glob or hub dataset id[@REVISION][:split]")
     data_revision: str | None = flag(None, "branch, tag or commit of --data on the hub")
     eval_data: str | None = flag(None, "validation pairs; default: --eval_pairs held out of --data")
     out: str | None = flag(None, "run directory; default: runs/LOSS, or the next free LOSS-2, …")

@@ -19,7 +19,6 @@ from cli import UserError
 from families import FAMILIES, Config, hf_name
 from template import parse_json
 
-
 PINS = {  # flag: (what pins it, the flags that it pins too where they name the same hub id)
     "model": ("revision", ("ref_model", "ref")),
     "data": ("data_revision", ("eval_data",)),
@@ -38,7 +37,7 @@ def pin(s):
         name = (source or "").partition(":")[0]
         hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(source).exists()
         if not hub or getattr(s, "endpoint", None):
-            raise UserError(f"--{by} {revision}: --{flag} {source} is no hub id, which it would pin")
+            raise UserError(f"--{by} {revision}: --{flag} {source} is no hub id, which it pins")
         for other in (flag, *others):
             whole = getattr(s, other, None)
             if whole is not None and whole.partition(":")[0] == name:
