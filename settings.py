@@ -126,7 +126,8 @@ def open_out(s, ranks):
             free = next(i for i, path in enumerate(tries) if not path.exists())
             s.out = str(tries[max(0, free - 1) if s.resume else free])
         out = Path(s.out)
-        if (out / "config.json").exists() and not s.resume:
+        held = any((out / name).exists() for name in ("config.json", "checkpoints"))
+        if held and not s.resume:
             raise UserError(f"--out {out} holds a run; add --resume to go on, or choose another")
         out.mkdir(parents=True, exist_ok=True)
         lock.enter_context(hold(out / ".lock", ranks.say))
@@ -171,7 +172,10 @@ def check_config(s, ranks):
     def check():
         if not file.exists():
             return
-        then = parse_json(file.read_text(encoding="utf-8"), str(file))["settings"]
+        content = parse_json(file.read_text(encoding="utf-8"), str(file))
+        then = content.get("settings") if isinstance(content, dict) else None
+        if not isinstance(then, dict):
+            raise UserError(f"{file}: holds no settings; not the config.json of a run")
         for name, value in now.items():
             if name not in MAY_CHANGE and then.get(name) != value:
                 was = then.get(name)
@@ -181,7 +185,10 @@ def check_config(s, ranks):
 
 
 def write_config(s, ranks, extra):
-    """OUT/config.json: the resolved settings and versions, once the model could be read."""
+    """OUT/config.json: the resolved settings and versions, once nothing stands in the way.
+
+    Before it is there, a start that failed can be corrected and tried again in the same OUT.
+    """
     file = Path(s.out) / "config.json"
 
     def write():

@@ -116,15 +116,15 @@ def fit(s, ranks, rule):
     model = build_model(s, ranks, source, rule.objective.head)
     digest, ref_digest = ranks.share(lambda: digests(source, reference_source))
     job = Run(s, ranks, rule, model, digest, train_set, validation, plan)
-    write_config(s, ranks, {"hyper": rule.hyper, "steps": plan.steps})
     ranks.deferred = True  # from here on a signal waits for the next place to save or stop
     reference = job.prepare_reference(reference_source, ref_digest)
     first = job.resume() if s.resume else 0
+    if first == 0:
+        job.check_start()
+    write_config(s, ranks, {"hyper": rule.hyper, "steps": plan.steps})  # OUT holds a run from here
     metrics = Metrics(s, ranks, first)
     if reference:
         metrics.write(reference)
-    if first == 0:
-        job.check_start()
     loop(job, metrics, template, first)
     job.export("final", template)
     metrics.close()
