@@ -10,6 +10,7 @@ A pair (x, y_w, y_l) comes as one record of a file in any of these layouts:
 
 import glob
 import gzip
+import math
 import os
 import re
 import zlib
@@ -56,9 +57,9 @@ class Drops:
 def read_pairs(source, drops, limit=None, need_rejected=True, revision=None):
     """All pairs of a file, glob or hub dataset id (`id[@revision][:split]`), in their order.
 
-    limit: stop after that many. Pairs whose two prompts differ, or with an empty answer, are
-    added to `drops`. revision: branch, tag or commit on the hub. Raises UserError for a
-    missing file, a broken row, unknown columns.
+    limit: stop after that many. Pairs whose two prompts differ, with an empty answer or a score
+    that is NaN or infinite are added to `drops`. revision: branch, tag or commit on the hub.
+    Raises UserError for a missing file, a broken row, unknown columns.
     """
     pairs = []
     for file in data_files(source, revision):
@@ -150,6 +151,8 @@ def to_pair(record, where, drops, need_rejected=True):
             f"{where}: columns {sorted(record)}; expected chosen and rejected, "
             "with or without prompt"
         )
+    if column := next((name for name, value in record.items() if no_score(name, value)), None):
+        return drops.add(f"{column} is no finite number", where)
     prompt = record.get("prompt")
     if isinstance(chosen, str) and prompt is None and not is_hh(chosen):
         prompt, chosen, rejected = common_prefix(chosen, rejected, where)
@@ -162,6 +165,13 @@ def to_pair(record, where, drops, need_rejected=True):
     if not chosen.strip() or (rejected is not None and not rejected.strip()):
         return drops.add("empty answer", where)
     return Pair(x_w, chosen, rejected, where)
+
+
+def no_score(column, value):
+    """Whether a column of scores holds NaN or an infinity: then nobody knows which answer won."""
+    values = value if isinstance(value, list) else [value]
+    unknown = any(isinstance(v, float) and not math.isfinite(v) for v in values)
+    return unknown and re.search("score|rating|reward", column) is not None
 
 
 def dialogue(prompt, answer, where):

@@ -126,7 +126,7 @@ def open_out(s, ranks):
             free = next(i for i, path in enumerate(tries) if not path.exists())
             s.out = str(tries[max(0, free - 1) if s.resume else free])
         out = Path(s.out)
-        held = any((out / name).exists() for name in ("config.json", "checkpoints"))
+        held = (out / "config.json").exists() or any(out.glob("checkpoints/step-*"))
         if held and not s.resume:
             raise UserError(f"--out {out} holds a run; add --resume to go on, or choose another")
         out.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -35,8 +36,6 @@ def test_a_broken_line_before_the_last_is_told(tmp_path):
 
 
 def test_a_resumed_run_goes_on_behind_its_step_also_after_a_torn_line(tmp_path):
-    from types import SimpleNamespace
-
     evals = [{"step": 2, "eval_loss": 0.5}, {"step": 4, "eval_loss": 0.4}]
     out = write(tmp_path / "out", steps(4, 1.0) + evals, tail='{"step')
     ranks = SimpleNamespace(first=True, say=lambda text: None)
@@ -57,6 +56,15 @@ def test_runs_are_drawn_over_each_other_and_their_ends_tabulated(tmp_path, monke
     assert f"| {a} | 4 | 0.2500 | - | 0.2500 | 2 | 0.7500 | - | 0.5000 | 2.0000 |" in table
     assert f"| {b} | 2 | 1.5000 | - | - | - | - | - | - | 2.0000 |" in table
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_figure_that_cannot_be_drawn_is_said_and_ends_nothing(tmp_path):
+    out = write(tmp_path / "out", steps(2, 1.0))
+    (out / "curves.png").mkdir()
+    said = []
+    ranks = SimpleNamespace(first=True, say=said.append)
+    Metrics(SimpleNamespace(out=out, log=None), ranks, 3).plot()
+    assert len(said) == 1 and "curves.png could not be drawn: " in said[0]
 
 
 def test_an_unknown_logger_is_told():
