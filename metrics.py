@@ -102,9 +102,11 @@ class Wandb:
         self.run = wandb.init(
             project="nanopo", name=name, id=run_id(s.out), dir=s.out, config=vars(s), resume="allow"
         )
+        # wandb's own count of steps never goes back, as a run that is resumed does
+        self.run.define_metric("*", step_metric="step")
 
     def write(self, metrics):
-        self.run.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics.get("step", 0))
+        self.run.log(metrics)
 
     def close(self):
         self.run.finish()
