@@ -17,7 +17,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,9 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
-from sabotage import ROOT, inside
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from runs import ROOT, argv, free_port  # noqa: E402  brings torch and train.py, before the forks
+from sabotage import inside  # noqa: E402
 
 STEPS, SAVE_EVERY = 12, 3
 FLAGS = {"model": ROOT / "assets" / "start", "data": ROOT / "assets" / "world" / "pairs.jsonl",
@@ -61,7 +62,7 @@ class Processes:
                 address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 os.environ |= address | {"RANK": str(rank), "WORLD_SIZE": str(world)}
                 os.environ |= {"LOCAL_RANK": str(rank)}
-            sys.argv = ["train.py", *words_of(flags)]
+            sys.argv = ["train.py", *argv(flags)]
             inside(fault)
             status = 0
         except SystemExit as end:
@@ -92,7 +93,7 @@ class Launched:
     def __init__(self, out, processes, fault, flags, restarts):
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         words += [f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
-        words += [str(ROOT / "tests" / "sabotage.py"), fault, *words_of(flags)]
+        words += [str(ROOT / "tests" / "sabotage.py"), fault, *argv(flags)]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         with open(f"{out}.log", "a", encoding="utf-8") as log:
             self.launcher = subprocess.Popen(words, env=env, stdout=log, stderr=log)
@@ -110,16 +111,6 @@ def start(out, processes=1, fault="nothing", restarts=None, **flags):
     if restarts is None:
         return Processes(out, processes, fault, flags)
     return Launched(out, processes, fault, flags, restarts)
-
-
-def words_of(flags):
-    return [w for k, v in flags.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def finish(process, limit=LIMIT):
@@ -391,9 +382,6 @@ DRAWN = ("SIG", "full disk (tmpfs)")  # their moment is drawn: worth repeating
 
 
 def main():
-    os.environ["OMP_NUM_THREADS"] = "1"
-    import train  # noqa: F401  once, before the forks; no thread of torch runs yet
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--times", type=int, default=5, help="of each fault at a random moment")
     parser.add_argument("--only", nargs="*", default=list(FAULTS), help="some faults by name")
