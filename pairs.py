@@ -55,11 +55,11 @@ class Drops:
 
 
 def read_pairs(source, drops, limit=None, need_rejected=True, revision=None):
-    """All pairs of a file, glob or hub dataset id (`id[@revision][:split]`), in their order.
+    """All pairs of a file, glob or hub dataset id (`id` or `id:split`), in their order.
 
-    limit: stop after that many. Pairs whose two prompts differ, with an empty answer or a score
-    that is NaN or infinite are added to `drops`. revision: branch, tag or commit on the hub.
-    Raises UserError for a missing file, a broken row, unknown columns.
+    limit: stop after that many. Pairs whose two prompts differ, or with an empty answer, are
+    added to `drops`. revision: branch, tag or commit on the hub. Raises UserError for a
+    missing file, a broken row, unknown columns, a score that is NaN or infinite.
     """
     pairs = []
     for file in data_files(source, revision):
@@ -81,9 +81,8 @@ def data_files(source, revision=None):
     if found := sorted(filter(os.path.isfile, glob.glob(source))):
         return found
     name, _, split = source.partition(":")
-    name, _, pinned = name.partition("@")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not re.search(r"\.(jsonl?|gz|parquet)$", name):
-        return hub_files(name, split, pinned or revision)
+        return hub_files(name, split, revision)
     raise UserError(f"--data {source}: no such file; give a path, a glob or a hub dataset id")
 
 
@@ -151,8 +150,8 @@ def to_pair(record, where, drops, need_rejected=True):
             f"{where}: columns {sorted(record)}; expected chosen and rejected, "
             "with or without prompt"
         )
-    if column := next((name for name, value in record.items() if no_score(name, value)), None):
-        return drops.add(f"{column} is no finite number", where)
+    for column, value in record.items():
+        refuse_no_number(column, value, where)
     prompt = record.get("prompt")
     if isinstance(chosen, str) and prompt is None and not is_hh(chosen):
         prompt, chosen, rejected = common_prefix(chosen, rejected, where)
@@ -167,11 +166,12 @@ def to_pair(record, where, drops, need_rejected=True):
     return Pair(x_w, chosen, rejected, where)
 
 
-def no_score(column, value):
-    """Whether a column of scores holds NaN or an infinity: then nobody knows which answer won."""
-    values = value if isinstance(value, list) else [value]
-    unknown = any(isinstance(v, float) and not math.isfinite(v) for v in values)
-    return unknown and re.search("score|rating|reward", column) is not None
+def refuse_no_number(column, value, where):
+    """UserError for a score that is NaN or infinite: then nobody knows which answer won."""
+    scores = value if isinstance(value, list) else [value]
+    for score in scores if re.search("score|rating|reward", column) else ():
+        if isinstance(score, float) and not math.isfinite(score):
+            raise UserError(f"{where}: {column} is {score}; expected a finite number or null")
 
 
 def dialogue(prompt, answer, where):

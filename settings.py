@@ -31,9 +31,10 @@ class Settings:
     loss: str = flag("ins_dpo", "objective; the README has the table")
     model: str | None = flag(None, "HF directory or hub id[@REVISION]; default: the embedded model")
     revision: str | None = flag(None, "branch, tag or commit of --model on the hub")
-    data: str | None = flag(None, "jsonl, json, parquet, glob or hub dataset id[@REVISION][:split]")
-    data_revision: str | None = flag(None, "branch, tag or commit of --data on the hub")
+    data: str | None = flag(None, "jsonl, json, parquet, glob or hub dataset id[:split]")
+    data_revision: str | None = flag(None, "branch, tag or commit of --data from the hub")
     eval_data: str | None = flag(None, "validation pairs; default: --eval_pairs held out of --data")
+    eval_revision: str | None = flag(None, "as --data_revision, of --eval_data; default: the same")
     out: str | None = flag(None, "run directory; default: runs/LOSS, or the next free LOSS-2, …")
     ref_model: str | None = flag(None, "reference model; default: --model")
     condition: str | None = flag(None, "what each answer is conditioned on", tuple(CONDITIONS))
@@ -162,7 +163,7 @@ def hold(file, say, patience=60):
 
 
 MAY_CHANGE = ("out", "resume", "save_every", "keep", "device", "offload", "checkpoint_activations")
-MAY_CHANGE += ("shard_group", "log", "revision", "data_revision")  # --model and --data hold both
+MAY_CHANGE += ("shard_group", "log", "revision")  # --model holds it
 
 
 def check_config(s, ranks):

@@ -37,10 +37,11 @@ def load_data(s, ranks, template, rule):
     in_context = any(path.context in ("chosen", "rejected") for path in rule.paths)
     drops = Drops()
     need = {"need_rejected": both or in_context}
-    pairs = read_pairs(s.data, drops, s.limit, **need)
+    pairs = read_pairs(s.data, drops, s.limit, revision=s.data_revision, **need)
     ranks.say(f"read {len(pairs)} pairs from {s.data}; dropped: {drops}")
     if s.eval_data:
-        held = read_pairs(s.eval_data, drops, s.eval_pairs, **need)
+        revision = s.eval_revision or s.data_revision
+        held = read_pairs(s.eval_data, drops, s.eval_pairs, revision=revision, **need)
     else:
         if s.eval_pairs is None:
             s.eval_pairs = min(1000, len(pairs) // 10)

@@ -19,29 +19,22 @@ from cli import UserError
 from families import FAMILIES, Config, hf_name
 from template import parse_json
 
-PINS = {  # flag: (what pins it, the flags that it pins too where they name the same hub id)
-    "model": ("revision", ("ref_model", "ref")),
-    "data": ("data_revision", ("eval_data",)),
-}
-
 
 def pin(s):
     """--revision R with --model ID is --model ID@R, the hub's own notation; changes s, returns it.
 
-    So whatever is made of the model also says which one it was. UserError without a hub id.
+    So is --ref_model or --ref of the same id. Whatever is made of the model then also says which
+    one it was. UserError where --model is no hub id.
     """
-    for flag, (by, others) in PINS.items():
-        if (revision := getattr(s, by, None)) is None:
-            continue
-        source = getattr(s, flag)
-        name = (source or "").partition(":")[0]
-        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(source).exists()
-        if not hub or getattr(s, "endpoint", None):
-            raise UserError(f"--{by} {revision}: --{flag} {source} is no hub id, which it pins")
-        for other in (flag, *others):
-            whole = getattr(s, other, None)
-            if whole is not None and whole.partition(":")[0] == name:
-                setattr(s, other, whole.replace(name, f"{name}@{revision}", 1))
+    if (revision := getattr(s, "revision", None)) is None:
+        return s
+    model = s.model
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model or "") and not Path(model).exists()
+    if not hub or getattr(s, "endpoint", None):
+        raise UserError(f"--revision {revision}: --model {model} is no hub id, which it pins")
+    for flag in ("model", "ref_model", "ref"):
+        if getattr(s, flag, None) == model:
+            setattr(s, flag, f"{model}@{revision}")
     return s
 
 

@@ -307,17 +307,16 @@ class Harness:
             assert "Traceback" not in log_of(out)
             return self.recover(out, 1)
 
-    def bad_scores(self):
-        """Two pairs of the data have no score: they are named and left out, not trained on."""
+    def bad_score(self, value):
+        """A score of the data is no number: the row is named, and the mended file trains."""
         out, data = self.out(), self.directory / "scores.jsonl"
         rows = list(map(json.loads, FLAGS["data"].read_text(encoding="utf-8").splitlines()))
-        rows.insert(3, rows[3] | {"score_chosen": math.nan})
-        rows.insert(9, rows[9] | {"score_rejected": -math.inf})
+        rows[9] |= {"score_chosen": 1.0, "score_rejected": value}
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        assert finish(start(out, data=data)) == 0, log_of(out)[-3000:]
-        for column, row in (("score_chosen", 4), ("score_rejected", 10)):
-            assert f"1 {column} is no finite number ({data}:{row})" in log_of(out), log_of(out)
-        return result(out) == self.undisturbed(1), 0.0
+        assert finish(start(out, data=data)) == 2, log_of(out)
+        error = f"error: {data}:10: score_rejected is {value}; expected a finite number or null\n"
+        assert log_of(out) == error, log_of(out)
+        return self.recover(out, 1)
 
     def other_reference(self):
         """A reference cache that another model left in OUT, found by a run of its own."""
@@ -363,7 +362,8 @@ FAULTS = {
     "NaN in a reference log-probability": lambda h: h.broken(
         "nan_reference", "its reference log-probability is not finite"
     ),
-    "NaN and -Infinity in the data's scores": lambda h: h.bad_scores(),
+    "NaN in the data's scores": lambda h: h.bad_score(math.nan),
+    "-Infinity in the data's scores": lambda h: h.bad_score(-math.inf),
     "reference cache of other weights": lambda h: h.other_reference(),
     "full disk at a checkpoint": lambda h: h.unharmed(
         "full_at_checkpoint", "No space left on device"

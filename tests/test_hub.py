@@ -61,24 +61,23 @@ def test_train_pins_model_and_data_and_what_names_the_same_ids(hub, tmp_path):
     assert hub == {("lab/tiny", "v1"), ("lab/pairs", "abc")}
     settings = json.loads((tmp_path / "out" / "config.json").read_text())["settings"]
     assert settings["model"] == settings["ref_model"] == "lab/tiny@v1"
-    assert settings["data"] == "lab/pairs@abc:train"
-    assert settings["eval_data"] == "lab/pairs@abc:test"
 
 
-def test_any_id_may_bring_its_own_revision(hub, tmp_path):
+def test_other_ids_have_revisions_of_their_own(hub, tmp_path):
     ids = {"model": "lab/tiny@v1", "ref_model": "lab/start@refs/pr/2"}
-    ids |= {"data": "lab/pairs@abc", "eval_data": "other/pairs@def:test"}
+    ids |= {"data": "lab/pairs", "data_revision": "abc"}
+    ids |= {"eval_data": "other/pairs:test", "eval_revision": "def"}
     flags = {"loss": "dpo", "steps": 1, "batch": 2, "limit": 8, "max_len": 256, "eval_pairs": 2}
     train_here(ids | flags | {"out": tmp_path / "out"})
     models = {("lab/tiny", "v1"), ("lab/start", "refs/pr/2")}
     assert hub == models | {("lab/pairs", "abc"), ("other/pairs", "def")}
 
 
-def test_generate_pins_its_model_and_its_rows_say_so(hub, tmp_path):
+def test_generate_pins_its_model_and_its_rows_say_so(hub, pairs_file, tmp_path):
     out = tmp_path / "answers.jsonl"
     words = ["--model", "lab/tiny", "--revision", "v1", "--max_new_tokens", 2, "--out", out]
-    call(generate, *words, *FAST, "--data", "lab/pairs@abc")
-    assert hub == {("lab/tiny", "v1"), ("lab/pairs", "abc")}
+    call(generate, *words, *FAST, "--data", pairs_file)
+    assert hub == {("lab/tiny", "v1")}
     assert {json.loads(line)["model"] for line in out.open()} == {"lab/tiny@v1"}
 
 
@@ -104,11 +103,9 @@ def test_reward_models_and_judges_are_pinned(hub, tmp_path, pairs_file, monkeypa
     assert hub == {("lab/tiny", "v1")}
 
 
-def test_a_revision_of_what_is_no_hub_id_is_refused(tmp_path, tiny_model_dir, pairs_file):
+def test_a_revision_of_what_is_no_hub_id_is_refused(tiny_model_dir):
     for source in (str(tiny_model_dir), None, "nowhere"):
         with pytest.raises(UserError, match=f"--revision v1: --model {source} is no hub id"):
             pin(Settings(model=source, revision="v1"))
-    with pytest.raises(UserError, match="--data_revision v1: --data .* is no hub id"):
-        pin(Settings(data=str(pairs_file), data_revision="v1"))
     with pytest.raises(UserError, match="--revision v1: --model lab/gpt"):
         pin(generate.Settings(model="lab/gpt", revision="v1", endpoint="http://127.0.0.1:1/v1"))
