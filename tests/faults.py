@@ -6,7 +6,7 @@ of the run that nothing disturbed. "Seconds lost" is what the resumed run had to
 steps after its last whole checkpoint. Faults are injected from outside (signals, limits of the
 process, mounts), or inside it by sabotage.py: the product has no hooks.
 
-    python tests/faults.py [--times 5] [--only NAME …]        # the table of docs/faults.md
+    python tests/faults.py [--times 5] [--seed 0] [--only NAME …]    # the table of docs/faults.md
 """
 
 import argparse
@@ -201,7 +201,7 @@ class Impossible(Exception):
 class Harness:
     """Runs faults in `directory`, against undisturbed runs of 1 and 2 processes made once."""
 
-    def __init__(self, directory, seed=0):
+    def __init__(self, directory, seed):
         self.directory, self.rng = Path(directory), random.Random(seed)
         self.whole, self.count, self.moments = {}, 0, Counter()
 
@@ -385,11 +385,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--times", type=int, default=5, help="of each fault at a random moment")
     parser.add_argument("--only", nargs="*", default=list(FAULTS), help="some faults by name")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
     print("| fault | times injected | recovered exactly | seconds lost (mean) | in |")
     print("| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as directory:
-        harness = Harness(directory)
+        harness = Harness(directory, options.seed)
         for name in options.only:
             times = options.times if name.startswith(DRAWN) else 1
             try:
