@@ -140,6 +140,7 @@ class Settings:
     """The flags that all analyses share."""
 
     model: str | None = flag(None, "HF directory or hub id")
+    revision: str | None = flag(None, "branch, tag or commit of --model on the hub")
     data: str | None = flag(None, "jsonl, json, parquet, glob or hub dataset id[:split]")
     limit: int | None = flag(None, "only the first N pairs")
     max_len: int = flag(2048, "tokens of every single path; longer pairs are left out")

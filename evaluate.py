@@ -50,6 +50,7 @@ from scoring import scored_rows
 from settings import ASSETS
 from stats import estimate, win_rate
 from template import read_json
+from weights import pin
 
 # ----------------------------------------------------------------------------- scores from rows
 
@@ -85,6 +86,7 @@ class RewardSettings:
     """Every flag of `evaluate.py reward`."""
 
     model: str | None = flag(None, "reward model: HF directory or hub id")
+    revision: str | None = flag(None, "branch, tag or commit of --model on the hub")
     answers: str | None = flag(None, "rows of prompt, answer (or instruction, output)")
     against: str | None = flag(None, "answers to the same prompts, or pairs: the chosen answers")
     pairs: str | None = flag(None, "instead of answers: how often the chosen beats the rejected")
@@ -231,6 +233,7 @@ class PairsSettings:
     """Every flag of `evaluate.py pairs`."""
 
     model: str | None = flag(None, "the policy: HF directory or hub id")
+    revision: str | None = flag(None, "branch, tag or commit of --model on the hub")
     ref: str | None = flag(None, "the reference, if the objective has one: where training started")
     data: str | None = flag(None, "jsonl, json, parquet, glob or hub dataset id[:split]")
     loss: str = flag("ins_dpo", "objective whose implicit reward is read; the README has the table")
@@ -417,7 +420,7 @@ def main():
         raise UserError(f"unknown command {name}; the commands are {', '.join(COMMANDS)}")
     else:
         settings, command = COMMANDS[name]
-        command(parse(settings, f"evaluate.py {name}: {command.__doc__}", argv))
+        command(pin(parse(settings, f"evaluate.py {name}: {command.__doc__}", argv)))
 
 
 if __name__ == "__main__":

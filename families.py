@@ -45,10 +45,13 @@ class Config:
         """Hugging Face's config.json (as a dict) -> Config; UserError names what is unsupported."""
         raw = Fields(raw, where)
         family = raw.get("model_type")
-        if family not in FAMILIES:
+        if str(family) not in FAMILIES:
             known = ", ".join(FAMILIES)
             raise UserError(f"{where}: model_type {family!r} is not supported (known: {known})")
-        values = _common(raw) | _head(raw) | FAMILIES[family].read(raw)
+        try:
+            values = _common(raw) | _head(raw) | FAMILIES[family].read(raw)
+        except (TypeError, ValueError) as error:  # text or a list where a number is expected, …
+            raise UserError(f"{where}: a field is of the wrong kind: {error}") from error
         raw.refuse_rest()
         return cls(family=family, **values)
 
@@ -85,6 +88,13 @@ class Fields:
             raise UserError(f"{self.where}: no {name}; not a whole config.json")
         return value
 
+    def size(self, name, default=None):
+        """How many there are of something: a whole number, at least one."""
+        value = self.need(name) if default is None else self.get(name) or default
+        if type(value) is not int or value < 1:
+            raise UserError(f"{self.where}: {name} is {value!r}, not a whole number above 0")
+        return value
+
     def refuse(self, name, value, cure=""):
         raise UserError(f"{self.where}: {name} {value!r} is not supported{cure}")
 
@@ -98,15 +108,15 @@ class Fields:
 
 def _common(raw):
     """What all families spell alike."""
-    heads, width = raw.need("num_attention_heads"), raw.need("hidden_size")
+    heads, width = raw.size("num_attention_heads"), raw.size("hidden_size")
     return {
-        "vocab": raw.need("vocab_size"),
+        "vocab": raw.size("vocab_size"),
         "width": width,
-        "n_layers": raw.need("num_hidden_layers"),
+        "n_layers": raw.size("num_hidden_layers"),
         "heads": heads,
-        "kv_heads": raw.get("num_key_value_heads") or heads,
-        "head_width": raw.get("head_dim") or width // heads,
-        "ffn": raw.need("intermediate_size"),
+        "kv_heads": raw.size("num_key_value_heads", heads),
+        "head_width": raw.size("head_dim", width // heads),
+        "ffn": raw.size("intermediate_size"),
         "tied": bool(raw.get("tie_word_embeddings", False)),
     }
 

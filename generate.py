@@ -28,7 +28,7 @@ from journal import Shared, to_line
 from model import load
 from sampling import Sampling, Sequence, complete
 from template import INSTRUCTIONS, Template, read_json, with_suffix
-from weights import read_config, resolve
+from weights import pin, read_config, resolve
 
 # ----------------------------------------------------------------------------- the three modes
 
@@ -217,6 +217,7 @@ class Settings:
     """Every flag."""
 
     model: str | None = flag(None, "HF directory or hub id, or the --endpoint's name for it")
+    revision: str | None = flag(None, "branch, tag or commit of --model on the hub")
     prompt: str | None = flag(None, "one question; its answer streams to the terminal")
     data: str | None = flag(None, "questions, prompts or pairs: a file, a glob or a hub id")
     mode: str = flag("plain", "what is asked", MODES)
@@ -387,7 +388,7 @@ def produce(s, asks, numbers, store):
 
 
 def main():
-    s = parse(Settings, __doc__.splitlines()[0])
+    s = pin(parse(Settings, __doc__.splitlines()[0]))
     rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     check(s, world)
     if s.prompt is not None:

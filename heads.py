@@ -21,7 +21,8 @@ class LinearHead(nn.Linear):
     def forward(self, x, row):
         """x: (T, D) after the final norm -> (S,)."""
         bias = None if self.bias is None else self.bias.float()
-        return F.linear(x[row.source].float(), self.weight.float(), bias).squeeze(-1)
+        scores = F.linear(x[row.source].float(), self.weight.float(), bias)  # (S, 1)
+        return scores.sum(-1)  # no squeeze: FSDP's hooks can be lost on a view
 
 
 class GatedHead(nn.Module):

@@ -198,6 +198,7 @@ class JudgeSettings:
     model: str | None = flag(
         None, "the judge: HF directory, hub id, or the --endpoint's name for it"
     )
+    revision: str | None = flag(None, "branch, tag or commit of --model on the hub")
     answers: str | None = flag(None, "answers in any format that generate.py writes")
     against: str | None = flag(None, "answers to the same prompts, or pairs: their chosen answers")
     format: str = flag("alpaca_eval", "of --out", ("alpaca_eval", "arena_hard", "mt_bench"))

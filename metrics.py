@@ -21,6 +21,7 @@ class Metrics:
 
     def __init__(self, s, ranks, step):
         self.file, self.active, self.loggers = Path(s.out) / "metrics.jsonl", ranks.first, []
+        self.say = ranks.say
         if self.active:
             if self.file.exists():
                 self._cut_back(step, ranks.say)
@@ -60,9 +61,14 @@ class Metrics:
             logger.close()
 
     def plot(self):
-        """Loss, accuracy and margin over steps (InSPO Figure 2)."""
-        if self.active:
-            draw({None: read_metrics(self.file)}, self.file.with_name("curves.png"))
+        """Loss, accuracy and margin over steps (InSPO Figure 2). A picture never ends a run."""
+        if not self.active:
+            return
+        figure = self.file.with_name("curves.png")
+        try:
+            draw({None: read_metrics(self.file)}, figure)
+        except Exception as error:  # a full disk, or one of matplotlib's own: fonts, caches, …
+            self.say(f"{figure} could not be drawn: {error}")
 
 
 class TensorBoard:
@@ -96,9 +102,11 @@ class Wandb:
         self.run = wandb.init(
             project="nanopo", name=name, id=run_id(s.out), dir=s.out, config=vars(s), resume="allow"
         )
+        # wandb's own count of steps never goes back, as a run that is resumed does
+        self.run.define_metric("*", step_metric="step")
 
     def write(self, metrics):
-        self.run.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics.get("step", 0))
+        self.run.log(metrics)
 
     def close(self):
         self.run.finish()

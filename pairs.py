@@ -10,6 +10,7 @@ A pair (x, y_w, y_l) comes as one record of a file in any of these layouts:
 
 import glob
 import gzip
+import math
 import os
 import re
 import zlib
@@ -58,7 +59,7 @@ def read_pairs(source, drops, limit=None, need_rejected=True, revision=None):
 
     limit: stop after that many. Pairs whose two prompts differ, or with an empty answer, are
     added to `drops`. revision: branch, tag or commit on the hub. Raises UserError for a
-    missing file, a broken row, unknown columns.
+    missing file, a broken row, unknown columns, a score that is NaN or infinite.
     """
     pairs = []
     for file in data_files(source, revision):
@@ -149,6 +150,8 @@ def to_pair(record, where, drops, need_rejected=True):
             f"{where}: columns {sorted(record)}; expected chosen and rejected, "
             "with or without prompt"
         )
+    for column, value in record.items():
+        refuse_no_number(column, value, where)
     prompt = record.get("prompt")
     if isinstance(chosen, str) and prompt is None and not is_hh(chosen):
         prompt, chosen, rejected = common_prefix(chosen, rejected, where)
@@ -161,6 +164,14 @@ def to_pair(record, where, drops, need_rejected=True):
     if not chosen.strip() or (rejected is not None and not rejected.strip()):
         return drops.add("empty answer", where)
     return Pair(x_w, chosen, rejected, where)
+
+
+def refuse_no_number(column, value, where):
+    """UserError for a score that is NaN or infinite: then nobody knows which answer won."""
+    scores = value if isinstance(value, list) else [value]
+    for score in scores if re.search("score|rating|reward", column) else ():
+        if isinstance(score, float) and not math.isfinite(score):
+            raise UserError(f"{where}: {column} is {score}; expected a finite number or null")
 
 
 def dialogue(prompt, answer, where):

@@ -15,9 +15,9 @@ import jinja2
 from answers import question_ids, read_answers
 from cli import UserError, flag, require
 from compare import read_results
+from metrics import read_metrics
 from results import files_of
 from settings import ASSETS
-from template import parse_json
 
 HIDDEN = {"values", "scores", "models", "pairs", "margins", "probabilities"}  # too long for a table
 COLOURS = ("#3366cc", "#dc7a12", "#2a9d5c", "#a43fb5", "#c02f3d", "#5f6b7a")
@@ -113,9 +113,7 @@ def curves(run):
     file = Path(run) / "metrics.jsonl"
     if not file.exists():
         raise UserError(f"--run {run}: no metrics.jsonl; give the --out of a training run")
-    text = file.read_text(encoding="utf-8")
-    lines = [parse_json(x, f"{file}:{n}") for n, x in enumerate(text.splitlines(), 1)]
-    drawings = []
+    drawings, lines = [], read_metrics(file)
     for name in ("loss", "accuracy", "margin"):
         series = {}
         for key in (name, f"eval_{name}", f"eval_plain_{name}"):

@@ -29,11 +29,12 @@ class Settings:
     """Every flag. None: decided by the objective, the data or the device, and then printed."""
 
     loss: str = flag("ins_dpo", "objective; the README has the table")
-    model: str | None = flag(None, "HF directory or hub id; default: the embedded tiny model")
-    revision: str | None = flag(None, "branch, tag or commit of a --model from the hub")
+    model: str | None = flag(None, "HF directory or hub id[@REVISION]; default: the embedded model")
+    revision: str | None = flag(None, "branch, tag or commit of --model on the hub")
     data: str | None = flag(None, "jsonl, json, parquet, glob or hub dataset id[:split]")
     data_revision: str | None = flag(None, "branch, tag or commit of --data from the hub")
     eval_data: str | None = flag(None, "validation pairs; default: --eval_pairs held out of --data")
+    eval_revision: str | None = flag(None, "as --data_revision, of --eval_data; default: the same")
     out: str | None = flag(None, "run directory; default: runs/LOSS, or the next free LOSS-2, …")
     ref_model: str | None = flag(None, "reference model; default: --model")
     condition: str | None = flag(None, "what each answer is conditioned on", tuple(CONDITIONS))
@@ -132,7 +133,8 @@ def open_out(s, ranks):
             free = next(i for i, path in enumerate(tries) if not path.exists())
             s.out = str(tries[max(0, free - 1) if s.resume else free])
         out = Path(s.out)
-        if (out / "config.json").exists() and not s.resume:
+        held = (out / "config.json").exists() or any(out.glob("checkpoints/step-*"))
+        if held and not s.resume:
             raise UserError(f"--out {out} holds a run; add --resume to go on, or choose another")
         out.mkdir(parents=True, exist_ok=True)
         lock.enter_context(hold(out / ".lock", ranks.say))
@@ -167,7 +169,7 @@ def hold(file, say, patience=60):
 
 
 MAY_CHANGE = ("out", "resume", "save_every", "keep", "device", "offload", "checkpoint_activations")
-MAY_CHANGE += ("shard_group", "log")
+MAY_CHANGE += ("shard_group", "log", "revision")  # --model holds it
 
 
 def check_config(s, ranks):
@@ -177,7 +179,10 @@ def check_config(s, ranks):
     def check():
         if not file.exists():
             return
-        then = parse_json(file.read_text(encoding="utf-8"), str(file))["settings"]
+        content = parse_json(file.read_text(encoding="utf-8"), str(file))
+        then = content.get("settings") if isinstance(content, dict) else None
+        if not isinstance(then, dict):
+            raise UserError(f"{file}: holds no settings; not the config.json of a run")
         for name, value in now.items():
             if name not in MAY_CHANGE and then.get(name) != value:
                 was = then.get(name)
@@ -187,7 +192,10 @@ def check_config(s, ranks):
 
 
 def write_config(s, ranks, extra):
-    """OUT/config.json: the resolved settings and versions, once the model could be read."""
+    """OUT/config.json: the resolved settings and versions, once nothing stands in the way.
+
+    Before it is there, a start that failed can be corrected and tried again in the same OUT.
+    """
     file = Path(s.out) / "config.json"
 
     def write():

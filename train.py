@@ -25,10 +25,10 @@ from template import Template
 # ----------------------------------------------------------------------------- set-up
 
 
-def fetch(ranks, source, name, revision=None):
+def fetch(ranks, source, name):
     """Directory of a model, downloaded by rank 0 first and then found by all (on every node)."""
-    ranks.share(lambda: weights.resolve(source, name, revision))
-    return weights.resolve(source, name, revision)
+    ranks.share(lambda: weights.resolve(source, name))
+    return weights.resolve(source, name)
 
 
 def load_data(s, ranks, template, rule):
@@ -40,7 +40,8 @@ def load_data(s, ranks, template, rule):
     pairs = read_pairs(s.data, drops, s.limit, revision=s.data_revision, **need)
     ranks.say(f"read {len(pairs)} pairs from {s.data}; dropped: {drops}")
     if s.eval_data:
-        held = read_pairs(s.eval_data, drops, s.eval_pairs, **need)
+        revision = s.eval_revision or s.data_revision
+        held = read_pairs(s.eval_data, drops, s.eval_pairs, revision=revision, **need)
     else:
         if s.eval_pairs is None:
             s.eval_pairs = min(1000, len(pairs) // 10)
@@ -72,7 +73,7 @@ def choose_row_tokens(s, ranks, datasets, paths):
 
 
 def main():
-    s = parse(Settings, __doc__.splitlines()[0])
+    s = weights.pin(parse(Settings, __doc__.splitlines()[0]))
     if s.plan:
         return memory.show(s)
     with Ranks(s.device) as ranks:
@@ -97,7 +98,7 @@ def train(s, ranks):
 
 def fit(s, ranks, rule):
     """Set up, train, export."""
-    source = fetch(ranks, s.model, "--model", s.revision)
+    source = fetch(ranks, s.model, "--model")
     other = s.ref_model is not None
     reference_source = fetch(ranks, s.ref_model, "--ref_model") if other else source
     template = Template(source)
@@ -116,15 +117,15 @@ def fit(s, ranks, rule):
     model = build_model(s, ranks, source, rule.objective.head)
     digest, ref_digest = ranks.share(lambda: digests(source, reference_source))
     job = Run(s, ranks, rule, model, digest, train_set, validation, plan)
-    write_config(s, ranks, {"hyper": rule.hyper, "steps": plan.steps})
     ranks.deferred = True  # from here on a signal waits for the next place to save or stop
     reference = job.prepare_reference(reference_source, ref_digest)
     first = job.resume() if s.resume else 0
+    if first == 0:
+        job.check_start()
+    write_config(s, ranks, {"hyper": rule.hyper, "steps": plan.steps})  # OUT holds a run from here
     metrics = Metrics(s, ranks, first)
     if reference:
         metrics.write(reference)
-    if first == 0:
-        job.check_start()
     loop(job, metrics, template, first)
     job.export("final", template)
     metrics.close()

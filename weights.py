@@ -20,23 +20,42 @@ from families import FAMILIES, Config, hf_name
 from template import parse_json
 
 
-def resolve(source, flag="--model", revision=None):
+def pin(s):
+    """--revision R with --model ID is --model ID@R, the hub's own notation; changes s, returns it.
+
+    So is --ref_model or --ref of the same id. Whatever is made of the model then also says which
+    one it was. UserError where --model is no hub id.
+    """
+    if (revision := getattr(s, "revision", None)) is None:
+        return s
+    model = s.model
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model or "") and not Path(model).exists()
+    if not hub or getattr(s, "endpoint", None):
+        raise UserError(f"--revision {revision}: --model {model} is no hub id, which it pins")
+    for flag in ("model", "ref_model", "ref"):
+        if getattr(s, flag, None) == model:
+            setattr(s, flag, f"{model}@{revision}")
+    return s
+
+
+def resolve(source, flag="--model"):
     """A local directory, or a hub id (downloaded: safetensors, tokenizer and configs) -> Path.
 
-    revision: branch, tag or commit on the hub; None: its main branch.
+    ID@REVISION: a branch, tag or commit on the hub, else its main branch.
     """
     if Path(source).is_dir():
         return Path(source)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    if not (found := re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(source))):
         raise UserError(f"{flag} {source}: no such directory")
     import huggingface_hub
 
     try:
+        name, revision = found.groups()
         patterns = ["*.safetensors", "*.json", "*.jinja"]
         options = {"allow_patterns": patterns, "revision": revision}
-        return Path(huggingface_hub.snapshot_download(source, **options))
+        return Path(huggingface_hub.snapshot_download(name, **options))
     except Exception as error:  # the hub client raises some twenty kinds; all mean: not reachable
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{flag} {source}: no such directory, and the hub did not serve it: {reason}"
         ) from error

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
+from metrics import Metrics
 from smollm2 import smollm2_dir
 from weights import write_json
 
@@ -50,6 +51,18 @@ def pairs_file(tmp_path_factory):
     file = tmp_path_factory.mktemp("data") / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in PAIRS), encoding="utf-8")
     return file
+
+
+@pytest.fixture
+def flags(tiny_model_dir, pairs_file, tmp_path):
+    """A run of a second: 4 steps of 4 pairs, at a learning rate that moves the weights."""
+    return {"model": tiny_model_dir, "data": pairs_file, "out": tmp_path / "out", "batch": 4,
+            "steps": 4, "lr": 1e-3, "max_len": 256, "eval_pairs": 4, "eval_every": 100}  # fmt: skip
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    monkeypatch.setattr(Metrics, "plot", lambda self: None)
 
 
 @pytest.fixture(scope="session")

@@ -4,30 +4,31 @@ Each fault hits a run of the embedded tiny model, which is then started again wi
 user would. "Recovered exactly" counts the runs whose weights, bitwise, and losses then equal those
 of the run that nothing disturbed. "Seconds lost" is what the resumed run had to do again: the
 steps after its last whole checkpoint. Faults are injected from outside (signals, limits of the
-process), or by a wrapper around train.py that lives in this file: the product has no hooks.
+process, mounts), or inside it by sabotage.py: the product has no hooks.
 
-    python tests/faults.py [--times 5] [--only NAME …]        # the table of docs/faults.md
+    python tests/faults.py [--times 5] [--seed 0] [--only NAME …]    # the table of docs/faults.md
 """
 
 import argparse
-import errno
+import contextlib
 import json
 import math
 import os
 import random
 import re
-import resource
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from runs import ROOT, argv, free_port  # noqa: E402  brings torch and train.py, before the forks
+from sabotage import inside  # noqa: E402
+
 STEPS, SAVE_EVERY = 12, 3
 FLAGS = {"model": ROOT / "assets" / "start", "data": ROOT / "assets" / "world" / "pairs.jsonl",
          "loss": "ins_dpo", "steps": STEPS, "save_every": SAVE_EVERY, "eval_every": 6, "batch": 4,
@@ -61,7 +62,7 @@ class Processes:
                 address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 os.environ |= address | {"RANK": str(rank), "WORLD_SIZE": str(world)}
                 os.environ |= {"LOCAL_RANK": str(rank)}
-            sys.argv = ["train.py", *words_of(flags)]
+            sys.argv = ["train.py", *argv(flags)]
             inside(fault)
             status = 0
         except SystemExit as end:
@@ -92,7 +93,7 @@ class Launched:
     def __init__(self, out, processes, fault, flags, restarts):
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         words += [f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
-        words += [str(Path(__file__)), "--inside", fault, *words_of(flags)]
+        words += [str(ROOT / "tests" / "sabotage.py"), fault, *argv(flags)]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         with open(f"{out}.log", "a", encoding="utf-8") as log:
             self.launcher = subprocess.Popen(words, env=env, stdout=log, stderr=log)
@@ -105,21 +106,11 @@ class Launched:
 
 
 def start(out, processes=1, fault="nothing", restarts=None, **flags):
-    """A run, started; `fault` names a function of INSIDE; restarts: under torchrun. -> its face"""
+    """A run, started; `fault` names one of sabotage.py; restarts: under torchrun. -> its face"""
     flags = FLAGS | flags | {"out": out}
     if restarts is None:
         return Processes(out, processes, fault, flags)
     return Launched(out, processes, fault, flags, restarts)
-
-
-def words_of(flags):
-    return [w for k, v in flags.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def finish(process, limit=LIMIT):
@@ -170,152 +161,39 @@ def saving(out):
 
 
 def in_reference(out):
-    return f"out {out}" in log_of(out)
+    return "reference train" in log_of(out)
 
 
-def moment(rng):
-    """A random moment: a step, the middle of saving, or the reference pass."""
-    return rng.choice([at_step(rng.randrange(1, STEPS)), saving, in_reference])
+# ----------------------------------------------------------------------------- full disks
 
 
-# ----------------------------------------------------------------------------- inside the process
+@contextlib.contextmanager
+def small_disk(place, megabytes):
+    """A file system of its own, mounted at `place`. Needs root, and skips the fault without."""
+    place.mkdir(parents=True)
+    words = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(place)]
+    if subprocess.run(words, capture_output=True).returncode:
+        raise Impossible("needs root, to mount a file system")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
-def nothing():
-    pass
+@contextlib.contextmanager
+def filled(place):
+    """Not a byte is free there until the end of the block."""
+    filler = Path(place) / "filler"
+    with open(filler, "wb", buffering=0) as f, contextlib.suppress(OSError):
+        while True:
+            f.write(bytes(2**16))
+    yield
+    filler.unlink()
 
 
-def _break_step(number, what):
-    """Run `what(job)` in front of the gradient's use in one step, on the last rank only."""
-    from step import Run
+class Impossible(Exception):
+    """A fault that cannot be injected here, and why."""
 
-    update = Run.update
-
-    def broken(self, step, loss):
-        if step + 1 == number and self.ranks.rank == self.ranks.world - 1:
-            loss = what(self, loss)
-        return update(self, step, loss)
-
-    Run.update = broken
-
-
-def inf_gradient():
-    def poison(job, loss):
-        gradient = next(job.model.parameters()).grad
-        gradient.to_local()[0, 0] = math.inf
-        return loss
-
-    _break_step(8, poison)
-
-
-def nan_loss():
-    from step import Run
-
-    backward = Run.backward
-
-    def broken(self, row, pairs, *rest):
-        totals = backward(self, row, pairs, *rest)
-        return totals * math.nan if self.plan.pairs(7) == pairs else totals
-
-    Run.backward = broken
-
-
-def raising_rank():
-    def fail(job, loss):
-        raise RuntimeError("a board has caught fire")
-
-    _break_step(8, fail)
-
-
-def raise_once():
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        raising_rank()
-
-
-def nan_reference():
-    from scoring import Scorer
-
-    score_all = Scorer.score_all
-
-    def broken(self, *args):
-        values = score_all(self, *args)
-        values[2] = math.nan
-        return values
-
-    Scorer.score_all = broken
-
-
-def full_disk(path, once=False):
-    """Writing `path`… fails as on a full disk."""
-    import checkpoint
-    import weights
-
-    def failing(function):
-        def write(tensors, file, **options):
-            if path in str(file):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
-            return function(tensors, file, **options)
-
-        return write
-
-    checkpoint.save_file = failing(checkpoint.save_file)
-    weights.save_file = failing(weights.save_file)
-
-
-def full_at_checkpoint():
-    full_disk(".step-6")
-
-
-def full_at_last_checkpoint():
-    full_disk(f".step-{STEPS}")
-
-
-def full_at_export():
-    full_disk(".final")
-
-
-def full_at_metrics():
-    """A true limit of the kernel: no file of this process may grow beyond 1,500 bytes."""
-    import metrics
-
-    write = metrics.Metrics.write
-
-    def limited(self, line):
-        if line.get("step") == 8:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            size = self.file.stat().st_size
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, resource.RLIM_INFINITY))
-        write(self, line)
-
-    metrics.Metrics.write = limited
-
-
-def clock_backwards():
-    true, begun = time.time, time.time()
-    time.time = lambda: begun - 3 * (true() - begun)
-
-
-def preload():
-    """Import what every run needs, once, before the forks; no thread of torch runs yet."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    import train  # noqa: F401
-
-
-def inside(name):
-    """The wrapper: break what is to be broken, then be train.py."""
-    import torch
-
-    import train
-    from cli import run
-
-    torch.set_num_threads(1)
-    INSIDE[name]()
-    run(train.main)
-
-
-INSIDE = {f.__name__: f for f in (nothing, inf_gradient, nan_loss, raising_rank, raise_once,
-          nan_reference, full_at_checkpoint, full_at_last_checkpoint, full_at_export,
-          full_at_metrics, clock_backwards)}  # fmt: skip
 
 # ----------------------------------------------------------------------------- the faults
 
@@ -323,13 +201,16 @@ INSIDE = {f.__name__: f for f in (nothing, inf_gradient, nan_loss, raising_rank,
 class Harness:
     """Runs faults in `directory`, against undisturbed runs of 1 and 2 processes made once."""
 
-    def __init__(self, directory, seed=0):
-        self.directory, self.rng, self.whole, self.count = (
-            Path(directory),
-            random.Random(seed),
-            {},
-            0,
-        )
+    def __init__(self, directory, seed):
+        self.directory, self.rng = Path(directory), random.Random(seed)
+        self.whole, self.count, self.moments = {}, 0, Counter()
+
+    def moment(self):
+        """A random moment: a step, the middle of saving, or the reference pass."""
+        name = self.rng.choice(("steps", "saves", "reference passes"))
+        self.moments[name] += 1
+        at = at_step(self.rng.randrange(1, STEPS))
+        return {"steps": at, "saves": saving, "reference passes": in_reference}[name]
 
     def out(self):
         self.count += 1
@@ -357,7 +238,7 @@ class Harness:
     def killed(self, processes, how_many):
         out = self.out()
         process = start(out, processes)
-        when(out, moment(self.rng), process)
+        when(out, self.moment(), process)
         process.kill(pids=self.rng.sample(list(process.status), how_many))
         assert finish(process) != 0
         return self.recover(out, processes)
@@ -366,7 +247,7 @@ class Harness:
         """The ranks are orphans then: they save, end, and let the resumed run have OUT."""
         out = self.out()
         process = start(out, 2, restarts=0)
-        when(out, at_step(self.rng.randrange(1, STEPS - 4)), process)
+        when(out, self.moment(), process)
         process.kill()
         assert finish(process) != 0
         return self.recover(out, 2)
@@ -399,6 +280,43 @@ class Harness:
         assert message in log_of(out)
         assert all(row["seconds"] >= 0 for row in rows(out))
         return result(out) == self.undisturbed(processes), 0.0
+
+    def full_for_a_while(self):
+        """No checkpoint can be written for a time: training goes on, later ones are whole."""
+        out, message = self.out(), "No space left on device"
+        with small_disk(out / "checkpoints", 64):
+            process = start(out)
+            when(out, at_step(self.rng.randrange(1, STEPS // 2)), process)
+            with filled(out / "checkpoints"):
+                when(out, lambda out: message in log_of(out), process)
+            assert finish(process) == 0, log_of(out)[-3000:]
+            assert f"{message} (os error 28); training goes on" in log_of(out), log_of(out)
+            assert len(list((out / "checkpoints").glob("step-*"))) >= 2
+            return result(out) == self.undisturbed(1), 0.0
+
+    def full_for_good(self):
+        """Metrics, checkpoints and exports find a full disk; the last line says what ended it."""
+        out = self.out()
+        with small_disk(out, 64):
+            process = start(out, fault="drawing")
+            when(out, at_step(self.rng.randrange(1, STEPS)), process)
+            with filled(out):
+                assert finish(process) == 2, log_of(out)[-3000:]
+            error = log_of(out).splitlines()[-1]
+            assert error.startswith("error: ") and "No space left on device" in error, error
+            assert "Traceback" not in log_of(out)
+            return self.recover(out, 1)
+
+    def bad_score(self, value):
+        """A score of the data is no number: the row is named, and the mended file trains."""
+        out, data = self.out(), self.directory / "scores.jsonl"
+        rows = list(map(json.loads, FLAGS["data"].read_text(encoding="utf-8").splitlines()))
+        rows[9] |= {"score_chosen": 1.0, "score_rejected": value}
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        assert finish(start(out, data=data)) == 2, log_of(out)
+        error = f"error: {data}:10: score_rejected is {value}; expected a finite number or null\n"
+        assert log_of(out) == error, log_of(out)
+        return self.recover(out, 1)
 
     def other_reference(self):
         """A reference cache that another model left in OUT, found by a run of its own."""
@@ -444,6 +362,8 @@ FAULTS = {
     "NaN in a reference log-probability": lambda h: h.broken(
         "nan_reference", "its reference log-probability is not finite"
     ),
+    "NaN in the data's scores": lambda h: h.bad_score(math.nan),
+    "-Infinity in the data's scores": lambda h: h.bad_score(-math.inf),
     "reference cache of other weights": lambda h: h.other_reference(),
     "full disk at a checkpoint": lambda h: h.unharmed(
         "full_at_checkpoint", "No space left on device"
@@ -453,34 +373,37 @@ FAULTS = {
     ),
     "full disk at the metrics": lambda h: h.broken("full_at_metrics", "File too large"),
     "full disk at the export": lambda h: h.broken("full_at_export", "No space left on device"),
+    "full disk (tmpfs) under the checkpoints, freed later": lambda h: h.full_for_a_while(),
+    "full disk (tmpfs) from some step on": lambda h: h.full_for_good(),
     "unwritable OUT": lambda h: h.unwritable(),
     "clock going backwards": lambda h: h.unharmed("clock_backwards", "saved: "),
 }
-RANDOM = [name for name in FAULTS if name.startswith("SIG")]  # the moment is drawn: worth repeating
+DRAWN = ("SIG", "full disk (tmpfs)")  # their moment is drawn: worth repeating
 
 
 def main():
-    preload()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--times", type=int, default=5, help="of each fault at a random moment")
     parser.add_argument("--only", nargs="*", default=list(FAULTS), help="some faults by name")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
-    print("| fault | times injected | recovered exactly | seconds lost (mean) |")
-    print("| --- | --- | --- | --- |")
+    print("| fault | times injected | recovered exactly | seconds lost (mean) | in |")
+    print("| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as directory:
-        harness = Harness(directory)
+        harness = Harness(directory, options.seed)
         for name in options.only:
-            times = options.times if name in RANDOM else 1
-            results = [FAULTS[name](harness) for _ in range(times)]
+            times = options.times if name.startswith(DRAWN) else 1
+            try:
+                results = [FAULTS[name](harness) for _ in range(times)]
+            except Impossible as why:
+                print(f"| {name} | 0: {why} | | | |", flush=True)
+                continue
             lost = sum(seconds for _, seconds in results) / times
             exact = sum(bool(same) for same, _ in results)
-            print(f"| {name} | {times} | {exact} | {lost:.1f} |", flush=True)
+            drawn = ", ".join(f"{n} {what}" for what, n in harness.moments.items())
+            harness.moments.clear()
+            print(f"| {name} | {times} | {exact} | {lost:.1f} | {drawn} |", flush=True)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--inside"]:
-        name = sys.argv[2]
-        sys.argv[1:3] = []
-        inside(name)
-    else:
-        main()
+    main()

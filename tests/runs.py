@@ -6,6 +6,7 @@ A run is a dict of flags, {"loss": "ins_dpo", "resume": True, ...}.
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -45,10 +46,25 @@ def train_here(*runs):
             signal.signal(number, handler)
 
 
-def start_words(processes):
-    """The command that starts train.py in so many processes, without its flags."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "train.py")]
+def start_words(processes, nodes=1):
+    """The command that starts train.py in so many processes, without its flags.
+
+    nodes: how often the command will be started, to meet at a rendezvous as on as many machines.
+    """
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    if nodes == 1:
+        launcher += ["--standalone"]
+    else:
+        endpoint = f"--rdzv-endpoint=127.0.0.1:{free_port()}"
+        launcher += [f"--nnodes={nodes}", "--rdzv-backend=c10d", endpoint, "--rdzv-id=nodes"]
+    alone = processes == nodes == 1
+    return [sys.executable, *([] if alone else launcher), str(ROOT / "train.py")]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def command(flags, **options):

@@ -20,6 +20,7 @@ FLAGS = {"model": ROOT / "assets" / "start", "data": ROOT / "assets" / "world" /
          "loss": "ins_dpo", "batch": 8, "limit": 200, "eval_pairs": 4, "eval_every": 50,
          "save_every": 25, "max_len": 256, "lr": 3e-4, "row_tokens": 2048}  # fmt: skip
 SPLITS = {  # name: (processes, flags); the processes of a tuple change at a resume half-way
+    "2 x 1 processes, two launchers that meet as nodes do": ("2 x 1", {}),
     "1 process, rows of 256 (several a step, uneven)": (1, {"row_tokens": 256}),
     "1 process, activation checkpointing": (1, {"checkpoint_activations": True}),
     "2 processes": (2, {}),
@@ -44,9 +45,19 @@ def train(out, processes, flags):
 
 
 def launch(processes, flags):
-    words = start_words(processes) + argv(flags)
-    done = subprocess.run(words, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
+    nodes = 1
+    if isinstance(processes, str):  # "2 x 1": nodes x processes of each
+        nodes, processes = map(int, processes.split(" x "))
+    words = start_words(processes, nodes) + argv(flags)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    launchers = [subprocess.Popen(words, **pipes) for _ in range(nodes)]
+    try:
+        for launcher in launchers:
+            _, err = launcher.communicate(timeout=600)
+            assert launcher.returncode == 0, err[-2000:]
+    finally:
+        for launcher in launchers:
+            launcher.kill()  # where another has failed
 
 
 def weights(out, step):

@@ -108,7 +108,8 @@ def page(tmp_path, monkeypatch):
         values = {q: i if k else 10.0 for i, q in enumerate(ids)}
         result_file(tmp_path / f"{k}.json", values, model=name, title=EVIL)
     steps = [{"step": i, "loss": 1 / i, "eval_loss": 2 / i, "margin": i} for i in range(1, 9)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in steps))
+    torn = '{"step": 9, "lo'
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in steps) + torn)
     flags = {"results": "0.json,1.json", "answers": "plain.jsonl,refined.jsonl"}
     flags |= {"run": ".", "out": "deep/page.html"}
     call(report, report.report, **flags)

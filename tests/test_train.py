@@ -5,7 +5,6 @@ import math
 import random
 import shutil
 import signal
-import sys
 import time
 from types import SimpleNamespace
 
@@ -20,29 +19,16 @@ import scoring
 import tiny
 import train
 from cli import run
-from conftest import PAIRS, write_model
+from conftest import write_model
 from losses import PRESETS
-from metrics import Metrics
 from model import load
-from runs import argv, command, final, furthest, lines, losses, torchrun, train_here
+from runs import command, final, furthest, lines, losses, torchrun, train_here
 
 STEP = {"step", "epoch", "loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "lr"}
 TIMED = {"seconds", "eval_seconds", "pairs_per_second", "tokens_per_second", "memory_gib"}
 STEP |= {"grad_norm", "pairs", "tokens", "row_fill"} | TIMED - {"eval_seconds"}
 EVAL = {"step", "eval_loss", "eval_accuracy", "eval_margin", "eval_plain_accuracy"}
 EVAL |= {"eval_plain_margin", "eval_seconds"}
-
-
-@pytest.fixture
-def flags(tiny_model_dir, pairs_file, tmp_path):
-    """A run of a second: 4 steps of 4 pairs, at a learning rate that moves the weights."""
-    return {"model": tiny_model_dir, "data": pairs_file, "out": tmp_path / "out", "batch": 4,
-            "steps": 4, "lr": 1e-3, "max_len": 256, "eval_pairs": 4, "eval_every": 100}  # fmt: skip
-
-
-@pytest.fixture
-def no_plots(monkeypatch):
-    monkeypatch.setattr(Metrics, "plot", lambda self: None)
 
 
 # ----------------------------------------------------------------------------- what is trained
@@ -336,75 +322,6 @@ def test_a_model_from_the_hub_is_trained_and_exported(flags, no_plots, monkeypat
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(flags["model"]))
     train_here(flags | {"loss": "ins_dpo", "model": "someone/tiny", "steps": 1})
     assert (flags["out"] / "final" / "tokenizer.json").exists()
-
-
-# ----------------------------------------------------------------------------- a user's mistakes
-
-
-@pytest.fixture
-def mistake(monkeypatch, capsys):
-    """Run `train.py FLAGS` in this process; it must exit with 2 and one line, which is returned."""
-
-    def run_it(flags, *more):
-        monkeypatch.setattr(sys, "argv", ["train.py", *argv(flags), *more])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            run(train.main)
-        told = capsys.readouterr().err.rpartition("\r")[2]  # what follows the progress bars
-        assert exit.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1
-        return told
-
-    return run_it
-
-
-def test_mistakes_in_flags(flags, mistake):
-    assert "--loss nope: unknown objective; choose from dpo" in mistake(flags | {"loss": "nope"})
-    told = mistake(flags | {"loss": "ins_dpo", "gamma": 1.0})
-    assert "--gamma does not apply to --loss ins_dpo; its flags are: --beta" in told
-    assert "--betta" in mistake(flags, "--betta", "1")
-    assert "--lr" in mistake(flags, "--lr", "fast")
-    assert "cuda" in mistake(flags | {"device": "cuda"}) or torch.cuda.is_available()
-
-
-def test_mistakes_in_the_data(flags, mistake, tmp_path):
-    missing = tmp_path / "none.jsonl"
-    assert f"--data {missing}: no such file" in mistake(flags | {"data": missing})
-    broken = tmp_path / "broken.jsonl"
-    broken.write_text(json.dumps(PAIRS[0]) + "\n" + '{"prompt": "half a\n')
-    assert f"{broken}:2: broken JSON" in mistake(flags | {"data": broken})
-    broken.write_text(json.dumps({"question": "?", "answer": "!"}) + "\n")
-    assert f"{broken}:1: columns ['answer', 'question']" in mistake(flags | {"data": broken})
-    assert "--eval_pairs 24 leaves nothing" in mistake(flags | {"eval_pairs": 24})
-    assert "--row_tokens 64: the longest pair takes" in mistake(flags | {"row_tokens": 64})
-
-
-def test_mistakes_in_the_model(flags, mistake, tmp_path, tiny_model_dir):
-    assert "--model nowhere: no such directory" in mistake(flags | {"model": "nowhere"})
-    copy = shutil.copytree(tiny_model_dir, tmp_path / "copy")
-    (copy / "model.safetensors").unlink()
-    assert "no model.safetensors; weights must be" in mistake(flags | {"model": copy})
-    (copy / "tokenizer.json").unlink()
-    flags |= {"out": tmp_path / "another"}
-    assert "no tokenizer.json" in mistake(flags | {"model": copy})
-    ref = {"ref_model": "nowhere", "loss": "dpo"}
-    assert "--ref_model nowhere: no such directory" in mistake(flags | ref)
-
-
-def test_a_run_directory_is_neither_reused_nor_resumed_with_other_settings(flags, mistake):
-    flags |= {"loss": "simpo"}
-    train_here(flags)
-    kept = (flags["out"] / "metrics.jsonl").read_text()
-    assert "holds a run; add --resume" in mistake(flags)
-    told = mistake(flags | {"resume": True, "lr": 1e-4})
-    assert "--lr is 0.0001, but" in told and "has 0.001" in told
-    assert (flags["out"] / "metrics.jsonl").read_text() == kept
-
-
-def test_the_command_tells_a_mistake_in_one_line(flags):
-    process = command(flags | {"loss": "nope"})
-    out, err = process.communicate()
-    assert process.returncode == 2 and out == ""
-    assert err.startswith("error: --loss nope") and err.count("\n") == 1
 
 
 def test_a_tokenizer_without_template_gets_the_plain_one_and_says_so(flags, tmp_path, capsys):

@@ -271,6 +271,16 @@ def cut_config(directory):
     return "no num_attention_heads; not a whole config.json"
 
 
+def config_of_wrong_kinds(directory):
+    change_config(directory, {"num_hidden_layers": "2"})
+    return "num_hidden_layers is '2', not a whole number above 0"
+
+
+def config_without_sense(directory):
+    change_config(directory, {"rope_scaling": 8.0})
+    return "a field is of the wrong kind: .*float"
+
+
 def change_index(directory, change):
     file = directory / "model.safetensors.index.json"
     index = json.loads(file.read_text())
@@ -284,7 +294,7 @@ def change_config(directory, changes):
 
 STRANGE = [index_of_absent_tensors, index_without_a_map, index_of_files_elsewhere, extra_tensor]
 STRANGE += [tensor_in_two_files, integer_tensor, header_of_garbage, untied_head, remote_code]
-STRANGE += [quantised, cut_config]
+STRANGE += [quantised, cut_config, config_of_wrong_kinds, config_without_sense]
 DAMAGE = [missing_shard, truncated_shard, missing_tensor, wrong_shape, only_pickle, no_config]
 
 
@@ -333,7 +343,7 @@ def test_a_hub_id_is_downloaded_without_pickles(tiny_model_dir, monkeypatch):
         return str(tiny_model_dir)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    assert weights.resolve("someone/a-model", revision="v1.0") == tiny_model_dir
+    assert weights.resolve("someone/a-model@v1.0") == tiny_model_dir
     (name, patterns), *rest = asked
     assert name == "someone/a-model" and not rest
     assert "*.safetensors" in patterns and not any("bin" in p or "py" in p for p in patterns)
