@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cli import UserError, flag, progress, require
-from pairs import Drops, records
-from results import files_of, number, refuse, save, table
+from pairs import Drops
+from results import add_missing, number, refuse, rows_of, save, table
 from stats import Estimate, interval, logistic, ratio_of_sums, resample, sigmoid
 
 STRONG = 3  # how often a strong verdict counts
@@ -121,25 +121,6 @@ def read_judgments(pattern, category=None):
         raise UserError(f"--judgments {pattern}: no judgments{only}")
     add_missing(models, drops)
     return models, drops
-
-
-def rows_of(pattern, name):
-    """Yield ("file:row", dict) of all files that match; UserError if none does."""
-    for file in files_of(pattern, name):
-        for where, row in records(file):
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: expected an object with named columns")
-            yield where, row
-
-
-def add_missing(models, drops):
-    """Note, for every model, what the others have and it lacks."""
-    everything = dict.fromkeys(key for values in models.values() for key in values)
-    for model, values in models.items():
-        for key in everything:
-            if key not in values:
-                drops[model].add("without a row", f"question {key}")
-                values[key] = None
 
 
 # ----------------------------------------------------------------------------- style

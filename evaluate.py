@@ -137,14 +137,17 @@ def read_sides(s):
                 "against": (f"{s.pairs} rejected", rejected[: s.limit])}  # fmt: skip
     answers = read_answers(s.answers, "--answers")[: s.limit]
     sides = {"answers": (s.answers, answers)}
-    return sides | ({"against": (s.against, align(answers, s))} if s.against else {})
+    if s.against:
+        others = read_answers(s.against, "--against")
+        sides["against"] = (s.against, align(answers, others, f"--against {s.against}"))
+    return sides
 
 
 def describe(file, rows, scores, s):
     """Mean, spread and every score of one side; scores that are no number are counted."""
     drops, fine = Drops(), np.isfinite(scores)
     for n in np.flatnonzero(~fine):
-        drops.add("without a finite score", f"{file}:{n + 1}")
+        drops.add("without a finite score", rows[n].where)
     refuse(drops, len(rows), s.max_missing, file)
     if not fine.any():
         raise UserError(f"{file}: not one finite score")

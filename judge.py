@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks import Ask, digest, question_id, read_answered, transcript, write_rows
+from answers import align, read_answers
+from benchmarks import Ask, digest, question_id, refuse_twins, transcript, write_rows
 from cli import UserError, flag, progress, require
 from generate import answerer
 from journal import Journal
@@ -230,14 +231,22 @@ def judge(s):
     if single and s.against:
         raise UserError("--format mt_bench grades single answers; leave --against out")
     prompt = read_template(s.template, single)
-    answers = read_answered(s.answers, "--answers", s.questions)[: s.limit]
-    others = None if single else align(answers, s)
+    answers = read_answers(s.answers, "--answers", s.questions)[: s.limit]
+    others = None if single else read_others(s, answers)
     cache = Cache(s.cache or f"{s.out}.cache.jsonl", s)
     rows = (
         grade(s, prompt, answers, cache) if single else compare(s, prompt, answers, others, cache)
     )
     write_rows(s.out, rows, lines=s.format != "alpaca_eval")
     report_cost(s, cache, len(answers) * (1 if single else 2))
+
+
+def read_others(s, answers):
+    """The answers of --against to the prompts of --answers."""
+    if s.format == "arena_hard":
+        refuse_twins(answers, s.answers)
+    others = read_answers(s.against, "--against", s.questions)
+    return align(answers, others, f"--against {s.against}")
 
 
 def read_template(file, single):
@@ -249,23 +258,6 @@ def read_template(file, single):
             return Prompt(f.read(), needs, f"--template {file}")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--template {file}: not readable: {error}") from error
-
-
-def align(answers, s):
-    """The answers of --against to the prompts of --answers; UserError unless each has just one."""
-    others = read_answered(s.against, "--against", s.questions)
-    sides = [{}, {}]
-    for side, rows, file in ((sides[0], answers, s.answers), (sides[1], others, s.against)):
-        for row in rows:
-            twin = side.setdefault(row.key, row)
-            if twin is not row and (side is sides[0] or row.key in sides[0]):
-                raise UserError(
-                    f"{row.where}: same prompt as {twin.where}; {file} answers it twice"
-                )
-    if missing := [row for row in answers if row.key not in sides[1]]:
-        fault = f"--against {s.against} has no answer to {len(missing)} of {len(answers)} prompts"
-        raise UserError(f"{fault}, as that of {missing[0].where}; answer them, or take them out")
-    return [sides[1][row.key] for row in answers]
 
 
 def compare(s, prompt, answers, others, cache):

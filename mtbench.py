@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from arena import add_missing, rows_of
 from cli import UserError, flag, require
 from pairs import Drops
-from results import number, refuse, save, table
+from results import add_missing, number, refuse, rows_of, save, table
 from stats import ratio_of_sums
 
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem",

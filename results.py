@@ -1,4 +1,4 @@
-"""What every evaluation reports: a table to read, what is missing from it, one JSON file.
+"""What every evaluation reads and reports: rows of files, what is missing, a table, one JSON file.
 
 The JSON has {"models": {name: {"n", …, "values": {question id: number or null}}}}; the values are
 what `evaluate.py compare` pairs, question by question.
@@ -11,17 +11,40 @@ import os
 import pathlib
 
 from cli import UserError
+from pairs import records
 
 
 def files_of(text, name):
-    """Paths and globs, with commas between them -> list of files."""
+    """Paths and globs, with commas between them -> list of files; UserError where one has none."""
     files = []
-    for part in map(str.strip, text.split(",")):
-        found = sorted(filter(os.path.isfile, glob.glob(part)))
+    for part in [text] if os.path.isfile(text) else map(str.strip, text.split(",")):
+        found = [part] if os.path.isfile(part) else sorted(filter(os.path.isfile, glob.glob(part)))
         if not found:
             raise UserError(f"{name} {part}: no such file")
         files += found
     return files
+
+
+def rows_of(text, name):
+    """Yield ("file:row", dict) of all the files_of text; UserError for a row that is no object."""
+    for file in files_of(text, name):
+        for where, row in records(file):
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: expected an object with named columns")
+            yield where, row
+
+
+def add_missing(models, drops):
+    """Give every model of {model: {key: value}} what the others have and it lacks, as None.
+
+    drops: {model: pairs.Drops}, where that is noted.
+    """
+    everything = dict.fromkeys(key for values in models.values() for key in values)
+    for model, values in models.items():
+        for key in everything:
+            if key not in values:
+                drops[model].add("without a row", f"question {key}")
+                values[key] = None
 
 
 def refuse(drops, expected, max_missing, what):

@@ -96,7 +96,7 @@ def peer_scores(directory, template, pad_token_id):
     )
     peer.config.pad_token_id = pad_token_id
     scores = []
-    for prompt, text, _ in ANSWERS:
+    for prompt, text, *_ in ANSWERS:
         whole = template.render([*prompt, {"role": "assistant", "content": text}])
         ids = torch.tensor(template.encode([whole])[0].tolist())[None]
         scores.append(peer(ids).logits[0, 0].item())
@@ -391,13 +391,14 @@ def test_world_command(tiny_model_dir, start_dir, command, tmp_path):
 def test_answers_are_joined_by_prompt(files, tmp_path):
     settings = evaluate.RewardSettings("rm", str(files[0]), str(files[1]))
     answers = evaluate.read_answers(settings.answers, "--answers")
-    assert [a.text for a in evaluate.align(answers, settings)] == [f"b{i}" for i in range(5)]
+    others = evaluate.read_answers(settings.against, "--against")
+    assert [a.text for a in evaluate.align(answers, others, "")] == [f"b{i}" for i in range(5)]
     rows = [{"prompt": f"q{i}?", "answer": "x"} for i in (0, 1, 3, 4, 4)]
     for wanted, message in ((answers, "no answer to the prompt of .*ours.jsonl:3"),
-                            (answers[4:], "has 2 answers to the prompt of .*:1")):  # fmt: skip
-        settings.against = str(write_rows(tmp_path / "other.jsonl", rows))
+                            (answers[4:], "has 2 answers to the prompt of .*:5")):  # fmt: skip
+        others = evaluate.read_answers(str(write_rows(tmp_path / "other.jsonl", rows)), "")
         with pytest.raises(UserError, match=message):
-            evaluate.align(wanted, settings)
+            evaluate.align(wanted, others, "--against")
 
 
 @pytest.mark.parametrize(
@@ -408,7 +409,7 @@ def test_answers_are_joined_by_prompt(files, tmp_path):
         (["reward"], "--model is missing"),
         (["reward", "--model", "RM"], "--answers is missing"),
         (["reward", "--model", "RM", "--answers", "no.jsonl"], "--answers no.jsonl: no such file"),
-        (["reward", "--model", "RM", "--answers", "BAD"], "bad.jsonl:2: expected prompt and"),
+        (["reward", "--model", "RM", "--answers", "BAD"], "bad.jsonl:2: columns ['prompt'] are"),
         (["reward", "--model", "LM", "--answers", "OURS"], "a reward model is needed"),
         (["reward", "--model", "RM", "--answers", "OURS", "--against", "PAIRS"],
          "PAIRS has no answer to the prompt of"),

@@ -253,7 +253,7 @@ def test_a_missing_or_doubled_answer_is_named(judge, capsys):
     file = judge.files / "theirs.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     for kept, message in (
-        (lines[:4], "has no answer to 2 of 6 prompts, as that of"),
+        (lines[:4], "ours.jsonl:5, and so of 2 of 6; answer them"),
         (lines + lines[:1], "theirs.jsonl:7: same prompt as"),
     ):
         file.write_text("".join(kept))
