@@ -62,7 +62,10 @@ def answered(row, where, asks, drops):
         if "choices" in row:
             texts = row["choices"][0]["turns"]
             if ask is None:
-                raise UserError(f"{where}: give the questions: --questions FILE has no such id")
+                raise UserError(
+                    f"{where}: give the questions: --questions FILE has no such id; "
+                    "or read the .rows.jsonl beside the file"
+                )
             return turns(ask.prompt, ask.turns, texts, about, where, row["model_id"])
         if isinstance(row.get("messages"), list) and "uid" in row:
             *prompt, last = row["messages"]

@@ -35,6 +35,7 @@ import attention
 import compare
 import mtbench
 import report
+import rewardbench
 from answers import align, question_ids, read_answers, read_both
 from cache import ScoreCache
 from cli import UserError, flag, parse, require, run
@@ -169,7 +170,11 @@ def compare_sides(ours, theirs, our_scores, their_scores, s):
     sides = zip(ours[1], theirs[1], strict=True)
     names = np.array([row.subset or other.subset for row, other in sides])
     subsets = by_subset(our_scores, their_scores, names, fine, s.seed)
-    return {"win_rate": wins, "ties": ties, "difference": gap, "subsets": subsets}
+    found = {"win_rate": wins, "ties": ties, "difference": gap, "subsets": subsets}
+    if s.pairs:
+        won = our_scores[fine] > their_scores[fine]
+        found["sections"] = rewardbench.report(names[fine], won, s.seed)
+    return found
 
 
 def by_subset(ours, theirs, names, fine, seed):

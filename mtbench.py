@@ -7,12 +7,12 @@ over all turns of all questions (Zheng et al. 2023, arXiv 2306.05685). FastChat 
 Intervals: 95%, by the bootstrap over questions, both turns together.
 """
 
-import re
 from dataclasses import dataclass
 
 import numpy as np
 
 from cli import UserError, flag, require
+from judge import read_grade
 from pairs import Drops
 from results import add_missing, number, refuse, rows_of, save, table
 from stats import ratio_of_sums
@@ -38,22 +38,12 @@ class Settings:
     out: str | None = flag(None, "json file for the numbers")
 
 
-def parse_score(text):
-    """A judge's text -> the number in its (first) double brackets, or None.
-
-    >>> parse_score("Helpful and right. Rating: [[8.5]]")
-    8.5
-    """
-    found = re.search(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]", text)
-    return float(found.group(1)) if found else None
-
-
 def score_of(row):
     """One judgment -> (score, None), or (None, what is wrong)."""
     given, text = row.get("score"), row.get("judgment")
     score = number(given)
     if given is None and isinstance(text, str) and text.strip():
-        score = parse_score(text)
+        score = read_grade(text)
     elif given is None:
         return None, "null"
     return (score, None) if score is not None and 0 <= score <= 10 else (None, "unparsable")
