@@ -12,9 +12,8 @@ import numpy as np
 
 from cli import UserError, flag, require
 from pairs import Drops
-from results import files_of, number, refuse, save, table
+from results import files_of, number, read_results, refuse, save, table
 from stats import estimate
-from template import parse_json
 
 
 @dataclass
@@ -28,18 +27,6 @@ class Settings:
     max_missing: float = flag(0.05, "largest share of questions that lack a value")
     seed: int = flag(0, "of the bootstrap")
     out: str | None = flag(None, "json file for the numbers")
-
-
-def read_results(file):
-    """A result file -> dict; UserError where it is none."""
-    try:
-        with open(file, encoding="utf-8") as f:
-            content = parse_json(f.read(), file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not readable: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("models"), dict):
-        raise UserError(f"{file}: no result file; write one with evaluate.py … --out")
-    return content
 
 
 def read_side(text, model, name):

@@ -13,8 +13,7 @@ import numpy as np
 
 from cli import UserError, flag, require
 from judge import read_grade
-from pairs import Drops
-from results import add_missing, number, refuse, rows_of, save, table
+from results import collect, number, refuse, rows_of, save, table
 from stats import ratio_of_sums
 
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem",
@@ -51,23 +50,18 @@ def score_of(row):
 
 def read_scores(pattern):
     """{model: {(question, turn): score or None}} and {model: Drops} of all files."""
-    models, drops = {}, {}
+    models, drops = collect(judgments(pattern))
+    if not models:
+        raise UserError(f"--judgments {pattern}: no judgments")
+    return models, drops
+
+
+def judgments(pattern):
+    """What results.collect takes, of all files."""
     for where, row in rows_of(pattern, "--judgments"):
         if not isinstance(row.get("model"), str) or not {"question_id", "turn"} <= row.keys():
             raise UserError(f"{where}: expected question_id, model, turn and score")
-        scores = models.setdefault(row["model"], {})
-        faults = drops.setdefault(row["model"], Drops())
-        key = (str(row["question_id"]), row["turn"])
-        if key in scores:
-            faults.add("doubled", where)
-            continue
-        scores[key], fault = score_of(row)
-        if fault:
-            faults.add(fault, where)
-    if not models:
-        raise UserError(f"--judgments {pattern}: no judgments")
-    add_missing(models, drops)
-    return models, drops
+        yield row["model"], (str(row["question_id"]), row["turn"]), score_of(row), where
 
 
 def category_of(questions):

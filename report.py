@@ -14,8 +14,7 @@ import jinja2
 
 from answers import question_ids, read_answers
 from cli import UserError, flag, require
-from compare import read_results
-from results import files_of
+from results import files_of, read_results
 from settings import ASSETS
 from template import parse_json
 

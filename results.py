@@ -11,7 +11,8 @@ import os
 import pathlib
 
 from cli import UserError
-from pairs import records
+from pairs import Drops, records
+from template import parse_json
 
 
 def files_of(text, name):
@@ -34,17 +35,28 @@ def rows_of(text, name):
             yield where, row
 
 
-def add_missing(models, drops):
-    """Give every model of {model: {key: value}} what the others have and it lacks, as None.
+def collect(verdicts):
+    """(model, key, (value, or None and what is wrong), "file:row") -> two dicts by model.
 
-    drops: {model: pairs.Drops}, where that is noted.
+    They are {model: {key: value or None}} and {model: Drops}. What comes again is doubled, and
+    passed over; what other models have and a model lacks is missing there, and None.
     """
+    models, drops = {}, {}
+    for model, key, (value, fault), where in verdicts:
+        values, faults = models.setdefault(model, {}), drops.setdefault(model, Drops())
+        if key in values:
+            faults.add("doubled", where)
+            continue
+        values[key] = value
+        if fault:
+            faults.add(fault, where)
     everything = dict.fromkeys(key for values in models.values() for key in values)
     for model, values in models.items():
         for key in everything:
             if key not in values:
                 drops[model].add("without a row", f"question {key}")
                 values[key] = None
+    return models, drops
 
 
 def refuse(drops, expected, max_missing, what):
@@ -92,3 +104,15 @@ def save(file, results):
             pathlib.Path(file).write_text(text, encoding="utf-8")
         except OSError as error:
             raise UserError(f"--out {file}: {error.strerror}") from error
+
+
+def read_results(file):
+    """A file of `save` -> dict; UserError where it is none."""
+    try:
+        with open(file, encoding="utf-8") as f:
+            content = parse_json(f.read(), file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not readable: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("models"), dict):
+        raise UserError(f"{file}: no result file; write one with evaluate.py … --out")
+    return content
