@@ -7,7 +7,7 @@ chosen answer is taken. Its `subset`, `category` or `dataset` names the part it 
 from collections import Counter
 from typing import NamedTuple
 
-from benchmarks import FORMATS, about_of, digest, question_id, read_asks
+from benchmarks import FORMATS, about_of, digest, question_id, read_asks, transcript
 from cli import UserError
 from pairs import Drops, as_messages, to_pair
 from results import rows_of
@@ -23,6 +23,23 @@ class Answer(NamedTuple):
     about: dict = {}  # the question's ABOUT columns, and which turn is answered; never written to
     where: str = ""  # "file:row", for errors
     name: str | None = None  # the model's
+
+    @property
+    def _first(self):
+        """How many messages stand before the model's own first answer."""
+        return len(self.prompt) - 2 * (self.about.get("turn", 1) - 1)
+
+    @property
+    def question(self):
+        """What was asked, without the model's own earlier answers: the same for every model."""
+        return self.prompt[: self._first] + self.prompt[self._first + 1 :: 2]
+
+    @property
+    def said(self):
+        """The answer's text; in a later turn, the dialogue from the model's first answer on."""
+        last = {"role": "assistant", "content": self.text}
+        dialogue = self.prompt[self._first :]
+        return transcript([*dialogue, last]).lstrip("\n") if dialogue else self.text
 
     @property
     def subset(self):
@@ -120,10 +137,10 @@ def read_both(file, flag):
 
 
 def question_ids(answers):
-    """A name for each answer's prompt, equal in every file: a digest, and #k from the k-th on."""
+    """A name for each answer's question, equal in every file: a digest, and #k for the k-th."""
     seen, names = Counter(), []
     for answer in answers:
-        name = digest(answer.prompt)[:16]
+        name = digest(answer.question)[:16]
         seen[name] += 1
         names.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
     return names
