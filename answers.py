@@ -1,4 +1,4 @@
-"""Answer files, read as they lie, and joined by their prompts.
+"""Answer files, read as they lie, and joined by what was asked.
 
 A row is of any format that generate.py writes (benchmarks.FORMATS), or a preference pair, whose
 chosen answer is taken. Its `subset`, `category` or `dataset` names the part it belongs to.

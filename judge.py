@@ -292,7 +292,7 @@ class JudgeSettings:
 
 def judge(s):
     """Let --model compare --answers with --against, or grade them; write verdicts, print rates."""
-    single = s.format == "mt_bench"
+    single = FORMATS[s.format] is None
     require(s, "model", "answers", "out", *([] if single else ["against"]))
     if single and s.against:
         raise UserError("--format mt_bench grades single answers; leave --against out")

@@ -41,6 +41,23 @@ def test_the_kth_answer_meets_the_kth(answers_of):
         align(ours, theirs[:2], "--against")
 
 
+def test_second_turns_are_joined_by_what_was_asked(answers_of):
+    """Whatever each model had answered to the first turn; it is shown with the second."""
+    ours, theirs = (
+        answers_of(name, [{"prompt": [said_by("user", "p"), said_by("assistant", first),
+                                      said_by("user", "q")], "answer": "b", "turns": 2}])
+        for name, first in (("answers", "a"), ("against", "A"))
+    )  # fmt: skip
+    assert [a.text for a in ours] == ["a", "b"]
+    joined = align(ours, theirs, "--against")
+    assert [a.said for a in joined] == ["A", "Assistant: A\n\nHuman: q\n\nAssistant: b"]
+    assert joined[1].question == [said_by("user", "p"), said_by("user", "q")]
+
+
+def said_by(who, text):
+    return {"role": who, "content": text}
+
+
 def test_an_answer_file_must_answer_once(answers_of):
     ours = answers_of("answers", [said("p", "1")])
     theirs = answers_of("against", [said("p", "a"), said("p", "b")])
