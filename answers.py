@@ -74,39 +74,43 @@ def answered(row, where, asks, drops):
     """One row of an answer file -> its Answers, one per turn that was answered here."""
     about = about_of(row)
     ask = asks.get(question_id({"prompt": None} | about))
-    about = (ask.about if ask else {}) | about
     try:
         if "choices" in row:
-            texts = row["choices"][0]["turns"]
+            texts, name = row["choices"][0]["turns"], row["model_id"]
             if ask is None:
                 raise UserError(
                     f"{where}: give the questions: --questions FILE has no such id; "
                     "or read the .rows.jsonl beside the file"
                 )
-            return turns(ask.prompt, ask.turns, texts, about, where, row["model_id"])
-        if isinstance(row.get("messages"), list) and "uid" in row:
-            *prompt, last = row["messages"]
-            text, name = last["content"]["answer"], row["model"]
-        elif "chosen" in row:
-            pair = to_pair(row, where, drops, need_rejected=False)
-            if pair is None:
-                return []
-            prompt, text, name = pair.prompt, pair.chosen, CHOSEN
-        elif "answer" in row:
-            prompt, text, name = row["prompt"], row["answer"], row.get("model")
+            prompt, users = ask.prompt, ask.turns
         else:
-            prompt, text, name = row["instruction"], row["output"], row.get("generator")
-        if not isinstance(text, str):
+            prompt, text, name = last_answer(row, where, drops)
+            first = len(prompt) - 2 * (row.get("turns", 1) - 1)
+            users = [m["content"] for m in prompt[first + 1 :: 2]]
+            texts = [*(m["content"] for m in prompt[first::2]), text] if prompt else []
+            prompt = prompt[:first]
+        if not all(isinstance(text, str) for text in texts):
             raise TypeError
     except (LookupError, TypeError, ValueError) as error:
         columns = f"{where}: columns {sorted(row)} are no answer"
         formats = ", ".join(FORMATS)
         raise UserError(f"{columns}; expected a row of {formats}, or a pair") from error
-    prompt, n = as_messages(prompt, where), row.get("turns", 1)
-    first = len(prompt) - 2 * (n - 1)
-    users = [m["content"] for m in prompt[first + 1 :: 2]]
-    texts = [m["content"] for m in prompt[first::2]] + [text]
-    return turns(prompt[:first], users, texts, about, where, name)
+    return turns(prompt, users, texts, (ask.about if ask else {}) | about, where, name)
+
+
+def last_answer(row, where, drops):
+    """(messages, text, model's name) of a row's answer; no messages for a pair without use."""
+    if isinstance(row.get("messages"), list) and "uid" in row:
+        *prompt, last = row["messages"]
+        found = prompt, last["content"]["answer"], row["model"]
+    elif "chosen" in row:
+        pair = to_pair(row, where, drops, need_rejected=False)
+        found = (pair.prompt, pair.chosen, CHOSEN) if pair else ([], "", CHOSEN)
+    elif "answer" in row:
+        found = row["prompt"], row["answer"], row.get("model")
+    else:
+        found = row["instruction"], row["output"], row.get("generator")
+    return as_messages(found[0], where), *found[1:]
 
 
 def turns(prompt, users, texts, about, where, name):

@@ -232,6 +232,7 @@ def test_the_chosen_answers_of_pairs(pairs_file):
         ({"prompt": "a?"}, "are no answer; expected a row of jsonl"),
         ({"instruction": "a?", "output": None}, "are no answer"),
         ({"question_id": 1, "model_id": "m", "choices": [{"turns": ["a"]}]}, "--questions FILE"),
+        ({"prompt": "a?", "answer": "b", "turns": "c"}, "are no answer"),
         ([], "expected an object with named columns"),
     ],
 )
