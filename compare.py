@@ -37,7 +37,7 @@ def read_side(text, model, name):
         models = content["models"]
         chosen = next(iter(models), None) if model is None else model
         if chosen not in models:
-            raise UserError(f"{file}: no model {chosen}; it has {', '.join(models)}")
+            raise UserError(f"{file}: no model {chosen}; it has {', '.join(models) or 'none'}")
         values = models[chosen].get("values") or {}
         seeds.append({question: number(value) for question, value in values.items()})
         commands.add(content.get("command"))

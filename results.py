@@ -107,12 +107,13 @@ def save(file, results):
 
 
 def read_results(file):
-    """A file of `save` -> dict; UserError where it is none."""
+    """A file of `save` -> dict, "models" being empty where it has none; UserError for another."""
     try:
         with open(file, encoding="utf-8") as f:
             content = parse_json(f.read(), file)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not readable: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("models"), dict):
+    known = isinstance(content, dict) and ("models" in content or "command" in content)
+    if not known or not isinstance(content.setdefault("models", {}), dict):
         raise UserError(f"{file}: no result file; write one with evaluate.py … --out")
     return content
