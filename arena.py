@@ -24,8 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cli import UserError, flag, progress, require
-from pairs import Drops, records
-from results import files_of, number, refuse, save, table
+from results import collect, number, refuse, rows_of, save, table
 from stats import Estimate, interval, logistic, ratio_of_sums, resample, sigmoid
 
 STRONG = 3  # how often a strong verdict counts
@@ -97,49 +96,22 @@ def read_games(row):
 
 
 def read_judgments(pattern, category=None):
-    """{model: {question: games or None}} and {model: Drops} of all files.
+    """{model: {question: games or None}} and {model: Drops} of all files."""
+    models, drops = collect(judgments(pattern, category))
+    if not models:
+        only = f" of category {category}" if category is not None else ""
+        raise UserError(f"--judgments {pattern}: no judgments{only}")
+    return models, drops
 
-    A question that other models were judged on is missing where a model has none.
-    """
-    models, drops = {}, {}
+
+def judgments(pattern, category):
+    """What results.collect takes, of all files."""
     for where, row in rows_of(pattern, "--judgments"):
         question = row.get("uid", row.get("question_id"))
         if question is None or not isinstance(row.get("model"), str):
             raise UserError(f"{where}: expected uid or question_id, model and games")
-        if category is not None and row.get("category") != category:
-            continue
-        games = models.setdefault(row["model"], {})
-        faults = drops.setdefault(row["model"], Drops())
-        if str(question) in games:
-            faults.add("doubled", where)
-            continue
-        games[str(question)], fault = read_games(row)
-        if fault:
-            faults.add(fault, where)
-    if not models:
-        only = f" of category {category}" if category is not None else ""
-        raise UserError(f"--judgments {pattern}: no judgments{only}")
-    add_missing(models, drops)
-    return models, drops
-
-
-def rows_of(pattern, name):
-    """Yield ("file:row", dict) of all files that match; UserError if none does."""
-    for file in files_of(pattern, name):
-        for where, row in records(file):
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: expected an object with named columns")
-            yield where, row
-
-
-def add_missing(models, drops):
-    """Note, for every model, what the others have and it lacks."""
-    everything = dict.fromkeys(key for values in models.values() for key in values)
-    for model, values in models.items():
-        for key in everything:
-            if key not in values:
-                drops[model].add("without a row", f"question {key}")
-                values[key] = None
+        if category is None or row.get("category") == category:
+            yield row["model"], str(question), read_games(row), where
 
 
 # ----------------------------------------------------------------------------- style

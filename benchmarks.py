@@ -25,7 +25,7 @@ from journal import read_lines, replace, to_line
 from pairs import Drops, as_messages, data_files, records, to_pair
 from template import Template
 
-ABOUT = ("uid", "question_id", "prompt_id", "category", "dataset", "reference")  # of a question
+ABOUT = ("uid", "question_id", "prompt_id", "subset", "category", "dataset", "reference")
 
 # ----------------------------------------------------------------------------- questions
 
@@ -59,13 +59,17 @@ def read_asks(source, limit=None):
             break
         prompt, turns = read_prompt(record, where, drops)
         if prompt is not None:
-            about = {name: record[name] for name in ABOUT if record.get(name) is not None}
-            asks.append(Ask(prompt, record.get("draft"), turns, about))
+            asks.append(Ask(prompt, record.get("draft"), turns, about_of(record)))
     if drops.rules:
         print(f"{source}: dropped {drops}", file=sys.stderr)
     if not asks:
         raise UserError(f"{source}: no prompts")
     return asks
+
+
+def about_of(record):
+    """What a row tells of its question: its ABOUT columns."""
+    return {name: record[name] for name in ABOUT if record.get(name) is not None}
 
 
 def read_prompt(record, where, drops):
@@ -188,94 +192,13 @@ def digest(content):
 
 
 def refuse_twins(asks, source):
-    """UserError where two questions have one id: an answer file could not tell them apart."""
+    """UserError where two Asks, or answers, have one id: Arena-Hard's files could not hold both."""
     seen = {}
     for n, ask in enumerate(asks, 1):
         name = question_id({"prompt": ask.prompt} | ask.about)
         if name in seen:
             raise UserError(f"{source}: questions {seen[name]} and {n} have the same id {name}")
         seen[name] = n
-
-
-# ----------------------------------------------------------------------------- answers read back
-
-
-class Answered(NamedTuple):
-    """An answer: prompt is all that was said before it, name the model's, where it is told."""
-
-    where: str
-    prompt: list
-    text: str
-    name: str | None
-    about: dict
-
-    @property
-    def key(self):
-        return json.dumps(self.prompt)
-
-
-def read_answered(file, flag, questions=None):
-    """An answer file in any of the FORMATS, or the chosen answers of a pairs file -> [Answered].
-
-    questions: a question file, which tells category and reference by id, and of which an mt_bench
-    file, whose rows hold ids alone, needs the turns. An mt_bench row becomes one Answered per turn.
-    """
-    if not os.path.isfile(file):
-        raise UserError(f"{flag} {file}: no such file")
-    asks = read_asks(questions) if questions else []
-    asks = {question_id({"prompt": ask.prompt} | ask.about): ask for ask in asks}
-    answers = [one for where, row in records(file) for one in answered(row, where, asks)]
-    if not answers:
-        raise UserError(f"{flag} {file}: no answers")
-    return answers
-
-
-def answered(row, where, asks):
-    """One row of an answer file -> its Answered, one per turn that was answered here."""
-    row = row if isinstance(row, dict) else {}
-    about = {name: row[name] for name in ABOUT if row.get(name) is not None}
-    ask = asks.get(question_id({"prompt": None} | about))
-    about = (ask.about if ask else {}) | about
-    try:
-        if "choices" in row:
-            texts = row["choices"][0]["turns"]
-            if ask is None:
-                raise UserError(f"{where}: give the questions: --questions FILE has no such id")
-            return _turns(where, ask.prompt, ask.turns, texts, row["model_id"], about)
-        if isinstance(row.get("messages"), list) and "uid" in row:
-            *messages, last = row["messages"]
-            prompt, text, name = messages, last["content"]["answer"], row["model"]
-        elif "chosen" in row:
-            pair = to_pair(row, where, Drops(), need_rejected=False)
-            if pair is None:
-                return []
-            prompt, text, name = pair.prompt, pair.chosen, "chosen"
-        elif "answer" in row:
-            prompt, text, name = row["prompt"], row["answer"], row.get("model")
-        else:
-            prompt, text, name = row["instruction"], row["output"], row.get("generator")
-        if not isinstance(text, str):
-            raise TypeError
-    except (LookupError, TypeError, ValueError) as error:
-        columns = f"{where}: columns {sorted(row)} are no answer"
-        formats = ", ".join(FORMATS)
-        raise UserError(f"{columns}; expected a row of {formats}, or a pair") from error
-    prompt, n = as_messages(prompt, where), row.get("turns", 1)
-    first = len(prompt) - 2 * (n - 1)
-    users = [m["content"] for m in prompt[first + 1 :: 2]]
-    texts = [m["content"] for m in prompt[first::2]] + [text]
-    return _turns(where, prompt[:first], users, texts, name, about)
-
-
-def _turns(where, prompt, users, texts, name, about):
-    """A dialogue of one or more turns, each an Answered behind what was said before it."""
-    found = []
-    for turn, text in enumerate(texts):
-        found.append(Answered(where, prompt, text, name, about | {"turn": turn + 1}))
-        if turn < len(users):
-            said = [("assistant", text), ("user", users[turn])]
-            prompt = prompt + [{"role": who, "content": content} for who, content in said]
-    return found
 
 
 # ----------------------------------------------------------------------------- style counts

@@ -1,18 +1,17 @@
 """Scores kept on disk, addressed by what they depend on: the model and the tokens."""
 
 import hashlib
-import json
 from pathlib import Path
 
 from cli import UserError
+from journal import Journal
 from weights import Weights
 
 
 class ScoreCache:
     """DIR/<digest of the model>.jsonl, one line [digest of the tokens, score] per answer.
 
-    The model's digest covers weights, config, dtype and device type. A line that was cut off is
-    skipped, and its score computed again.
+    The model's digest covers weights, config, dtype and device type.
     """
 
     def __init__(self, directory, model, source):
@@ -20,21 +19,13 @@ class ScoreCache:
         sha = hashlib.sha256(Weights(source).digest().encode())
         sha.update((Path(source) / "config.json").read_bytes())
         sha.update(f"{weight.dtype} {weight.device.type}".encode())
-        self.file = Path(directory) / f"{sha.hexdigest()}.jsonl"
+        self.journal = Journal(Path(directory) / f"{sha.hexdigest()}.jsonl", "--cache")
         self.scores = {}
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            for line in self.file.read_text("utf-8").split("\n") if self.file.exists() else []:
-                self._read(line)
-        except OSError as error:
-            raise UserError(f"--cache {directory}: {error.strerror}") from error
-
-    def _read(self, line):
-        try:
-            key, score = json.loads(line)
-            self.scores[key] = float(score)
-        except (ValueError, TypeError):
-            pass
+        for where, row in self.journal.rows:
+            try:
+                key, self.scores[key] = row
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{where}: no row of a score cache; move it away") from error
 
     def get(self, tokens):
         """The score of an answer's tokens, as bytes; None where there is none."""
@@ -42,10 +33,9 @@ class ScoreCache:
 
     def add(self, scores):
         """Keep {tokens as bytes: score}, in memory and in the file."""
-        new = {digest(tokens): score for tokens, score in scores.items()}
-        self.scores |= new
-        with open(self.file, "a", encoding="utf-8") as f:
-            f.write("\n" + "".join(json.dumps(item) + "\n" for item in new.items()))
+        for tokens, score in scores.items():
+            self.scores[digest(tokens)] = score
+            self.journal.append([digest(tokens), score])
 
 
 def digest(tokens):

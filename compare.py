@@ -12,9 +12,8 @@ import numpy as np
 
 from cli import UserError, flag, require
 from pairs import Drops
-from results import files_of, number, refuse, save, table
+from results import files_of, number, read_results, refuse, save, table
 from stats import estimate
-from template import parse_json
 
 
 @dataclass
@@ -30,18 +29,6 @@ class Settings:
     out: str | None = flag(None, "json file for the numbers")
 
 
-def read_results(file):
-    """A result file -> dict; UserError where it is none."""
-    try:
-        with open(file, encoding="utf-8") as f:
-            content = parse_json(f.read(), file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not readable: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("models"), dict):
-        raise UserError(f"{file}: no result file; write one with evaluate.py … --out")
-    return content
-
-
 def read_side(text, model, name):
     """Result files of one model -> [{question: value or None}], one per seed, and their command."""
     seeds, commands = [], set()
@@ -50,7 +37,7 @@ def read_side(text, model, name):
         models = content["models"]
         chosen = next(iter(models), None) if model is None else model
         if chosen not in models:
-            raise UserError(f"{file}: no model {chosen}; it has {', '.join(models)}")
+            raise UserError(f"{file}: no model {chosen}; it has {', '.join(models) or 'none'}")
         values = models[chosen].get("values") or {}
         seeds.append({question: number(value) for question, value in values.items()})
         commands.add(content.get("command"))
@@ -64,37 +51,46 @@ def mean_over_seeds(seeds):
     return {q: None if None in v else float(np.mean(v)) for q, v in columns.items()}
 
 
+def paired(ours, theirs, max_missing):
+    """Two {question: value or None} -> questions with both values, (2, N) values, and the Drops."""
+    drops, shared = Drops(), []
+    for question in dict.fromkeys([*ours, *theirs]):
+        lacking = [(k, v) for k, v in (("a", ours), ("b", theirs)) if v.get(question) is None]
+        if lacking:
+            name, values = lacking[0]  # a question counts once
+            drops.add(f"{'null' if question in values else 'missing'} in --{name}", question)
+        else:
+            shared.append(question)
+    refuse(drops, len(ours | theirs), max_missing, "questions")
+    return shared, np.array([[side[q] for q in shared] for side in (ours, theirs)]), drops
+
+
 def compare(s):
     """Print how two models differ on the same questions, with a paired interval."""
     require(s, "a", "b")
     sides = [read_side(s.a, s.model_a, "--a"), read_side(s.b, s.model_b, "--b")]
     if len(commands := sides[0][1] | sides[1][1]) > 1:
         raise UserError(f"--a and --b come from different commands: {sorted(map(str, commands))}")
-    ours, theirs = (mean_over_seeds(seeds) for seeds, _ in sides)
-    drops, questions = Drops(), list(dict.fromkeys([*ours, *theirs]))
-    for question in questions:
-        for name, values in (("a", ours), ("b", theirs)):
-            if values.get(question) is None:
-                fault = "null" if question in values else "missing"
-                drops.add(f"{fault} in --{name}", question)
-                break  # a question counts once
-    refuse(drops, len(questions), s.max_missing, "questions")
-    shared = [q for q in questions if ours.get(q) is not None and theirs.get(q) is not None]
+    shared, values, drops = paired(*(mean_over_seeds(seeds) for seeds, _ in sides), s.max_missing)
     if not shared:
         raise UserError(f"--a {s.a} and --b {s.b} share no question")
-    a, b = (np.array([values[q] for q in shared]) for values in (ours, theirs))
-    gap = estimate(a - b, s.seed)
     rows, results = [], {"command": "compare", "n": len(shared), "seed": s.seed}
-    for name, values, (seeds, _) in (("a", a, sides[0]), ("b", b, sides[1])):
+    for name, side, (seeds, _) in zip("ab", values, sides, strict=True):
         means = [float(np.mean([seed[q] for q in shared])) for seed in seeds]
-        results[name] = {"mean": estimate(values, s.seed), "seeds": means}
+        results[name] = {"mean": estimate(side, s.seed), "seeds": means}
         rows.append({"side": name, "file": getattr(s, name), "n": len(shared),
                      "mean": f"{results[name]['mean']:.4f}",
                      "seeds": " ".join(f"{mean:.4f}" for mean in means)})  # fmt: skip
     print(table(rows))
+    results |= difference(*values, s.seed)
+    save(s.out, results | {"nulls": {rule: len(where) for rule, where in drops.rules.items()}})
+
+
+def difference(a, b, seed):
+    """Print and return the mean of a - b, (N,) each, and on how many questions which is higher."""
+    gap = estimate(a - b, seed)
     counts = [int(x) for x in ((a > b).sum(), (a == b).sum(), (a < b).sum())]
     verdict = "differ" if gap.low > 0 or gap.high < 0 else "do not differ"
     print(f"a - b {gap:+.4f}: they {verdict} at 95%; a higher/equal/lower on "
-          f"{'/'.join(map(str, counts))} of {len(shared)}")  # fmt: skip
-    results |= {"difference": gap, "a_higher": counts[0], "equal": counts[1], "b_higher": counts[2]}
-    save(s.out, results | {"nulls": {rule: len(where) for rule, where in drops.rules.items()}})
+          f"{'/'.join(map(str, counts))} of {len(a)}")  # fmt: skip
+    return {"difference": gap, "a_higher": counts[0], "equal": counts[1], "b_higher": counts[2]}

@@ -2,13 +2,15 @@
 
 What passes by itself is waited for: refused and broken connections, timeouts, HTTP 408, 409, 425,
 429 and 5xx, replies that are no reply. The pause doubles from try to try, with jitter, unless the
-server names one (Retry-After). The key is OPENAI_API_KEY of the environment, and is never written.
+server names one (Retry-After). The key is OPENAI_API_KEY of the environment, or a user and password
+in the address (https://user:password@host/v1, basic authentication); neither is ever written.
 """
 
 import email.utils
 import itertools
 import os
 import random
+import re
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -39,10 +41,13 @@ class Endpoint:
         """url: up to and including /v1; timeout, pause: seconds; retries: further tries."""
         import httpx2
 
-        if not url.startswith(("http://", "https://")):
-            raise UserError(f"--endpoint {url}: give the address, as http://127.0.0.1:8000/v1")
         base = url.rstrip("/")
-        self.name = base if base.count("/") > 2 else f"{base}/v1"
+        self.url = base if base.count("/") > 2 else f"{base}/v1"
+        self.name = public(self.url)
+        if not url.startswith(("http://", "https://")):
+            raise UserError(
+                f"--endpoint {public(url)}: give the address, as http://127.0.0.1:8000/v1"
+            )
         self.model, self.retries, self.pause = model, retries, pause
         key = os.environ.get("OPENAI_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -63,7 +68,7 @@ class Endpoint:
                 break
             fault, after = None, None
             try:
-                response = self.client.post(f"{self.name}/chat/completions", json=body)
+                response = self.client.post(f"{self.url}/chat/completions", json=body)
             except self.transport_error as error:
                 fault = f"{type(error).__name__} {error}".strip()
                 continue
@@ -95,6 +100,11 @@ class Endpoint:
             self.dead.set()
             raise UserError(f"--endpoint {self.name}: HTTP {status} for {self.model}: {said}")
         raise Refused(f"HTTP {status}: {said}")
+
+
+def public(url):
+    """An address as it may be written down or shown: without user and password."""
+    return re.sub(r"^(\w+://)?.*@", r"\1", url)
 
 
 def to_reply(body):

@@ -35,6 +35,7 @@ import attention
 import compare
 import mtbench
 import report
+import rewardbench
 from answers import align, question_ids, read_answers, read_both
 from cache import ScoreCache
 from cli import UserError, flag, parse, require, run
@@ -139,14 +140,17 @@ def read_sides(s):
                 "against": (f"{s.pairs} rejected", rejected[: s.limit])}  # fmt: skip
     answers = read_answers(s.answers, "--answers")[: s.limit]
     sides = {"answers": (s.answers, answers)}
-    return sides | ({"against": (s.against, align(answers, s))} if s.against else {})
+    if s.against:
+        others = read_answers(s.against, "--against")
+        sides["against"] = (s.against, align(answers, others, f"--against {s.against}"))
+    return sides
 
 
 def describe(file, rows, scores, s):
     """Mean, spread and every score of one side; scores that are no number are counted."""
     drops, fine = Drops(), np.isfinite(scores)
     for n in np.flatnonzero(~fine):
-        drops.add("without a finite score", f"{file}:{n + 1}")
+        drops.add("without a finite score", rows[n].where)
     refuse(drops, len(rows), s.max_missing, file)
     if not fine.any():
         raise UserError(f"{file}: not one finite score")
@@ -168,7 +172,11 @@ def compare_sides(ours, theirs, our_scores, their_scores, s):
     sides = zip(ours[1], theirs[1], strict=True)
     names = np.array([row.subset or other.subset for row, other in sides])
     subsets = by_subset(our_scores, their_scores, names, fine, s.seed)
-    return {"win_rate": wins, "ties": ties, "difference": gap, "subsets": subsets}
+    found = {"win_rate": wins, "ties": ties, "difference": gap, "subsets": subsets}
+    if s.pairs:
+        won = our_scores[fine] > their_scores[fine]
+        found["sections"] = rewardbench.report(names[fine], won, s.seed)
+    return found
 
 
 def by_subset(ours, theirs, names, fine, seed):

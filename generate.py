@@ -23,7 +23,7 @@ from tokenizers.decoders import DecodeStream
 
 from benchmarks import FORMATS, Ask, read_asks, refuse_twins, token_counter, write_answers
 from cli import UserError, flag, parse, progress, run
-from endpoint import Endpoint, Refused, together
+from endpoint import Endpoint, Refused, public, together
 from journal import Shared, to_line
 from model import load
 from sampling import Sampling, Sequence, complete
@@ -348,7 +348,7 @@ def recorded(s):
     settings = {name: getattr(s, name) for name in names}
     if s.mode != "plain":
         settings["instruction"] = INSTRUCTIONS.get(s.instruction, s.instruction)
-    return settings | ({"endpoint": s.endpoint} if s.endpoint else {})
+    return settings | ({"endpoint": public(s.endpoint)} if s.endpoint else {})
 
 
 def produce(s, asks, numbers, store):

@@ -8,6 +8,8 @@ the same command goes on where a run was cut off. Files that it writes, as their
     arena_hard    model_judgment/JUDGE/MODEL.jsonl: game 1 has --against as A, game 2 --answers
     mt_bench      FastChat's single-answer grades: a score of 1 to 10 per turn, -1 where there is
                   none; nothing is compared, so --against is not taken
+    mt_bench_pair FastChat's pairwise judgments: --against is model_1, A in the first game; in a
+                  second turn the judge sees each model's own dialogue
 
 A verdict that cannot be read is null in the file, counted, and no tie.
 """
@@ -19,7 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks import Ask, digest, question_id, read_answered, transcript, write_rows
+from answers import align, read_answers
+from benchmarks import Ask, digest, question_id, refuse_twins, transcript, write_rows
 from cli import UserError, flag, progress, require
 from generate import answerer
 from journal import Journal
@@ -188,6 +191,70 @@ def count_tokens(answers, row):
     return [len(ids) for ids in answers.template.encode(texts)]
 
 
+# ----------------------------------------------------------------------------- what is written
+
+
+def share(games):
+    """A question's mean win of --answers over both orders, ties half; None unless both are read."""
+    first, second = (game and WINS_OF_B.get(game["score"]) for game in games)
+    return None if first is None or second is None else (first + 1 - second) / 2
+
+
+def names(s, ours, theirs):
+    """What the models of --against and of --answers are called."""
+    return s.against_name or theirs.name or s.against, s.name or ours.name or s.answers
+
+
+def annotation(s, ours, theirs, games):
+    wins, (theirs_is, ours_is) = share(games), names(s, ours, theirs)
+    return {
+        "instruction": transcript(ours.question),
+        "output_1": theirs.said,
+        "generator_1": theirs_is,
+        "output_2": ours.said,
+        "generator_2": ours_is,
+        "dataset": ours.about.get("dataset", ""),
+        "annotator": s.model,
+        "preference": None if wins is None else 1 + wins,
+        "raw_completion": [game and game["judgment"]["answer"] for game in games],
+    }
+
+
+def arena_row(s, ours, theirs, games):
+    theirs_is, ours_is = names(s, ours, theirs)
+    return {
+        "uid": question_id({"prompt": ours.prompt} | ours.about),
+        "category": ours.about.get("category", "custom"),
+        "judge": s.model,
+        "model": ours_is,
+        "baseline": theirs_is,
+        "games": list(games),
+    }
+
+
+def pair_row(s, ours, theirs, games):
+    models, winners = dict(zip(("model_1", "model_2"), names(s, ours, theirs), strict=True)), []
+    for game, (a, b) in zip(games, (models, reversed(models)), strict=True):
+        wins = game and WINS_OF_B.get(game["score"])
+        winners.append({None: "error", 0.0: a, 0.5: "tie", 1.0: b}[wins])
+    turn = ours.about["turn"]
+    row = {"question_id": question_id({"prompt": ours.prompt} | ours.about)} | models
+    row |= {"g1_winner": winners[0], "g2_winner": winners[1]}
+    row["judge"] = [s.model, "pair-v2" if turn == 1 else "pair-v2-multi-turn"]
+    for n, game in enumerate(games, 1):
+        row[f"g{n}_user_prompt"] = game and game["prompt"][-1]["content"]
+        row[f"g{n}_judgment"] = game and game["judgment"]["answer"]
+    return row | {"turn": turn, "tstamp": time.time()}
+
+
+FORMATS = {  # of --out: what makes a row of two games; None where nothing is compared
+    "alpaca_eval": annotation,
+    "arena_hard": arena_row,
+    "mt_bench": None,
+    "mt_bench_pair": pair_row,
+}
+
+
 # ----------------------------------------------------------------------------- the command
 
 
@@ -201,7 +268,7 @@ class JudgeSettings:
     revision: str | None = flag(None, "branch, tag or commit of --model on the hub")
     answers: str | None = flag(None, "answers in any format that generate.py writes")
     against: str | None = flag(None, "answers to the same prompts, or pairs: their chosen answers")
-    format: str = flag("alpaca_eval", "of --out", ("alpaca_eval", "arena_hard", "mt_bench"))
+    format: str = flag("alpaca_eval", "of --out", tuple(FORMATS))
     out: str | None = flag(None, "file of verdicts")
     questions: str | None = flag(None, "question file: categories, references; MT-Bench's turns")
     template: str | None = flag(None, "file of your own prompt; default: judge.py's")
@@ -226,19 +293,27 @@ class JudgeSettings:
 
 def judge(s):
     """Let --model compare --answers with --against, or grade them; write verdicts, print rates."""
-    single = s.format == "mt_bench"
+    single = FORMATS[s.format] is None
     require(s, "model", "answers", "out", *([] if single else ["against"]))
     if single and s.against:
         raise UserError("--format mt_bench grades single answers; leave --against out")
     prompt = read_template(s.template, single)
-    answers = read_answered(s.answers, "--answers", s.questions)[: s.limit]
-    others = None if single else align(answers, s)
+    answers = read_answers(s.answers, "--answers", s.questions)[: s.limit]
+    others = None if single else read_others(s, answers)
     cache = Cache(s.cache or f"{s.out}.cache.jsonl", s)
     rows = (
         grade(s, prompt, answers, cache) if single else compare(s, prompt, answers, others, cache)
     )
     write_rows(s.out, rows, lines=s.format != "alpaca_eval")
     report_cost(s, cache, len(answers) * (1 if single else 2))
+
+
+def read_others(s, answers):
+    """The answers of --against to the prompts of --answers."""
+    if s.format == "arena_hard":
+        refuse_twins(answers, s.answers)
+    others = read_answers(s.against, "--against", s.questions)
+    return align(answers, others, f"--against {s.against}")
 
 
 def read_template(file, single):
@@ -252,30 +327,13 @@ def read_template(file, single):
         raise UserError(f"--template {file}: not readable: {error}") from error
 
 
-def align(answers, s):
-    """The answers of --against to the prompts of --answers; UserError unless each has just one."""
-    others = read_answered(s.against, "--against", s.questions)
-    sides = [{}, {}]
-    for side, rows, file in ((sides[0], answers, s.answers), (sides[1], others, s.against)):
-        for row in rows:
-            twin = side.setdefault(row.key, row)
-            if twin is not row and (side is sides[0] or row.key in sides[0]):
-                raise UserError(
-                    f"{row.where}: same prompt as {twin.where}; {file} answers it twice"
-                )
-    if missing := [row for row in answers if row.key not in sides[1]]:
-        fault = f"--against {s.against} has no answer to {len(missing)} of {len(answers)} prompts"
-        raise UserError(f"{fault}, as that of {missing[0].where}; answer them, or take them out")
-    return [sides[1][row.key] for row in answers]
-
-
 def compare(s, prompt, answers, others, cache):
     """Two games per question, --against first as A and then as B -> rows of the file."""
     prompts = []
     for ours, theirs in zip(answers, others, strict=True):
-        question = transcript(ours.prompt)
+        question = transcript(ours.question)
         for a, b in ((theirs, ours), (ours, theirs)):
-            prompts.append(prompt(question=question, answer_a=a.text, answer_b=b.text))
+            prompts.append(prompt(question=question, answer_a=a.said, answer_b=b.said))
     words = cache(prompts)
     games = [
         word
@@ -284,40 +342,8 @@ def compare(s, prompt, answers, others, cache):
     ]
     games = list(zip(games[::2], games[1::2], strict=True))
     report_games(s, games)
-    write = annotation if s.format == "alpaca_eval" else arena_row
+    write = FORMATS[s.format]
     return [write(s, *row) for row in zip(answers, others, games, strict=True)]
-
-
-def share(games):
-    """A question's mean win of --answers over both orders, ties half; None unless both are read."""
-    first, second = (game and WINS_OF_B.get(game["score"]) for game in games)
-    return None if first is None or second is None else (first + 1 - second) / 2
-
-
-def annotation(s, ours, theirs, games):
-    wins = share(games)
-    return {
-        "instruction": transcript(ours.prompt),
-        "output_1": theirs.text,
-        "generator_1": s.against_name or theirs.name or s.against,
-        "output_2": ours.text,
-        "generator_2": s.name or ours.name or s.answers,
-        "dataset": ours.about.get("dataset", ""),
-        "annotator": s.model,
-        "preference": None if wins is None else 1 + wins,
-        "raw_completion": [game and game["judgment"]["answer"] for game in games],
-    }
-
-
-def arena_row(s, ours, theirs, games):
-    return {
-        "uid": question_id({"prompt": ours.prompt} | ours.about),
-        "category": ours.about.get("category", "custom"),
-        "judge": s.model,
-        "model": s.name or ours.name or s.answers,
-        "baseline": s.against_name or theirs.name or s.against,
-        "games": list(games),
-    }
 
 
 def grade(s, prompt, answers, cache):

@@ -4,22 +4,25 @@ A judge scores each of two turns from 1 to 10 and writes [[7]]; the score of a m
 over all turns of all questions (Zheng et al. 2023, arXiv 2306.05685). FastChat writes one row
 {question_id, model, turn, score, judgment} per turn, and score -1 where the text had none.
 
+Its pairwise judgments {question_id, model_1, model_2, turn, g1_winner, g2_winner} are read too: the
+score of "A against B" is A's share of wins, where a turn is won by who won both games, and else a
+tie, which is half a win (FastChat's win_rate_adjusted).
+
 Intervals: 95%, by the bootstrap over questions, both turns together.
 """
 
-import re
 from dataclasses import dataclass
 
 import numpy as np
 
-from arena import add_missing, rows_of
 from cli import UserError, flag, require
-from pairs import Drops
-from results import number, refuse, save, table
+from judge import read_grade
+from results import collect, number, refuse, rows_of, save, table
 from stats import ratio_of_sums
 
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem",
               "humanities")  # fmt: skip
+PAIR = ("model_1", "model_2")
 FIRST = 81  # ten questions per category, 81 to 160
 
 
@@ -39,46 +42,45 @@ class Settings:
     out: str | None = flag(None, "json file for the numbers")
 
 
-def parse_score(text):
-    """A judge's text -> the number in its (first) double brackets, or None.
-
-    >>> parse_score("Helpful and right. Rating: [[8.5]]")
-    8.5
-    """
-    found = re.search(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]", text)
-    return float(found.group(1)) if found else None
-
-
 def score_of(row):
     """One judgment -> (score, None), or (None, what is wrong)."""
     given, text = row.get("score"), row.get("judgment")
     score = number(given)
     if given is None and isinstance(text, str) and text.strip():
-        score = parse_score(text)
+        score = read_grade(text)
     elif given is None:
         return None, "null"
     return (score, None) if score is not None and 0 <= score <= 10 else (None, "unparsable")
 
 
+def share_of(row, us):
+    """One pairwise judgment -> (win, tie or loss of model `us` as 1, 1/2, 0, None), or a fault."""
+    winners = {row["g1_winner"], row.get("g2_winner")}
+    if not winners <= {*PAIR, "tie"}:
+        return None, "null" if None in winners else "unparsable"
+    return 0.5 if "tie" in winners or len(winners) == 2 else float(us in winners), None
+
+
 def read_scores(pattern):
     """{model: {(question, turn): score or None}} and {model: Drops} of all files."""
-    models, drops = {}, {}
-    for where, row in rows_of(pattern, "--judgments"):
-        if not isinstance(row.get("model"), str) or not {"question_id", "turn"} <= row.keys():
-            raise UserError(f"{where}: expected question_id, model, turn and score")
-        scores = models.setdefault(row["model"], {})
-        faults = drops.setdefault(row["model"], Drops())
-        key = (str(row["question_id"]), row["turn"])
-        if key in scores:
-            faults.add("doubled", where)
-            continue
-        scores[key], fault = score_of(row)
-        if fault:
-            faults.add(fault, where)
+    models, drops = collect(judgments(pattern))
     if not models:
         raise UserError(f"--judgments {pattern}: no judgments")
-    add_missing(models, drops)
     return models, drops
+
+
+def judgments(pattern):
+    """What results.collect takes, of all files."""
+    for where, row in rows_of(pattern, "--judgments"):
+        names = [row.get(name) for name in (PAIR if "g1_winner" in row else ("model",))]
+        if not {"question_id", "turn"} <= row.keys() or not all(isinstance(n, str) for n in names):
+            raise UserError(f"{where}: expected question_id, model, turn and score")
+        key = (str(row["question_id"]), row["turn"])
+        if len(names) == 1:
+            yield names[0], key, score_of(row), where
+        else:
+            for us, them in (PAIR, PAIR[::-1]):
+                yield f"{row[us]} against {row[them]}", key, share_of(row, us), where
 
 
 def category_of(questions):

@@ -14,9 +14,8 @@ import jinja2
 
 from answers import question_ids, read_answers
 from cli import UserError, flag, require
-from compare import read_results
 from metrics import read_metrics
-from results import files_of
+from results import files_of, read_results
 from settings import ASSETS
 
 HIDDEN = {"values", "scores", "models", "pairs", "margins", "probabilities"}  # too long for a table
@@ -155,11 +154,11 @@ def side_by_side(sides, results):
     for k, (name, answers) in enumerate(sides.items()):
         for question, answer in zip(question_ids(answers), answers, strict=True):
             row = rows.setdefault(question, {
-                "prompt": [[m["role"], m["content"]] for m in answer.prompt],
+                "prompt": [[m["role"], m["content"]] for m in answer.question],
                 "subset": answer.subset,
                 "answers": [None] * len(sides), "scores": [None] * len(sides),
             })  # fmt: skip
-            row["answers"][k] = answer.text
+            row["answers"][k] = answer.said
             row["scores"][k] = values.get(name, {}).get(question)
             row["subset"] = row["subset"] or answer.subset
     return list(rows.values())

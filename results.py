@@ -1,4 +1,4 @@
-"""What every evaluation reports: a table to read, what is missing from it, one JSON file.
+"""What every evaluation reads and reports: rows of files, what is missing, a table, one JSON file.
 
 The JSON has {"models": {name: {"n", …, "values": {question id: number or null}}}}; the values are
 what `evaluate.py compare` pairs, question by question.
@@ -11,17 +11,52 @@ import os
 import pathlib
 
 from cli import UserError
+from pairs import Drops, records
+from template import parse_json
 
 
 def files_of(text, name):
-    """Paths and globs, with commas between them -> list of files."""
+    """Paths and globs, with commas between them -> list of files; UserError where one has none."""
     files = []
-    for part in map(str.strip, text.split(",")):
-        found = sorted(filter(os.path.isfile, glob.glob(part)))
+    for part in [text] if os.path.isfile(text) else map(str.strip, text.split(",")):
+        found = [part] if os.path.isfile(part) else sorted(filter(os.path.isfile, glob.glob(part)))
         if not found:
             raise UserError(f"{name} {part}: no such file")
         files += found
     return files
+
+
+def rows_of(text, name):
+    """Yield ("file:row", dict) of all the files_of text; UserError for a row that is no object."""
+    for file in files_of(text, name):
+        for where, row in records(file):
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: expected an object with named columns")
+            yield where, row
+
+
+def collect(verdicts):
+    """(model, key, (value, or None and what is wrong), "file:row") -> two dicts by model.
+
+    They are {model: {key: value or None}} and {model: Drops}. What comes again is doubled, and
+    passed over; what other models have and a model lacks is missing there, and None.
+    """
+    models, drops = {}, {}
+    for model, key, (value, fault), where in verdicts:
+        values, faults = models.setdefault(model, {}), drops.setdefault(model, Drops())
+        if key in values:
+            faults.add("doubled", where)
+            continue
+        values[key] = value
+        if fault:
+            faults.add(fault, where)
+    everything = dict.fromkeys(key for values in models.values() for key in values)
+    for model, values in models.items():
+        for key in everything:
+            if key not in values:
+                drops[model].add("without a row", f"question {key}")
+                values[key] = None
+    return models, drops
 
 
 def refuse(drops, expected, max_missing, what):
@@ -69,3 +104,16 @@ def save(file, results):
             pathlib.Path(file).write_text(text, encoding="utf-8")
         except OSError as error:
             raise UserError(f"--out {file}: {error.strerror}") from error
+
+
+def read_results(file):
+    """A file of `save` -> dict, "models" being empty where it has none; UserError for another."""
+    try:
+        with open(file, encoding="utf-8") as f:
+            content = parse_json(f.read(), file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not readable: {error}") from error
+    known = isinstance(content, dict) and ("models" in content or "command" in content)
+    if not known or not isinstance(content.setdefault("models", {}), dict):
+        raise UserError(f"{file}: no result file; write one with evaluate.py … --out")
+    return content

@@ -211,6 +211,20 @@ def test_mtbench_faults(tmp_path, capsys):
         call(mtbench, mtbench.mtbench, f"--judgments={file}", "--max_missing=2")
 
 
+def test_mtbench_pairs_by_hand(tmp_path, capsys):
+    """Won twice, won and lost (a tie), tied and won (a tie), and no verdict."""
+    games = [("model_1", "model_1"), ("model_1", "model_2"), ("tie", "model_2"), ("error", "tie")]
+    rows = [{"question_id": 81 + n // 2, "turn": 1 + n % 2, "model_1": "a", "model_2": "b",
+             "g1_winner": first, "g2_winner": second}
+            for n, (first, second) in enumerate(games)]  # fmt: skip
+    file = write_rows(tmp_path / "pairs.jsonl", rows)
+    words = [f"--judgments={file}", "--max_missing=0.25"]
+    found = call(mtbench, mtbench.mtbench, *words, out=tmp_path / "o.json")
+    assert found["a against b"]["values"] == {"81": 0.75, "82": None}
+    assert found["b against a"]["score"][0] == pytest.approx(1 / 3)
+    assert "1 of 4 missing or faulty: 1 unparsable" in capsys.readouterr().out
+
+
 def test_categories_of_a_question_file(tmp_path):
     questions = write_rows(tmp_path / "q.jsonl", [{"question_id": "x", "category": "poems"}])
     assert mtbench.category_of(str(questions)) == {"x": "poems"}

@@ -9,7 +9,8 @@ import pytest
 
 import benchmarks
 import generate
-from benchmarks import markdown_counts, read_answered, read_asks, token_counter, transcript
+from answers import read_answers
+from benchmarks import markdown_counts, read_asks, token_counter, transcript
 from chat_server import ChatServer
 from cli import UserError, run
 from conftest import write_model
@@ -209,8 +210,8 @@ def test_answer_files_read_back(answer, tmp_path, form, monkeypatch):
     monkeypatch.setattr(generate, "token_counter", lambda model: len)
     out = answer(form)
     questions = str(tmp_path / f"{form}_questions.jsonl") if form == "mt_bench" else None
-    back = read_answered(str(out), "--answers", questions)
-    native = read_answered(f"{out}.rows.jsonl", "--answers")
+    back = read_answers(str(out), "--answers", questions)
+    native = read_answers(f"{out}.rows.jsonl", "--answers")
     assert [(a.prompt, a.text) for a in back] == [(a.prompt, a.text) for a in native]
     assert len(back) == (10 if form == "mt_bench" else 5)
     assert {a.name for a in back} == {"ours"}
@@ -220,7 +221,7 @@ def test_answer_files_read_back(answer, tmp_path, form, monkeypatch):
 
 
 def test_the_chosen_answers_of_pairs(pairs_file):
-    rows = read_answered(str(pairs_file), "--against")
+    rows = read_answers(str(pairs_file), "--against")
     pair = json.loads(pairs_file.read_text().splitlines()[3])
     assert rows[3].prompt == [user(pair["prompt"])] and rows[3].text == pair["chosen"]
 
@@ -231,13 +232,14 @@ def test_the_chosen_answers_of_pairs(pairs_file):
         ({"prompt": "a?"}, "are no answer; expected a row of jsonl"),
         ({"instruction": "a?", "output": None}, "are no answer"),
         ({"question_id": 1, "model_id": "m", "choices": [{"turns": ["a"]}]}, "--questions FILE"),
-        ([], "are no answer"),
+        ({"prompt": "a?", "answer": "b", "turns": "c"}, "are no answer"),
+        ([], "expected an object with named columns"),
     ],
 )
 def test_a_bad_answer_is_named(tmp_path, row, message):
     file = write(tmp_path / "bad.jsonl", [{"prompt": "a?", "answer": "b"}, row])
     with pytest.raises(UserError, match=f"bad.jsonl:2: .*{message}"):
-        read_answered(str(file), "--answers")
+        read_answers(str(file), "--answers")
 
 
 # ----------------------------------------------------------------------------- parts

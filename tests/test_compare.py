@@ -111,6 +111,8 @@ def page(tmp_path, monkeypatch):
     torn = '{"step": 9, "lo'
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in steps) + torn)
     flags = {"results": "0.json,1.json", "answers": "plain.jsonl,refined.jsonl"}
+    call(compare, compare.compare, a="0.json", b="1.json", out="compared.json")
+    flags["results"] += ",compared.json"
     flags |= {"run": ".", "out": "deep/page.html"}
     call(report, report.report, **flags)
     return tmp_path / "deep" / "page.html"
@@ -123,7 +125,9 @@ def test_the_page_is_self_contained_and_escaped(page):
     data = re.search(r'id="data">(.*?)</script>', text, re.S).group(1)
     rows = json.loads(data)["rows"]
     assert rows[3]["answers"] == [EVIL, EVIL] and rows[3]["scores"] == [10.0, 3]
-    assert "0.5 [0.4, 0.6]" in text and text.count("<polyline") == 3  # loss twice, margin once
+    assert (
+        "a higher" in text and "0.5 [0.4, 0.6]" in text and text.count("<polyline") == 3
+    )  # loss twice, margin once
 
 
 def test_histograms_count_every_answer(page):

@@ -1,5 +1,6 @@
 """A server may be slow, broken or gone: nothing that came is lost, and the same command goes on."""
 
+import base64
 import email.utils
 import json
 import os
@@ -89,7 +90,9 @@ def test_the_key_comes_from_the_environment(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "url, name", [("http://h:1", "http://h:1/v1"), ("http://h/x/", "http://h/x")]
+    "url, name",
+    [("http://h:1", "http://h:1/v1"), ("http://h/x/", "http://h/x")]
+    + [("https://me:pass%40word@h:1", "https://h:1/v1"), ("http://me:p@ss@h/x", "http://h/x")],
 )
 def test_addresses(url, name):
     assert Endpoint(url, "m").name == name
@@ -136,6 +139,27 @@ def ask(tmp_path, monkeypatch):
 
 def rows(file):
     return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+
+
+def test_a_password_goes_to_the_server_and_nowhere_else(ask, capsys):
+    """Not into rows, and not into errors: of a wrong key, a wrong address, a dead server."""
+    with ChatServer(trouble=["ok"] * 20 + [401] * 3) as server:
+        url = server.url.replace("://", "://me:sesame@")
+        ask(server, "--endpoint", url)
+        ask(server, "--endpoint", server.url)  # the same run, with nothing left to ask
+        found = rows(ask.out)
+        ask.out.unlink()
+        for address in (url, "me:sesame@h"):
+            with pytest.raises(SystemExit):
+                ask(server, "--endpoint", address)
+    with pytest.raises(SystemExit):
+        ask(server, "--endpoint", url, "--retries", 0)
+    basic = f"Basic {base64.b64encode(b'me:sesame').decode()}"
+    assert server.headers[0]["Authorization"] == basic
+    assert {row["endpoint"] for row in found} == {server.url} and len(found) == 20
+    said = capsys.readouterr()
+    assert said.err.count("--endpoint ") == 3 and "sesame" not in said.out + said.err
+    assert not any("sesame" in file.read_text() for file in ask.out.parent.iterdir())
 
 
 def test_every_question_is_asked_once_with_the_papers_sampling(ask):

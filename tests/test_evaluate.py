@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import evaluate
+import rewardbench
 import tiny
 from answers import Answer
 from assets import world
@@ -96,7 +97,7 @@ def peer_scores(directory, template, pad_token_id):
     )
     peer.config.pad_token_id = pad_token_id
     scores = []
-    for prompt, text, _ in ANSWERS:
+    for prompt, text, *_ in ANSWERS:
         whole = template.render([*prompt, {"role": "assistant", "content": text}])
         ids = torch.tensor(template.encode([whole])[0].tolist())[None]
         scores.append(peer(ids).logits[0, 0].item())
@@ -328,6 +329,25 @@ def test_accuracy_on_pairs_by_subset(reward_dir, command, tmp_path):
     assert f"mean of the subsets {mean:.1%}" in " ".join(said.split())
 
 
+def test_rewardbench_sections():
+    """The published 2,985 prompts. Right on all math, on half the code: (984 + 6 * 82) / 1968."""
+    counts = {name: n for parts in rewardbench.SECTIONS.values() for name, n in parts.items()}
+    counts["math-prm"] = 447
+    assert sum(counts.values()) == 2985
+    names = [name for name, n in counts.items() for _ in range(n)] + ["another"]
+    wins = [not name.startswith("hep") or i % 2 for i, name in enumerate(names)]
+    found, missing = rewardbench.sections(names, wins)
+    assert {k: round(v.mean, 9) for k, v in found.items()} == {
+        "Chat": 1, "Chat Hard": 1, "Safety": 1, "Reasoning": 0.75, "score": 0.9375
+    }  # fmt: skip
+    assert 0.70 < found["Reasoning"].low < 0.75 < found["Reasoning"].high < 0.80 and not missing
+    some = [i for i, name in enumerate(names) if name != "donotanswer" and name[:4] != "hep-"]
+    found, missing = rewardbench.sections([names[i] for i in some], [wins[i] for i in some])
+    assert list(found) == ["Chat", "Chat Hard"]
+    assert missing == ["donotanswer"] + [name for name in counts if name[:4] == "hep-"]
+    assert rewardbench.sections(["", "another"], [1, 0]) == ({}, [])
+
+
 def test_win_rate_against_the_chosen_answers(reward_dir, command, tmp_path):
     """A pair file serves as --against; the model that gives the chosen answers ties with them."""
     answers = [{"prompt": row["prompt"], "answer": row["chosen"]} for row in PAIRS[:5]]
@@ -391,13 +411,14 @@ def test_world_command(tiny_model_dir, start_dir, command, tmp_path):
 def test_answers_are_joined_by_prompt(files, tmp_path):
     settings = evaluate.RewardSettings("rm", str(files[0]), str(files[1]))
     answers = evaluate.read_answers(settings.answers, "--answers")
-    assert [a.text for a in evaluate.align(answers, settings)] == [f"b{i}" for i in range(5)]
+    others = evaluate.read_answers(settings.against, "--against")
+    assert [a.text for a in evaluate.align(answers, others, "")] == [f"b{i}" for i in range(5)]
     rows = [{"prompt": f"q{i}?", "answer": "x"} for i in (0, 1, 3, 4, 4)]
     for wanted, message in ((answers, "no answer to the prompt of .*ours.jsonl:3"),
-                            (answers[4:], "has 2 answers to the prompt of .*:1")):  # fmt: skip
-        settings.against = str(write_rows(tmp_path / "other.jsonl", rows))
+                            (answers[4:], "has 2 answers to the prompt of .*:5")):  # fmt: skip
+        others = evaluate.read_answers(str(write_rows(tmp_path / "other.jsonl", rows)), "")
         with pytest.raises(UserError, match=message):
-            evaluate.align(wanted, settings)
+            evaluate.align(wanted, others, "--against")
 
 
 @pytest.mark.parametrize(
@@ -408,7 +429,7 @@ def test_answers_are_joined_by_prompt(files, tmp_path):
         (["reward"], "--model is missing"),
         (["reward", "--model", "RM"], "--answers is missing"),
         (["reward", "--model", "RM", "--answers", "no.jsonl"], "--answers no.jsonl: no such file"),
-        (["reward", "--model", "RM", "--answers", "BAD"], "bad.jsonl:2: expected prompt and"),
+        (["reward", "--model", "RM", "--answers", "BAD"], "bad.jsonl:2: columns ['prompt'] are"),
         (["reward", "--model", "LM", "--answers", "OURS"], "a reward model is needed"),
         (["reward", "--model", "RM", "--answers", "OURS", "--against", "PAIRS"],
          "PAIRS has no answer to the prompt of"),

@@ -253,7 +253,7 @@ def test_a_missing_or_doubled_answer_is_named(judge, capsys):
     file = judge.files / "theirs.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     for kept, message in (
-        (lines[:4], "has no answer to 2 of 6 prompts, as that of"),
+        (lines[:4], "ours.jsonl:5, and so of 2 of 6; answer them"),
         (lines + lines[:1], "theirs.jsonl:7: same prompt as"),
     ):
         file.write_text("".join(kept))
@@ -305,6 +305,43 @@ def test_grades_of_both_turns(judge):
         names = ("question", "answer", "reference")
         filled = Prompt(GRADE, (), "")(**dict(zip(names, values, strict=True)))
         assert text == filled[-1]["content"]
+
+
+def test_pairs_of_both_turns(judge, monkeypatch, capsys):
+    """The new model is liked for "good": it wins turn 1 whatever its place, the base turn 2 of 82;
+    turn 2 of 81 goes to the one shown last, a tie. As FastChat shows them: (1 + 1 + .5 + 0) / 4."""
+    questions = [{"question_id": q, "turns": ["one?", "two?"]} for q in (81, 82)]
+    said = {"new": [["good", "hm"], ["good", "hm"]], "base": [["ah", "oh"], ["ah", "good"]]}
+    files = {name: judge.files / f"{name}.jsonl" for name in ("questions", *said)}
+    files["questions"].write_text("".join(json.dumps(q) + "\n" for q in questions))
+    for name, dialogues in said.items():
+        found = [{"question_id": q, "model_id": name, "choices": [{"index": 0, "turns": turns}]}
+                 for q, turns in zip((81, 82), dialogues, strict=True)]  # fmt: skip
+        files[name].write_text("".join(json.dumps(row) + "\n" for row in found))
+
+    def liked(messages, body):
+        last = [text.split("\n\n===")[0].split()[-1]
+                for text in messages[-1]["content"].split("===\n")[2:4]]  # fmt: skip
+        return "[[A]]" if last[0] == "good" else "[[B]]"
+
+    with ChatServer(liked) as server:
+        flags = ["--answers", files["new"], "--against", files["base"], "--format"]
+        flags += ["mt_bench_pair", "--questions", files["questions"]]
+        found = rows(judge(server, *flags))
+    assert [(r["question_id"], r["turn"], r["g1_winner"], r["g2_winner"]) for r in found] == [
+        (81, 1, "model_2", "model_2"), (81, 2, "model_2", "model_1"),
+        (82, 1, "model_2", "model_2"), (82, 2, "model_1", "model_1"),
+    ]  # fmt: skip
+    assert [(r["model_1"], r["model_2"]) for r in found] == [("base", "new")] * 4
+    asked = found[1]["g1_user_prompt"]
+    assert "Human: one?\n\nHuman: two?" in asked
+    assert "Assistant: ah\n\nHuman: two?\n\nAssistant: oh" in asked
+    assert "Assistant: good\n\nHuman: two?\n\nAssistant: hm" in asked
+    capsys.readouterr()
+    file = judge.files / "verdicts"
+    told = evaluated(monkeypatch, capsys, "mtbench", "--judgments", file, "--resamples", 20)
+    assert re.search(r"new against base +4 +0\.62 .* 1\.00 .* 0\.25", told)
+    assert re.search(r"base against new +4 +0\.38 ", told)
 
 
 def test_a_local_judge(judge, tmp_path, capsys):
