@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from analysis import Context, Settings, open_views
+from attend import row_attention
 from cli import UserError, flag, progress, require
 from generate import load_model
-from model import row_attention
 from results import save, table
 from rows import build_row, lay_out, visible
 from stats import estimate

@@ -65,7 +65,23 @@ def parser_of(settings, description):
 
 def parse(settings, description, argv=None):
     """argv -> an instance of the dataclass `settings`; UserError for unknown flags and values."""
-    return settings(**vars(parser_of(settings, description).parse_args(argv)))
+    words = switched(settings, sys.argv[1:] if argv is None else argv)
+    return settings(**vars(parser_of(settings, description).parse_args(words)))
+
+
+def switched(settings, words):
+    """A boolean's `--name true` and `--name=false` as argparse wants them: --name and --no-name."""
+    hints, out = typing.get_type_hints(settings), []
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals and out:
+            name, value = out[-1], word
+        if value.lower() in ("true", "false") and hints.get(name.removeprefix("--")) is bool:
+            out = out if equals else out[:-1]
+            out.append(name if value.lower() == "true" else f"--no-{name[2:]}")
+        else:
+            out.append(word)
+    return out
 
 
 def require(s, *names):

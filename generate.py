@@ -83,6 +83,7 @@ class Answers:
     instruction: str = INSTRUCTIONS["better"]
     seed: int = 0
     batch: int = 16
+    static: bool = False  # cache, for a compiled step
 
     def __call__(self, asks, numbers=None, on_token=None):
         """Yield one row {prompt, answer, [draft,] finished, …} per Ask, in their order."""
@@ -97,7 +98,7 @@ class Answers:
         """
         jobs = [Job(ask, n) for ask, n in zip(asks, numbers, strict=True)]
         queue = deque(self._first(job, on_token) for job in jobs)
-        for seq in complete(self.model, queue, self.sampling, self.batch):
+        for seq in complete(self.model, queue, self.sampling, self.batch, self.static):
             stage, job = seq.tag
             text = self.template.decode(seq.answer)
             if stage == "draft":  # its refinement goes first, so that rows end nearly in order
@@ -232,6 +233,7 @@ class Settings:
     limit: int | None = flag(None, "only the first N prompts")
     dtype: str | None = flag(None, "default: bf16 on CUDA, else fp32", ("bf16", "fp32"))
     device: str = flag("auto", "where to run", ("auto", "cpu", "cuda"))
+    compile: bool = flag(False, "static cache and compiled steps: for long answers on CUDA")
     endpoint: str | None = flag(None, "OpenAI-compatible server, as http://127.0.0.1:8000/v1")
     concurrency: int = flag(8, "questions that --endpoint has at once")
     timeout: float = flag(600.0, "seconds that --endpoint may take for one answer")
@@ -328,7 +330,7 @@ class Stream:
             print(file=self.file, flush=True)
 
 
-def answerer(s, mode="plain", instruction="better"):
+def answerer(s, mode="plain", instruction="better", static=False):
     """What answers: the own sampler with --model loaded, or the server at --endpoint."""
     instruction = INSTRUCTIONS.get(instruction, instruction)
     if s.endpoint:
@@ -337,7 +339,7 @@ def answerer(s, mode="plain", instruction="better"):
         return RemoteAnswers(endpoint, sampling, mode, instruction, s.seed, s.concurrency)
     model, template = load_model(s.model, s.dtype, s.device)
     sampling = Sampling(s.max_new_tokens, s.temperature, s.top_p, stop_ids(template))
-    return Answers(model, template, sampling, mode, instruction, s.seed, s.batch)
+    return Answers(model, template, sampling, mode, instruction, s.seed, s.batch, static)
 
 
 def recorded(s):
@@ -355,7 +357,7 @@ def produce(s, asks, numbers, store):
     An answer to --prompt streams to the terminal as well; a server's is printed when it is whole.
     """
     settings, one = recorded(s), s.prompt is not None
-    answers = answerer(s, s.mode, s.instruction)
+    answers = answerer(s, s.mode, s.instruction, s.compile)
     stream = Stream(answers.template) if one and not s.endpoint else None
     numbered = answers.numbered([asks[n] for n in numbers], numbers, *filter(None, [stream]))
     if store is None:

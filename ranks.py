@@ -192,7 +192,7 @@ def build_model(s, ranks, source, head):
         )
     with torch.device("meta"):
         model = Transformer(dataclasses.replace(config, head=head))
-    model.attention = s.attention
+    model.attention, model.context_grad = s.attention, s.context_grad
     for block in model.blocks:
         block.recompute = s.checkpoint_activations
         if s.compile:

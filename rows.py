@@ -114,6 +114,12 @@ class Row:
     pairs: list
     n_paths: int
 
+    @property
+    def chains(self):
+        """The chains of all tries, in the row's order; see `chains`."""
+        until = self.until.tolist()
+        return [chain for start, end in self.spans for chain in chains(until, start, end)]
+
     def to(self, device):
         """The same row with its vectors on `device`."""
         values = (getattr(self, f.name) for f in fields(self))
@@ -152,6 +158,20 @@ def build_row(tries, pairs, n_paths, pad_to=0):
     spans += [(k, k + 1) for k in padding[:1]] if not tries else []
     tensors = {name: torch.tensor(column, dtype=torch.long) for name, column in columns.items()}
     return Row(**tensors, spans=spans, pairs=list(pairs), n_paths=n_paths)
+
+
+def chains(until, start, end, above=()):
+    """Yield the chains of a trie: ((start, end), the chains above it), in pre-order.
+
+    A chain is a run of tokens without a branching. Each of its tokens sees the chains above it
+    whole, and of its own what is not behind it. until: list; start, end: the trie's place in it.
+    """
+    stop = next((i for i in range(start, end) if until[i] != end), end)
+    yield (start, stop), above
+    above = (*above, (start, stop))
+    while stop < end:
+        yield from chains(until, stop, until[stop], above)
+        stop = until[stop]
 
 
 def visible(until, positions, window=None):

@@ -8,6 +8,7 @@ Legend: B sequences at work, T new tokens of each, H heads, K key/value heads, G
 C head width, U slots in use, D width, V vocabulary.
 """
 
+import functools
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import masked_attention
+from attend import attention
 
 # ----------------------------------------------------------------------------- one token
 
@@ -67,21 +68,25 @@ class Cache:
     Rows are of unequal length and each fills slots of its own from 0 on, so there is no padding:
     who sees whom is a matter of positions alone. What a former sequence left in a row lies at
     positions that its successor overwrites before it can see them.
+
+    static: a step looks at all rows and slots, whose number is a power of two, so that it keeps its
+    shape for torch.compile; else at what is in use.
     """
 
-    def __init__(self, model, rows):
+    def __init__(self, model, rows, static=False):
         c = self.config = model.config
+        self.rows, self.static = rows, static
         self.groups = c.heads // c.kv_heads
-        empty = model.embed.weight.new_zeros(2, rows, c.kv_heads, 0, c.head_width)
-        self.layers = [empty] * c.n_layers
+        new = model.embed.weight.new_zeros
+        self.layers = [new(2, rows, c.kv_heads, 0, c.head_width) for _ in range(c.n_layers)]
 
-    def attend(self, rows, positions):
+    def attend(self, rows, positions, used):
         """What `Transformer.hidden` takes: one attention rule per layer.
 
-        rows: slice of B rows; positions: (B, T) of the new tokens, which also are their slots.
+        rows: slice of B rows; positions: (B, T) of the new tokens, which also are their slots;
+        used: U, over the largest of them, and reserved.
         """
-        c, used = self.config, int(positions.max()) + 1
-        self._grow(used)
+        c = self.config
         slots = torch.arange(used, device=positions.device)
         age = positions[:, None, :, None] - slots  # (B, 1, T, U)
         masks = {w: age >= 0 if w is None else (age >= 0) & (age < w) for w in set(c.windows)}
@@ -92,13 +97,14 @@ class Cache:
             for layer, window in zip(self.layers, c.windows, strict=True)
         ]
 
-    def _grow(self, used):
-        """Make room for `used` slots; by halves, so that copying is rare."""
+    def reserve(self, used):
+        """Make room for `used` slots, by powers of two -> the slots that a step looks at."""
         room = self.layers[0].shape[3]
         if used > room:
-            more = max(used, room + room // 2, 256) - room
+            more = max(256, 1 << (used - 1).bit_length()) - room
             for i, layer in enumerate(self.layers):  # zeros: a masked NaN would still spread
                 self.layers[i] = F.pad(layer, (0, 0, 0, more))
+        return self.layers[0].shape[3] if self.static else used
 
     def move(self, source, target):
         """Copy one row over another."""
@@ -122,7 +128,7 @@ class Cached:
         self.keys.transpose(1, 2)[rows, self.positions] = k.transpose(1, 2)  # (B, T, K, C)
         self.values.transpose(1, 2)[rows, self.positions] = v.transpose(1, 2)
         q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, K, G T, C)
-        y = masked_attention(q, self.keys, self.values, self.mask, self.scale, self.cap)
+        y = attention(q, self.keys, self.values, self.mask, self.scale, self.cap)
         return y.unflatten(2, (-1, k.shape[2])).flatten(1, 2)  # (B, H, T, C)
 
 
@@ -161,12 +167,13 @@ class Sequence:
         return self.finished or len(self.answer) == sampling.max_new_tokens
 
 
-def complete(model, queue, sampling, batch=16):
+def complete(model, queue, sampling, batch=16, static=False):
     """Yield the Sequences of a deque as they end; the caller may append to it meanwhile.
 
-    At most `batch` are at work, and one that ends makes room for the next at once.
+    At most `batch` are at work, and one that ends makes room for the next at once. static: with a
+    static cache and a compiled step.
     """
-    cache, active = Cache(model, batch), []
+    cache, active = Cache(model, batch, static), []
     while queue or active:
         while queue and len(active) < batch:
             active.append(queue.popleft())
@@ -186,32 +193,49 @@ def prefill(model, cache, row, prompt):
     if len(prompt) > 1:
         tokens = torch.tensor(prompt[:-1], device=model.embed.weight.device)[None]  # (1, T)
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        model.hidden(tokens, positions, cache.attend(slice(row, row + 1), positions))
+        used = cache.reserve(len(prompt) - 1)
+        model.hidden(tokens, positions, cache.attend(slice(row, row + 1), positions, used))
 
 
 @torch.no_grad()
 def step(model, cache, active, sampling):
     """Feed every sequence its last token and draw the next -> list of B ids."""
     device = model.embed.weight.device
-    last = torch.tensor([[seq.last] for seq in active], device=device)  # (B, 1)
-    places = [[len(seq.prompt) + len(seq.answer) - 1] for seq in active]
-    positions = torch.tensor(places, device=device)  # (B, 1)
-    x = model.hidden(last, positions, cache.attend(slice(0, len(active)), positions))  # (B, 1, D)
-    logits = model.to_logits(x[:, 0])  # (B, V)
+    idle = [0] * (cache.rows - len(active)) if cache.static else []  # rows that nobody reads
+    last = torch.tensor([seq.last for seq in active] + idle, device=device)
+    places = [len(seq.prompt) + len(seq.answer) - 1 for seq in active]
+    positions = torch.tensor(places + idle, device=device)
+    used = cache.reserve(max(places) + 1)
+    run = compiled(next_logits) if cache.static else next_logits
+    logits = run(model, cache, last[:, None], positions[:, None], used)[: len(active)]
     uniforms = torch.tensor([seq.rng.random() for seq in active], device=device)
     return draw(logits, uniforms, sampling).tolist()
 
 
-def generate(model, prompts, sampling, seed=0, batch=16, on_token=None):
+def next_logits(model, cache, last, positions, used):
+    """(B, 1) last tokens and their positions -> (B, V) logits of the next."""
+    attend = cache.attend(slice(0, len(last)), positions, used)
+    x = model.hidden(last, positions, attend)  # (B, 1, D)
+    return model.to_logits(x[:, 0])
+
+
+@functools.cache
+def compiled(function):
+    """On CUDA the step is replayed as one graph: a small batch would wait for kernel launches."""
+    return torch.compile(function, dynamic=False, mode="reduce-overhead")
+
+
+def generate(model, prompts, sampling, seed=0, batch=16, on_token=None, static=False):
     """Token ids in, token ids out: a list of prompts -> a list of answers, in the same order.
 
     Prompt i draws its random numbers from (seed, i). on_token(i, token) is called as tokens come.
+    static: a static cache and a compiled step.
     """
 
     def listener(i):
         return on_token and (lambda token: on_token(i, token))
 
     sequences = [Sequence(list(p), (seed, i), listener(i)) for i, p in enumerate(prompts)]
-    for _ in complete(model, deque(sequences), sampling, batch):
+    for _ in complete(model, deque(sequences), sampling, batch, static):
         pass
     return [seq.answer for seq in sequences]

@@ -76,6 +76,9 @@ class Settings:
     device: str = flag("auto", "where to run", ("auto", "cpu", "cuda"))
     attention: str = flag("auto", "attention kernel; auto: flex on CUDA", ("auto", "sdpa", "flex"))
     compile: bool | None = flag(None, "compile the blocks; default: on CUDA")
+    context_grad: bool = flag(
+        True, "false: prompts and context answers run forward only (cheaper, not exact)"
+    )
     checkpoint_activations: bool = flag(False, "recompute blocks in backward, to save memory")
     offload: bool = flag(False, "keep parameters and optimizer state in CPU memory")
     shard_group: int | None = flag(
@@ -103,6 +106,9 @@ def resolve(s, kind):
         if getattr(s, name) is None and not (length_given and name in ("steps", "epochs")):
             setattr(s, name, value)
     s.dtype = s.dtype or ("bf16" if kind == "cuda" else "fp32")
+    if not s.context_grad:  # rows of ever new lengths: no fixed block mask, no compilation
+        s.attention = "sdpa" if s.attention == "auto" else s.attention
+        s.compile = bool(s.compile)
     s.attention = ("flex" if kind == "cuda" else "sdpa") if s.attention == "auto" else s.attention
     if s.attention == "flex" and kind != "cuda":
         raise UserError("--attention flex: FlexAttention trains on CUDA only; use sdpa")

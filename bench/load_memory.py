@@ -30,9 +30,9 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 import weights  # noqa: E402
+from bench.checkpoints import published, write_noise  # noqa: E402
 from bench.process_memory import smaps  # noqa: E402
 from families import hf_name  # noqa: E402
-from model import Transformer  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -57,25 +57,6 @@ class Peak:
         self.done.set()
         self.thread.join()
         self.seconds = time.time() - self.start
-
-
-def write_checkpoint(shape, directory, shard_bytes=10**9):
-    """A bf16 checkpoint of noise in a published shape; one shard is in memory at a time."""
-    source = ROOT / "bench" / "shapes" / shape
-    _, config = weights.read_config(source)
-    with torch.device("meta"):
-        model = Transformer(config)
-
-    def tensors():
-        noise = 0.02 * torch.randn(2**24, generator=torch.Generator().manual_seed(0))
-        noise = noise.bfloat16()
-        for name, parameter in model.named_parameters():
-            tensor = torch.empty(parameter.shape, dtype=torch.bfloat16)
-            for part in tensor.view(-1).split(len(noise)):  # the same noise again and again: quick
-                part.copy_(noise[: len(part)])
-            yield name, tensor
-
-    weights.save(directory, config, tensors(), source, torch.bfloat16, shard_bytes=shard_bytes)
 
 
 def load_and_export(directory, dtype):
@@ -197,7 +178,7 @@ def main():
         return load_and_export(args.worker, args.dtype)
     with tempfile.TemporaryDirectory(dir=args.tmp) as folder:
         directory = Path(folder) / "model"
-        write_checkpoint(args.shape, directory)
+        write_noise(directory, published(args.shape))
         table(directory, args.dtype, map(int, args.processes.split(",")))
 
 

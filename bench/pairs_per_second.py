@@ -1,32 +1,37 @@
 """How fast are `dpo`, `ins_dpo` and the averaged objective here, and TRL's plain DPO beside them?
 
-    python bench/pairs_per_second.py --dtype fp32 --pairs 32 --batch 16 --repeat 2
+    python bench/pairs_per_second.py --dtype fp32 --pairs 32 --batch 16 --repeat 3
+    python bench/pairs_per_second.py --device cuda --dtype bf16 --shape llama-3.2-1b \
+        --mix ultrafeedback --pairs 128 --batch 32 --micro 8 --only "ins_dpo; TRL dpo, bf16 weights"
 
 One run, one machine, one contender at a time, in turn: same model, pairs, dtype, batch and length
-limit. Pairs per second cover the reference pass and the training steps, not imports, loading or
-tokenising. Peak memory is the resident set of the whole process. Prints a Markdown table of
-medians and writes it with all figures to --out. Without TRL its rows are left out, and it says so.
+limit, each in a process of its own. A pair costs its share of the reference pass and of the steps;
+imports, loading, tokenising and the first `--warmup` steps are not counted. Peak memory is that of
+the GPU or the resident set. Without TRL its rows are left out, and it says so.
+
+Utilisation is the model FLOPs of a pair (bench/flops.py: 6 N per trained token, 2 N per reference
+token, visible scores, scored tokens' head) per second over the rate of plain matrix products of
+the model's own shapes, measured between the contenders. TRL's is held against the FLOPs of `dpo`
+here, that is, of what plain DPO needs.
 """
 
 import importlib.util
-import json
-import os
-import platform
-import statistics
-import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
-
-from cli import UserError, flag, parse, run  # noqa: E402
+from bench import measuring, training  # noqa: E402
+from bench.checkpoints import published, write_noise  # noqa: E402
+from bench.flops import Flops  # noqa: E402
+from bench.lengths import MIXES, write_pairs  # noqa: E402
+from bench.measuring import DTYPES, median, percent, table  # noqa: E402
+from cli import flag, parse, run  # noqa: E402
 from smollm2 import smollm2_dir  # noqa: E402
-from weights import write_json  # noqa: E402
+from weights import read_config  # noqa: E402
 
 
 @dataclass
@@ -34,127 +39,112 @@ class Settings:
     """Flags of the comparison."""
 
     model: str | None = flag(None, "HF directory; default: SmolLM2-135M, built by tests/smollm2.py")
+    shape: str | None = flag(None, "instead: noise in a shape of bench/shapes, or small")
     data: str = flag("../shared/data/hh-harmless-test.jsonl.gz", "preference pairs")
-    pairs: int = flag(32, "pairs, each seen once")
+    mix: str | None = flag(None, "instead: synthetic pairs of this length mix", tuple(MIXES))
+    only: str | None = flag(None, 'contenders, as "dpo; ins_dpo"; default: all')
+    pairs: int = flag(32, "pairs of the dataset; about as many are trained on")
     batch: int = flag(16, "pairs per optimizer step")
     micro: int = flag(4, "TRL: pairs per forward")
+    warmup: int = flag(1, "steps that are not counted")
     max_len: int = flag(1024, "tokens of a path")
-    dtype: str = flag("fp32", "compute dtype of all contenders", ("fp32", "bf16"))
-    row_tokens: int = flag(2048, "here: tokens per row")
-    repeat: int = flag(2, "runs of each contender, in turn")
-    out: str = flag("bench/pairs_per_second.json", "where the figures go")
+    dtype: str = flag("fp32", "compute dtype of all contenders", tuple(DTYPES))
+    device: str = flag("cpu", "where", ("cpu", "cuda"))
+    row_tokens: int | None = flag(None, "here: tokens per row; default: train.py's")
+    repeat: int = flag(3, "runs of each contender, in turn")
+    out: str = flag("bench/out/pairs_per_second.json", "where the figures go")
 
 
-HERE = {
-    "dpo": ["--loss", "dpo"],
-    "ins_dpo": ["--loss", "ins_dpo"],
-    "ins_dpo, turn": ["--loss", "ins_dpo", "--bridge", "turn"],
-    "ifsr_dpo": ["--loss", "ifsr_dpo"],
-    "averaged, sep": ["--loss", "ins_dpo", "--condition", "averaged"],
-    "averaged, turn": ["--loss", "ins_dpo", "--condition", "averaged", "--bridge", "turn"],
-}
 PEER = {
     "TRL dpo, reference precomputed": ["--precompute"],
     "TRL dpo, reference in each step": ["--no-precompute"],
+    "TRL dpo, bf16 weights": ["--precompute", "--dtype", "bf16_pure"],
 }
 
 
-def execute(command):
-    """Run a command -> (stdout, peak resident memory in GB)."""
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=errors, text=True)
-        _, status, usage = os.wait4(process.pid, 0)
-        for stream in (output, errors):
-            stream.seek(0)
-        if status != 0:
-            raise UserError(f"{' '.join(command)} failed:\n{errors.read()[-2000:]}")
-        return output.read(), usage.ru_maxrss / 2**20  # Linux counts KiB
-
-
-def measure_here(s, model, flags):
-    """Pairs per second of train.py, from its own metrics."""
-    steps = -(-s.pairs // s.batch)
+@contextmanager
+def workload(s):
+    """(model directory, pairs file), written where --shape or --mix ask for noise."""
     with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "run"
-        command = [sys.executable, "train.py", *flags, "--model", model, "--data", s.data]
-        command += ["--limit", s.pairs, "--eval_pairs", 0, "--batch", s.batch, "--steps", steps]
-        command += ["--max_len", s.max_len, "--row_tokens", s.row_tokens, "--dtype", s.dtype]
-        command += ["--save_every", 10**9, "--out", out]
-        _, peak = execute([str(part) for part in command])
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").open(encoding="utf-8")]
-    reference = sum(line.get("reference_seconds", 0) for line in lines)
-    steps = [line for line in lines if "seconds" in line]
-    seconds = reference + sum(line["seconds"] for line in steps)
-    tokens = sum(line["tokens"] for line in steps)
-    return {
-        "pairs_per_second": sum(line["pairs"] for line in steps) / seconds,
-        "reference_seconds": reference,
-        "tokens_per_pair": tokens / s.pairs,
-        "peak_gb": peak,
-    }
+        model = s.model or None if s.shape else s.model or smollm2_dir(build=True)
+        model = model or write_noise(Path(scratch) / "model", published(s.shape))
+        data = s.data
+        if s.mix:
+            data = write_pairs(Path(scratch) / "pairs.jsonl", MIXES[s.mix], s.pairs, model)
+        yield model, data
 
 
-def measure_peer(s, model, flags):
+def steps(s):
+    return max(1, s.pairs // s.batch)
+
+
+def measure_here(s, model, data, flags):
+    """Figures of bench/training.py with these flags of train.py."""
+    flags = flags | {"model": model, "data": data, "limit": s.pairs, "batch": s.batch}
+    flags |= {"max_len": s.max_len, "dtype": s.dtype, "device": s.device, "steps": steps(s)}
+    flags |= {"warmup": s.warmup} | ({"row_tokens": s.row_tokens} if s.row_tokens else {})
+    found = training.in_fresh_process(flags)
+    kept = ("pairs_per_second", "reference_seconds_per_pair", "tokens_per_pair")
+    return {name: found[name] for name in (*kept, "flops_per_pair", "peak_gib")}
+
+
+def measure_peer(s, model, data, flags):
     """Pairs per second of TRL's DPOTrainer, from bench/trl_dpo.py."""
-    command = [sys.executable, "bench/trl_dpo.py", *flags, "--model", model, "--data", s.data]
-    command += ["--pairs", s.pairs, "--batch", s.batch, "--micro", s.micro]
-    command += ["--max_len", s.max_len, "--dtype", s.dtype]
-    output, peak = execute([str(part) for part in command])
-    figures = json.loads(output.strip().splitlines()[-1])
-    return {
-        "pairs_per_second": figures["pairs_per_second"],
-        "reference_seconds": figures["reference_seconds"],
-        "tokens_per_pair": None,
-        "peak_gb": peak,
+    command = [sys.executable, measuring.ROOT / "bench" / "trl_dpo.py", "--dtype", s.dtype, *flags]
+    command += ["--model", model, "--data", data, "--pairs", s.pairs, "--batch", s.batch]
+    command += ["--micro", s.micro, "--max_len", s.max_len, "--device", s.device]
+    command += ["--steps", steps(s), "--warmup", s.warmup]
+    found = measuring.last_json(measuring.execute(command)[0])
+    kept = ("pairs_per_second", "reference_seconds_per_pair", "peak_gib")
+    return {k: found[k] for k in kept} | {"tokens_per_pair": None, "flops_per_pair": None}
+
+
+def contenders(s, model, data):
+    """{name: measure()} of what is asked for and installed."""
+    found = {
+        name: lambda flags=flags: measure_here(s, model, data, flags)
+        for name, flags in training.CONTENDERS.items()
     }
+    peers = PEER if s.dtype == "bf16" else dict(list(PEER.items())[:2])
+    if importlib.util.find_spec("trl"):
+        found |= {n: lambda f=f: measure_peer(s, model, data, f) for n, f in peers.items()}
+    else:
+        print("TRL is not installed (requirements-dev.txt): its rows are left out")
+    return {name: found[name] for name in measuring.chosen(s.only, found)}
 
 
-def table(figures):
-    """Markdown, medians over the repeats, and the ratio to the fastest run of the peer."""
-    median = {
-        name: {k: statistics.median(r[k] for r in runs) if runs[0][k] is not None else None
-               for k in runs[0]}
-        for name, runs in figures.items()
-    }  # fmt: skip
-    peers = [m["pairs_per_second"] for name, m in median.items() if name in PEER]
-    lines = [
-        "| contender | pairs/s | against TRL's best | reference pass, s | tokens/pair | peak GB |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, m in median.items():
-        ratio = f"{m['pairs_per_second'] / max(peers):.2f}x" if peers else "-"
-        tokens = f"{m['tokens_per_pair']:.0f}" if m["tokens_per_pair"] else "-"
-        lines.append(
-            f"| {name} | {m['pairs_per_second']:.3f} | {ratio} | {m['reference_seconds']:.1f} "
-            f"| {tokens} | {m['peak_gb']:.2f} |"
-        )
-    return "\n".join(lines)
+HEADERS = ("contender", "pairs/s", "against TRL's best", "reference pass, ms/pair", "tokens/pair")
+HEADERS += ("GFLOP/pair", "of matmul rate", "peak GiB")
 
 
-def commit():
-    """The commit that was measured, marked when the tree differs from it."""
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+def rows(runs):
+    """Lines of the table: medians, the ratio to the fastest run of the peer, utilisation."""
+    middle = {name: median(figures) for name, figures in runs.items()}
+    rates = middle.pop("matmul rate")["model"]
+    best = max((m["pairs_per_second"] for name, m in middle.items() if name in PEER), default=None)
+    needed = middle["dpo"]["flops_per_pair"] if "dpo" in middle else None
+    for name, m in middle.items():
+        speed, flops = m["pairs_per_second"], m["flops_per_pair"] or needed
+        ratio = f"{speed / best:.2f}x" if best else None
+        used = percent(flops * speed, rates) if flops else None
+        reference, per_pair = 1e3 * m["reference_seconds_per_pair"], m["flops_per_pair"]
+        gflops = per_pair / 1e9 if per_pair else None
+        yield name, speed, ratio, reference, m["tokens_per_pair"], gflops, used, m["peak_gib"]
 
 
 def main():
     s = parse(Settings, __doc__.splitlines()[0])
-    model = s.model or str(smollm2_dir(build=True))
-    contenders = {name: (measure_here, flags) for name, flags in HERE.items()}
-    if importlib.util.find_spec("trl"):
-        contenders |= {name: (measure_peer, flags) for name, flags in PEER.items()}
-    else:
-        print("TRL is not installed (requirements-dev.txt): its rows are left out")
-    figures = {name: [] for name in contenders}
-    for turn in range(s.repeat):
-        for name, (measure, flags) in contenders.items():
-            figures[name].append(measure(s, model, flags))
-            print(f"{turn + 1}/{s.repeat} {name}: {figures[name][-1]}", file=sys.stderr, flush=True)
-    machine = {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
-    settings = asdict(s) | {"model": Path(model).name, "data": Path(s.data).name}
-    content = {"machine": machine, "commit": commit(), "settings": settings, "runs": figures}
-    write_json(s.out, content)
-    print(table(figures))
+    with workload(s) as (model, data):
+        shapes = Flops(read_config(model)[1]).shapes
+        size = s.row_tokens or (8192 if s.device == "cuda" else 2048)
+        measures = {
+            "matmul rate": lambda: measuring.ceilings(shapes, size, DTYPES[s.dtype], s.device)
+        }
+        runs = measuring.in_turn(measures | contenders(s, model, data), s.repeat)
+    rate = median(runs["matmul rate"])
+    headers = ("matrix products", "model's shapes, TFLOP/s", f"square, TFLOP/s ({s.dtype})")
+    ceiling = table(headers, [("", rate["model"] / 1e12, rate["square"] / 1e12)])
+    measuring.tell(s, runs, table(HEADERS, rows(runs)), ceiling)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ class Stage(NamedTuple):
     bridge: str | None = None
     instruction: str = "better"
     steps: int = STEPS
+    context_grad: bool = True
 
 
 class Job(NamedTuple):

@@ -1,21 +1,21 @@
-"""The peer: TRL's DPOTrainer on a CPU, plain DPO, timed in pairs per second.
+"""The peer: TRL's DPOTrainer, plain DPO, timed in pairs per second.
 
     python bench/trl_dpo.py --model DIR --data hh.jsonl.gz --pairs 32 --batch 16 --micro 4
 
-TRL at its fastest on a CPU: no activation checkpointing (on by default), no saving, logging or
+TRL at its fastest: no activation checkpointing (on by default), no saving, logging or
 reporting, fused AdamW, padding kept small by length-grouped batches and a length-sorted reference
 pass. Padding-free batches need FlashAttention, and this version of TRL has them switched off. On
 a CPU its fused head pushes every position through the vocabulary, prompt and padding included.
 Pairs are read by nanoPO's own reader, so that both contenders get the same ones.
 
-Wall-clock covers the reference log-probabilities and the training steps, not imports, loading or
-tokenising; the latter two are reported apart. The last line of stdout is one JSON object. Option
-names: TRL 1.16 `DPOConfig`, transformers 5.23 `TrainingArguments`.
+Wall-clock covers the reference log-probabilities, after one forward to warm up, and the training
+steps after the first `--warmup`; not imports, loading or tokenising, of which the latter two are
+reported apart. The last line of stdout is one JSON object. Option names: TRL 1.16 `DPOConfig`,
+transformers 5.23 `TrainingArguments`.
 """
 
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -25,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cli import UserError, flag, parse, run  # noqa: E402
+from metrics import peak_memory  # noqa: E402
 from pairs import Drops, read_pairs  # noqa: E402
 
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -40,6 +41,8 @@ class Settings:
     batch: int = flag(16, "pairs per optimizer step")
     micro: int = flag(4, "pairs per forward (per_device_train_batch_size)")
     steps: int | None = flag(None, "optimizer steps; None: one pass over the pairs")
+    warmup: int = flag(1, "steps before them that are not counted")
+    device: str = flag("cpu", "where", ("cpu", "cuda"))
     dtype: str = flag(
         "fp32",
         "bf16: autocast over fp32 weights; bf16_pure: bf16 weights and optimizer state",
@@ -80,7 +83,7 @@ def timed_trainer():
     class Timed(DPOTrainer):
         def __init__(self, *args, **kwargs):
             self.seconds = {"tokenise": 0.0, "reference": 0.0}
-            self.step_ends, self.pairs, self.tokens, self.padded_tokens = [], 0, 0, 0
+            self.step_starts, self.pairs, self.tokens, self.padded_tokens = [], 0, 0, 0
             super().__init__(*args, **kwargs)
 
         def _prepare_dataset(self, *args, **kwargs):
@@ -96,6 +99,7 @@ def timed_trainer():
             return result
 
         def training_step(self, model, inputs, *args, **kwargs):
+            self.step_starts.append((time.perf_counter(), self.pairs))  # of a micro-batch
             self.pairs += len(inputs["input_ids"]) // 2
             self.tokens += int(inputs["attention_mask"].sum())
             self.padded_tokens += inputs["attention_mask"].numel()
@@ -110,11 +114,11 @@ def config(settings, steps, out):
 
     return DPOConfig(
         output_dir=out,
-        use_cpu=True,
+        use_cpu=settings.device == "cpu",
         bf16=settings.dtype == "bf16",
         per_device_train_batch_size=settings.micro,
         gradient_accumulation_steps=settings.batch // settings.micro,
-        max_steps=steps,
+        max_steps=settings.warmup + steps,
         max_length=settings.max_len,
         precompute_ref_log_probs=settings.precompute,
         train_sampling_strategy="group_by_length",
@@ -129,7 +133,7 @@ def config(settings, steps, out):
         logging_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        dataloader_pin_memory=False,
+        dataloader_pin_memory=settings.device == "cuda",
     )
 
 
@@ -149,6 +153,7 @@ def measure(settings):
     weights = torch.bfloat16 if settings.dtype == "bf16_pure" else torch.float32
     model = transformers.AutoModelForCausalLM.from_pretrained(settings.model, dtype=weights)
     loaded = time.perf_counter()
+    warm_up(model.to(settings.device), settings)
     rows = conversational(pairs, tokenizer)
     sorted_by = time.perf_counter()
     with tempfile.TemporaryDirectory() as out:
@@ -160,27 +165,27 @@ def measure(settings):
         )
         ready = time.perf_counter()
         result = trainer.train()
-        train_seconds = time.perf_counter() - ready
+        ended = time.perf_counter()
+    began, skipped = trainer.step_starts[settings.warmup * settings.batch // settings.micro]
     seconds = trainer.seconds
     reference_pairs = len(trainer.train_dataset) if settings.precompute else 0
-    per_pair = train_seconds / trainer.pairs
-    per_pair += seconds["reference"] / reference_pairs if reference_pairs else 0.0
+    reference = seconds["reference"] / reference_pairs if reference_pairs else 0.0
+    per_pair = (ended - began) / (trainer.pairs - skipped) + reference
     inside = seconds["tokenise"] + seconds["reference"]
     return {
         "contender": "trl",
         **asdict(settings),
         "steps": steps,
         "pairs_per_second": 1 / per_pair,
-        "train_seconds": train_seconds,
-        "reference_seconds": seconds["reference"],
-        "reference_pairs": reference_pairs,
-        "trained_pairs": trainer.pairs,
+        "train_seconds": ended - began,
+        "reference_seconds_per_pair": reference,
+        "trained_pairs": trainer.pairs - skipped,
         "tokens": trainer.tokens,
         "padded_tokens": trainer.padded_tokens,
         "cut_pairs": sum(row["length"] > settings.max_len for row in rows),
         "load_seconds": (loaded - start) + (ready - sorted_by) - inside,
         "tokenise_seconds": (sorted_by - loaded) + seconds["tokenise"],
-        "peak_rss_gb": peak_rss_gb(),
+        "peak_gib": peak_memory(settings.device),
         "loss": result.training_loss,
         "load_average": os.getloadavg()[0],  # far above the threads: others used the machine too
         "threads": torch.get_num_threads(),
@@ -188,10 +193,13 @@ def measure(settings):
     }
 
 
-def peak_rss_gb():
-    """Highest resident memory of this process so far, in 1e9 bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB, macOS bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+def warm_up(model, settings):
+    """One forward: libraries and memory pools are there before the reference pass is timed."""
+    import torch
+
+    ids = torch.zeros(settings.micro, 64, dtype=torch.long, device=settings.device)
+    with torch.no_grad(), torch.autocast(settings.device, enabled=settings.dtype == "bf16"):
+        model(ids)
 
 
 def main():

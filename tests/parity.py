@@ -145,12 +145,13 @@ def decoding(directory):
     expected = model.logits(tokens)
     for row, n in enumerate(start):
         positions = torch.arange(n)[None]
-        attend = cache.attend(slice(row, row + 1), positions)
+        attend = cache.attend(slice(row, row + 1), positions, cache.reserve(n))
         x = model.hidden(tokens[row, :n][None], positions, attend)
         worst = max(worst, furthest(model.to_logits(x)[0], expected[row, :n]))
     for step in range(40 - max(start)):
         at = torch.tensor(start)[:, None] + step  # (B, 1)
-        x = model.hidden(tokens.gather(1, at), at, cache.attend(slice(0, 2), at))
+        attend = cache.attend(slice(0, 2), at, cache.reserve(max(start) + step + 1))
+        x = model.hidden(tokens.gather(1, at), at, attend)
         worst = max(worst, furthest(model.to_logits(x[:, 0]), expected[[0, 1], at[:, 0]]))
     return worst
 

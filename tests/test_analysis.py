@@ -11,11 +11,11 @@ import analysis
 import evaluate
 import tiny
 from analysis import INSTRUCTED, SHOWN, Views, separated, token_statistics
+from attend import Dense
 from attention import MEASURES, PARTS, Watched, attention_statistics
 from cli import run
 from conftest import PAIRS, write_model
 from generate import load_model
-from model import Dense
 from pairs import Drops, read_pairs
 from rows import visible
 from template import INSTRUCTIONS, Template

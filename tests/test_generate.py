@@ -80,6 +80,14 @@ def test_cached_greedy_is_the_full_forward_greedy(tmp_path, family, batch):
     assert sample(model, asked, GREEDY, batch=batch) == expected
 
 
+@pytest.mark.slow
+def test_a_static_cache_and_a_compiled_step_say_the_same(tmp_path):
+    """Rows that idle or are taken over, and growth past the first 256 slots, which recompiles."""
+    model = load(write_model(tmp_path, CONFIGS["mistral"]))
+    asked = prompts([5, 250, 1, 12, 2])
+    assert sample(model, asked, GREEDY, batch=3, static=True) == sample(model, asked, GREEDY)
+
+
 def test_rows_of_ended_sequences_are_taken_over(model):
     """Sequences end after 1, 2, 3 … tokens: each by its own stop, found by a run without."""
     asked = prompts(range(3, 19))

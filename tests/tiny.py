@@ -59,11 +59,16 @@ def build(directory, config=LLAMA, seed=0, template=CHATML):
     names = {n: hf_name(model.config.family, n) for n, _ in model.named_parameters()}
     weights = {names[n]: p.detach().contiguous() for n, p in model.named_parameters()}
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    write_tokenizer(directory, template)
+    return directory
+
+
+def write_tokenizer(directory, template=CHATML):
+    """tokenizer.json and tokenizer_config.json: one token per byte, and three special ones."""
     _tokenizer().save(str(directory / "tokenizer.json"))
     settings = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "chat_template": template}
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-    return directory
 
 
 def _tokenizer():

@@ -1,0 +1,71 @@
+"""How long until a run trains: import, data, load, reference pass, first step.
+
+    python bench/startup.py                       # SmolLM2-135M on hh-rlhf
+    python bench/startup.py --shape small --mix hh --pairs 64
+
+Each run is a process of its own, its files in the page cache after the first, which is not counted.
+*Data* is reading, rendering and tokenising; *load* builds, shards and fills the model; the
+*reference* pass comes once per run and is kept on disk; the *first step* allocates (and on CUDA
+compiles) what the later ones find there.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench import measuring, pairs_per_second, training  # noqa: E402
+from bench.lengths import MIXES  # noqa: E402
+from bench.measuring import DTYPES, median, table  # noqa: E402
+from cli import flag, parse, run  # noqa: E402
+
+
+@dataclass
+class Settings:
+    """Flags."""
+
+    model: str | None = flag(None, "HF directory; default: SmolLM2-135M, built by tests/smollm2.py")
+    shape: str | None = flag(None, "instead: noise in a shape of bench/shapes, or small")
+    data: str = flag("../shared/data/hh-harmless-test.jsonl.gz", "preference pairs")
+    mix: str | None = flag(None, "instead: synthetic pairs of this length mix", tuple(MIXES))
+    loss: str = flag("ins_dpo", "objective")
+    pairs: int = flag(32, "pairs")
+    batch: int = flag(16, "pairs per optimizer step")
+    max_len: int = flag(1024, "tokens of a path")
+    dtype: str = flag("fp32", "compute dtype", tuple(DTYPES))
+    device: str = flag("cpu", "where", ("cpu", "cuda"))
+    repeat: int = flag(3, "counted runs")
+    out: str = flag("bench/out/startup.json", "where the figures go")
+
+
+STAGES = ("import", "data", "load", "reference", "first step", "step")
+PER_PAIR = {"data": "pairs", "reference": "pairs", "first step": "batch", "step": "batch"}
+
+
+def measure(s, model, data):
+    """Seconds by stage of one process."""
+    flags = {"loss": s.loss, "model": model, "data": data, "limit": s.pairs, "batch": s.batch}
+    flags |= {"max_len": s.max_len, "dtype": s.dtype, "device": s.device, "steps": 1}
+    found = training.in_fresh_process(flags)
+    return {stage: found[f"{stage} seconds"] for stage in STAGES}
+
+
+def rows(s, seconds):
+    """A line per stage: seconds, and milliseconds per pair where it grows with the pairs."""
+    for stage, value in seconds.items():
+        pairs = getattr(s, PER_PAIR[stage]) if stage in PER_PAIR else None
+        yield stage, value, 1e3 * value / pairs if pairs else None
+
+
+def main():
+    s = parse(Settings, __doc__.splitlines()[0])
+    with pairs_per_second.workload(s) as (model, data):
+        measure(s, model, data)
+        runs = measuring.in_turn({"start-up": lambda: measure(s, model, data)}, s.repeat)
+    lines = rows(s, median(runs["start-up"]))
+    measuring.tell(s, runs, table(("stage", "seconds", "ms/pair"), lines))
+
+
+if __name__ == "__main__":
+    run(main)

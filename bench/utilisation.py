@@ -1,0 +1,181 @@
+"""How much of the machine does a training step use, on blocks of an 8B model, by row length?
+
+    python bench/utilisation.py --device cuda           # bf16, FlexAttention, compiled; not yet run
+    python bench/utilisation.py                         # a small shape on the CPU, to see it work
+    python bench/utilisation.py --dtype bf16 --shape llama-3-8b --blocks 1 --vocab 4096
+
+A step of `ins_dpo` is forward, backward and AdamW, set up as train.py does on one device: fp32
+masters, compute in --dtype. Rows are filled with UltraFeedback-like pairs that fit their length; on
+CUDA there are as many blocks as memory.py says fit the longest row. Utilisation is useful model
+FLOPs (bench/flops.py) per second: over the rate of plain matrix products of these shapes measured
+just before, over that of a big square, and over the datasheet's bf16 rate where the GPU is known.
+
+What is compiled is compiled before the counted steps: a recompilation in them is an error. A row of
+the model as it trains is held against the fp32 CPU reference; a large difference is an error too.
+"""
+
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+
+from bench import measuring, training  # noqa: E402
+from bench.checkpoints import published, resized, write_noise  # noqa: E402
+from bench.flops import Flops  # noqa: E402
+from bench.lengths import Mix, write_pairs  # noqa: E402
+from bench.measuring import DTYPES, percent, table  # noqa: E402
+from cli import UserError, flag, parse, run  # noqa: E402
+from families import Config  # noqa: E402
+from memory import HEADROOM, per_gpu  # noqa: E402
+from memory import measure as sizes_of  # noqa: E402
+from metrics import peak_memory  # noqa: E402
+from model import load  # noqa: E402
+from rows import build_row  # noqa: E402
+
+TRIE = 1350  # tokens of ins_dpo's trie of an UltraFeedback-like pair, a little more than the mean
+FARTHEST = {"fp32": (1e-4, 1e-3), "bf16": (0.05, 1.0)}  # mean and largest |difference|, nats
+
+
+@dataclass
+class Settings:
+    """Flags. None: by device."""
+
+    shape: str | None = flag(None, "a folder of bench/shapes, or small; CUDA: llama-3-8b")
+    blocks: int | None = flag(None, "how many; CUDA: as many as fit; CPU: the shape's, at most 4")
+    vocab: int | None = flag(None, "vocabulary; default: the shape's")
+    lengths: str | None = flag(None, "row lengths; CUDA: 4096,8192,16384; CPU: 512,2048,8192")
+    rows: int | None = flag(None, "rows of a step; CUDA: 4; CPU: 1")
+    steps: int = flag(5, "counted steps per row length")
+    warmup: int = flag(2, "steps before them")
+    dtype: str | None = flag(None, "compute dtype; CUDA: bf16; CPU: fp32", tuple(DTYPES))
+    device: str = flag("cpu", "where", ("cpu", "cuda"))
+    compile: bool | None = flag(None, "compile the blocks; default: on CUDA")
+    checkpoint_activations: bool = flag(False, "recompute blocks in backward, as train.py's")
+    check: bool = flag(True, "hold log-probabilities against the fp32 CPU reference")
+    out: str = flag("bench/out/utilisation.json", "where the figures go")
+
+
+BY_DEVICE = {
+    "cuda": {"shape": "llama-3-8b", "lengths": "4096,8192,16384", "rows": 4, "dtype": "bf16"},
+    "cpu": {"shape": "small", "lengths": "512,2048,8192", "rows": 1, "dtype": "fp32"},
+}
+
+
+def resolve(s):
+    """Fill in what was not given -> config.json of the blocks as a dict, and the row lengths."""
+    for name, value in BY_DEVICE[s.device].items():
+        if getattr(s, name) is None:
+            setattr(s, name, value)
+    lengths = [int(length) for length in s.lengths.split(",")]
+    raw = resized(published(s.shape), vocab=s.vocab)
+    if s.blocks is None:
+        s.blocks = fitting(raw, max(lengths), s) if s.device == "cuda" else 4
+    return raw | {"num_hidden_layers": min(s.blocks, raw["num_hidden_layers"])}, lengths
+
+
+def fitting(raw, tokens, s):
+    """As many blocks as memory.py says fit this GPU beside a row of so many tokens."""
+    room = HEADROOM * torch.cuda.get_device_properties(0).total_memory
+    for n in range(raw["num_hidden_layers"], 0, -1):
+        sizes = sizes_of(Config.from_hf(raw | {"num_hidden_layers": n}), tokens)
+        row = sizes.recomputed if s.checkpoint_activations else sizes.activations
+        if sum(per_gpu(sizes, 1).values()) + row <= room:
+            return n
+    raise UserError(f"not one block of {s.shape} fits; lower --lengths or --vocab")
+
+
+def filling(length):
+    """(pairs of a row, their Mix): UltraFeedback-like pairs whose tries fill `length` tokens."""
+    pairs = max(1, length // TRIE)
+    room = length // pairs - 16  # separators and end tokens
+    answer = room * 280 // (180 + 4 * 280)
+    return pairs, Mix(room - 4 * answer, answer, answer)
+
+
+def flags_of(s, model, data, length):
+    """bench/training.py's settings for rows of one length."""
+    pairs = s.rows * filling(length)[0]
+    given = {"model": model, "data": data, "batch": pairs, "row_tokens": length}
+    given |= {"dtype": s.dtype, "device": s.device, "compile": s.compile, "steps": s.steps}
+    given |= {"warmup": s.warmup, "checkpoint_activations": s.checkpoint_activations}
+    return training.Settings(loss="ins_dpo", max_len=length, **given)
+
+
+def measure(s, model, scratch, length):
+    """Figures of steps with rows of one length, in this process."""
+    torch._dynamo.reset()  # another length is another compilation, not a dynamic shape
+    if s.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    pairs, mix = filling(length)
+    data = write_pairs(f"{scratch}/{length}.jsonl", mix, s.rows * pairs, model, spread=0.0)
+    with training.opened(flags_of(s, model, data, length)) as (job, clock):
+        shapes = Flops(job.model.config).shapes
+        rates = measuring.ceilings(shapes, length, DTYPES[s.dtype], s.device, repeat=3)
+        lines = training.timed_steps(job, clock, s.warmup)
+        everyone, rule = range(len(job.train)), job.rule
+        flops, _ = Flops(job.model.config).of_pairs(job.train, everyone, rule)
+        seconds = statistics.median(line["seconds"] for line in lines)
+        found = {"length": length, "seconds": seconds, "ceilings": rates, "row_fill": 1.0}
+        found |= {"steps": [line["seconds"] for line in lines], "row_fill": lines[-1]["row_fill"]}
+        found |= {"tokens_per_second": lines[-1]["tokens"] / seconds}
+        found |= {"flops_per_second": flops / seconds, "peak_gib": peak_memory(s.device)}
+    return found
+
+
+def check(s, model, scratch, length):
+    """(mean, largest) difference of log-probabilities from the fp32 CPU reference; one pair."""
+    data = write_pairs(f"{scratch}/check.jsonl", Mix(40, 60, 60), 1, model)
+    with training.opened(flags_of(s, model, data, length)) as (job, _), torch.no_grad():
+        ours = job.model(next(job.scorer.rows(job.train, [0], job.rule.paths))).cpu()
+        row = build_row([job.train.trie(0, job.rule.paths)], [0], len(job.rule.paths))
+        theirs = load(model)(row)
+    gap = (ours - theirs).abs()
+    found, allowed = (gap.mean().item(), gap.max().item()), FARTHEST[s.dtype]
+    if not (found[0] <= allowed[0] and found[1] <= allowed[1]):
+        raise UserError(f"log-probabilities are {found} nats from the reference, not {allowed}")
+    return found
+
+
+HEADERS = ("row tokens", "filled", "tokens/s", "useful TFLOP/s", "of these shapes' matmul rate")
+HEADERS += ("of a square's", "of the datasheet's", "peak GiB")
+
+
+def rows(runs):
+    stated = measuring.datasheet_rate()
+    for line in runs:
+        rate, ceiling = line["flops_per_second"], line["ceilings"]
+        shares = [percent(rate, ceiling[kind]) for kind in ("model", "square")]
+        shares.append(percent(rate, stated))
+        fill = percent(line["row_fill"], 1)
+        yield [
+            line["length"],
+            fill,
+            line["tokens_per_second"],
+            rate / 1e12,
+            *shares,
+            line["peak_gib"],
+        ]
+
+
+def main():
+    s = parse(Settings, __doc__.splitlines()[0])
+    raw, lengths = resolve(s)
+    with tempfile.TemporaryDirectory() as scratch:
+        model = write_noise(Path(scratch) / "model", raw)
+        gap = check(s, model, scratch, lengths[0]) if s.check else None
+        runs = [measure(s, model, scratch, length) for length in lengths]
+    said = f"{raw['num_hidden_layers']} blocks of {s.shape}, vocabulary {raw['vocab_size']}, "
+    said += f"{s.dtype}; no recompilation in {s.steps} steps of {s.rows} rows"
+    if gap:
+        said += f"; log-probabilities within {gap[0]:.2g} nats of the fp32 reference in the mean, "
+        said += f"{gap[1]:.2g} at most"
+    measuring.tell(s, {"runs": runs, "gap": gap}, table(HEADERS, rows(runs)), said)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,109 @@
+"""Attention chain by chain is the one rule of rows; and contexts without gradient are just that."""
+
+import numpy as np
+import pytest
+import torch
+
+import attend
+import rows
+from conftest import write_model
+from model import load
+from test_model import MODELS, random_paths, trainable
+
+FAMILIES = ["llama tied", "mistral sliding", "qwen2 sliding from layer 1"]
+
+
+def a_row(seed, tries=3, pad_to=0):
+    rng = np.random.default_rng(seed)
+    made = [rows.lay_out(random_paths(rng)) for _ in range(tries)]
+    return rows.build_row(made, range(tries), 5, pad_to)
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("window", [None, 4])
+def test_pieces_see_what_the_rule_says(seed, window):
+    """Every query is in one piece, and its keys there are those that `rows.visible` names."""
+    row = a_row(seed, pad_to=200)
+    wanted = rows.visible(row.until, row.positions, window)
+    every = torch.ones_like(row.tokens, dtype=torch.bool)
+    found = torch.zeros_like(wanted)
+    for (start, end), keys, mask in attend._pieces(row, window, every, None):
+        index = torch.cat([torch.arange(*run) for run in keys])
+        assert not found[start:end].any()
+        found[start:end] = found[start:end].index_copy(1, index, mask)
+    used = row.spans[-1][1]
+    assert torch.equal(found[:used], wanted[:used]) and not found[used:].any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_in_pieces_equals_one_dense_mask(family, tmp_path):
+    """Values and gradients of a whole model."""
+    model = load(write_model(tmp_path, MODELS[family])).requires_grad_(True)
+    row, c = a_row(0), model.config
+    dense = {w: attend.Dense(rows.visible(row.until, row.positions, w)) for w in set(c.windows)}
+    results = []
+    for rules in (attend.row_attention(row, c, "sdpa"), [dense[w] for w in c.windows]):
+        x = model.hidden(row.tokens[None], row.positions[None], rules)
+        results.append((x, *torch.autograd.grad(x.square().mean(), [*model.blocks.parameters()])))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+class Detached:
+    """The oracle: the rule of the whole row, keys and values of all other tokens detached."""
+
+    def __init__(self, rule, live):
+        self.rule, self.live = rule, live[:, None]
+
+    def __call__(self, q, k, v):
+        k, v = (torch.where(self.live, x, x.detach()) for x in (k, v))
+        return self.rule(q, k, v)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seed", range(4))
+def test_without_context_grad_values_are_the_same_and_gradients_those_of_detached_contexts(
+    family, seed, tmp_path
+):
+    model, row = trainable(write_model(tmp_path, MODELS[family])), a_row(seed, pad_to=128)
+    parameters = [p for n, p in model.named_parameters() if n != "head.weight"]
+    weights = torch.linspace(-1, 1, len(row.source))
+
+    live = torch.zeros_like(row.tokens, dtype=torch.bool)
+    live[row.source] = True
+    rules = [Detached(rule, live) for rule in attend.row_attention(row, model.config, "sdpa")]
+    x = model.hidden(row.tokens[None], row.positions[None], rules)[0][row.source]
+    logps = model.to_logits(x).log_softmax(-1).gather(-1, row.label[:, None])[:, 0]
+    wanted = torch.autograd.grad((weights * logps).sum(), parameters)
+
+    exact = torch.autograd.grad((weights * model(row)).sum(), parameters)
+    model.context_grad = False
+    values = model(row)
+    torch.testing.assert_close(values, logps, rtol=1e-4, atol=1e-5)
+    found = torch.autograd.grad((weights * values).sum(), parameters)
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+    assert any((a - b).norm() > 1e-3 * b.norm() for a, b in zip(found, exact, strict=True))
+
+
+def test_a_row_without_pairs_still_reaches_every_parameter(tiny_model_dir):
+    """Ranks without pairs run one, since FSDP's collectives must line up."""
+    model = trainable(tiny_model_dir)
+    model.context_grad = False
+    model(rows.build_row([], [], n_paths=2)).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.slow
+def test_compiled_blocks_under_flex_attention_compile_once_for_all_rows_and_layers(tmp_path):
+    """Forward only: FlexAttention has no backward on a CPU. A recompilation is an error."""
+    model = load(write_model(tmp_path, MODELS["llama tied"] | {"hidden_size": 64}))
+    expected = []
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        expected = [model(a_row(seed, tries=seed + 1, pad_to=256)) for seed in range(3)]
+        model.attention = "flex"
+        for block in model.blocks:
+            block.body = torch.compile(block.body)
+        for seed in range(3):
+            found = model(a_row(seed, tries=seed + 1, pad_to=256))
+            torch.testing.assert_close(found, expected[seed], rtol=1e-4, atol=1e-4)

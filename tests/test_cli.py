@@ -1,0 +1,27 @@
+"""Flags are the fields of a dataclass."""
+
+import pytest
+
+from cli import UserError, parse
+from settings import Settings
+
+
+@pytest.mark.parametrize(
+    "words, value",
+    [
+        ("", True),
+        ("--context_grad", True),
+        ("--no-context_grad", False),
+        ("--context_grad false", False),
+        ("--context_grad=False", False),
+        ("--context_grad TRUE --loss dpo", True),
+    ],
+)
+def test_booleans_are_switches_or_take_true_and_false(words, value):
+    assert parse(Settings, "", words.split()).context_grad is value
+
+
+@pytest.mark.parametrize("words", ["--context_grad maybe", "--loss false true", "false"])
+def test_other_words_are_refused(words):
+    with pytest.raises(UserError):
+        parse(Settings, "", words.split())
