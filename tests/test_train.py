@@ -34,6 +34,7 @@ EVAL |= {"eval_plain_margin", "eval_seconds"}
 # ----------------------------------------------------------------------------- what is trained
 
 
+@pytest.mark.filterwarnings("error:FSDP2-wrapped module")  # hooks that a view would lose
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_trains(preset, flags, no_plots):
     train_here(flags | {"loss": preset, "steps": 2})
