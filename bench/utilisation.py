@@ -14,7 +14,6 @@ What is compiled is compiled before the counted steps: a recompilation in them i
 the model as it trains is held against the fp32 CPU reference; a large difference is an error too.
 """
 
-import statistics
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -33,7 +32,6 @@ from cli import UserError, flag, parse, run  # noqa: E402
 from families import Config  # noqa: E402
 from memory import HEADROOM, per_gpu  # noqa: E402
 from memory import measure as sizes_of  # noqa: E402
-from metrics import peak_memory  # noqa: E402
 from model import load  # noqa: E402
 from rows import build_row  # noqa: E402
 
@@ -98,39 +96,30 @@ def filling(length):
 
 
 def flags_of(s, model, data, length):
-    """bench/training.py's settings for rows of one length."""
-    pairs = s.rows * filling(length)[0]
-    given = {"model": model, "data": data, "batch": pairs, "row_tokens": length}
-    given |= {"dtype": s.dtype, "device": s.device, "compile": s.compile, "steps": s.steps}
-    given |= {"warmup": s.warmup, "checkpoint_activations": s.checkpoint_activations}
-    return training.Settings(loss="ins_dpo", max_len=length, **given)
+    """Flags of bench/training.py for rows of one length."""
+    flags = {"loss": "ins_dpo", "model": model, "data": data, "max_len": length}
+    flags |= {"row_tokens": length, "batch": s.rows * filling(length)[0], "dtype": s.dtype}
+    flags |= {"device": s.device, "compile": s.compile, "steps": s.steps, "warmup": s.warmup}
+    return flags | {"checkpoint_activations": s.checkpoint_activations}
 
 
-def measure(s, model, scratch, length):
-    """Figures of steps with rows of one length, in this process."""
-    torch._dynamo.reset()  # another length is another compilation, not a dynamic shape
-    if s.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+def measure(s, model, shapes, scratch, length):
+    """Figures of steps with rows of one length, and the machine's matmul rates beside them."""
     pairs, mix = filling(length)
     data = write_pairs(f"{scratch}/{length}.jsonl", mix, s.rows * pairs, model, spread=0.0)
-    with training.opened(flags_of(s, model, data, length)) as (job, clock):
-        shapes = Flops(job.model.config).shapes
-        rates = measuring.ceilings(shapes, length, DTYPES[s.dtype], s.device, repeat=3)
-        lines = training.timed_steps(job, clock, s.warmup)
-        everyone, rule = range(len(job.train)), job.rule
-        flops, _ = Flops(job.model.config).of_pairs(job.train, everyone, rule)
-        seconds = statistics.median(line["seconds"] for line in lines)
-        found = {"length": length, "seconds": seconds, "ceilings": rates, "row_fill": 1.0}
-        found |= {"steps": [line["seconds"] for line in lines], "row_fill": lines[-1]["row_fill"]}
-        found |= {"tokens_per_second": lines[-1]["tokens"] / seconds}
-        found |= {"flops_per_second": flops / seconds, "peak_gib": peak_memory(s.device)}
-    return found
+    rates = measuring.ceilings(shapes, length, DTYPES[s.dtype], s.device, repeat=3)
+    if s.device == "cuda":
+        torch.cuda.empty_cache()  # the process that trains wants it
+    found = training.in_fresh_process(flags_of(s, model, data, length))
+    kept = ("tokens_per_second", "step_flops_per_second", "row_fill", "peak_gib", "loss")
+    return {"length": length, "ceilings": rates} | {name: found[name] for name in kept}
 
 
 def check(s, model, scratch, length):
     """(mean, largest) difference of log-probabilities from the fp32 CPU reference; one pair."""
     data = write_pairs(f"{scratch}/check.jsonl", Mix(40, 60, 60), 1, model)
-    with training.opened(flags_of(s, model, data, length)) as (job, _), torch.no_grad():
+    settings = training.Settings(**flags_of(s, str(model), data, length))
+    with training.opened(settings) as (job, _), torch.no_grad():
         ours = job.model(next(job.scorer.rows(job.train, [0], job.rule.paths))).cpu()
         row = build_row([job.train.trie(0, job.rule.paths)], [0], len(job.rule.paths))
         theirs = load(model)(row)
@@ -148,7 +137,7 @@ HEADERS += ("of a square's", "of the datasheet's", "peak GiB")
 def rows(runs):
     stated = measuring.datasheet_rate()
     for line in runs:
-        rate, ceiling = line["flops_per_second"], line["ceilings"]
+        rate, ceiling = line["step_flops_per_second"], line["ceilings"]
         shares = [percent(rate, ceiling[kind]) for kind in ("model", "square")]
         shares.append(percent(rate, stated))
         fill = percent(line["row_fill"], 1)
@@ -167,8 +156,9 @@ def main():
     raw, lengths = resolve(s)
     with tempfile.TemporaryDirectory() as scratch:
         model = write_noise(Path(scratch) / "model", raw)
+        shapes = Flops(Config.from_hf(raw)).shapes
+        runs = [measure(s, model, shapes, scratch, length) for length in lengths]
         gap = check(s, model, scratch, lengths[0]) if s.check else None
-        runs = [measure(s, model, scratch, length) for length in lengths]
     said = f"{raw['num_hidden_layers']} blocks of {s.shape}, vocabulary {raw['vocab_size']}, "
     said += f"{s.dtype}; no recompilation in {s.steps} steps of {s.rows} rows"
     if gap:
