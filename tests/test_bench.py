@@ -4,6 +4,7 @@ No time is asserted. Every command runs here with a tiny model, in this process 
 others.
 """
 
+import dataclasses
 import json
 import math
 import re
@@ -113,29 +114,33 @@ def test_flops_are_those_that_torch_counts(tiny_model_dir):
 
 def test_training_is_three_forwards(tiny_model_dir):
     """Of the linear layers torch counts, forward and backward, 6 N per token."""
-    model, size = load(tiny_model_dir), 16
-    model.requires_grad_(True)
-    row = build_row(
-        [lay_out([([[*range(4)], [*range(12)]], 0)])] if False else [_plain(size)], [0], 1
-    )
-    block = model.blocks[0].mlp
-    x = torch.randn(1, size, model.config.width, requires_grad=True)
-    counted = sum(count(lambda: block(x).sum().backward()).values())
-    assert counted == 6 * size * sum(p.numel() for p in block.parameters())
-    assert len(row.tokens) == size
+    mlp, size = load(tiny_model_dir).blocks[0].mlp.requires_grad_(True), 16
+    x = torch.randn(1, size, 32, requires_grad=True)
+    counted = sum(count(lambda: mlp(x).sum().backward()).values())
+    assert counted == 6 * size * sum(p.numel() for p in mlp.parameters())
 
 
-def _plain(size):
+def chain(size):
+    """The trie of one path of `size` tokens, scored from the fifth on."""
     ids = torch.arange(size, dtype=torch.int32).numpy()
     return lay_out([([ids[:4], ids[4:]], size - 4)])
 
 
 def test_a_window_hides_pairs(tiny_model_dir):
     c = load(tiny_model_dir).config
-    flops, trie = Flops(c), _plain(10)
-    full = flops.visible(trie)
-    object.__setattr__(c, "windows", (3, None))
-    assert full == 2 * 55 and flops.visible(trie) == 55 + (1 + 2 + 8 * 3)
+    assert Flops(c).visible(chain(10)) == 2 * 55
+    narrow = dataclasses.replace(c, windows=(3, None))
+    assert Flops(narrow).visible(chain(10)) == 55 + (1 + 2 + 8 * 3)
+
+
+def test_of_pairs_counts_training_and_reference_once(tiny_model_dir, pairs_file):
+    """Of ins_dpo: three forwards of the cross trie and one of the plain one."""
+    given = {"model": str(tiny_model_dir), "data": str(pairs_file), "max_len": 256}
+    s = training.Settings(loss="ins_dpo", batch=4, steps=1, **given)
+    with training.opened(s) as (job, _):
+        flops, data, rule = Flops(job.model.config), job.train, job.rule
+        cross, plain = data.trie(5, rule.paths), data.trie(5, rule.reference_paths)
+        assert flops.of_pairs(data, [5], rule) == (3 * flops.forward(cross), flops.forward(plain))
 
 
 @pytest.mark.parametrize("mix", lengths.MIXES)
@@ -164,7 +169,7 @@ def test_filled_rows_hold_their_pairs():
 def test_noise_is_a_model(tmp_path):
     raw = checkpoints.resized(checkpoints.SMALL, layers=1, width=64, vocab=512)
     model = load(checkpoints.write_noise(tmp_path / "noise", raw))
-    logps = model(build_row([_plain(12)], [0], 1))
+    logps = model(build_row([chain(12)], [0], 1))
     assert (logps + math.log(512)).abs().max() < 2 and logps.std() > 0
     assert model.config.width == 64 and model.config.n_layers == 1
     with pytest.raises(UserError, match="choose from small, .*llama-3-8b"):
@@ -203,9 +208,16 @@ def test_a_process_of_its_own_measures_a_run(tiny_model_dir, pairs_file):
     flags = {"loss": "ins_dpo", "model": tiny_model_dir, "data": pairs_file, "max_len": 256}
     found = training.in_fresh_process(flags | {"batch": 8, "steps": 3, "warmup": 1})
     assert found["pairs"] == 24 and found["tokens_per_pair"] > found["reference_tokens_per_pair"]
-    assert found["peak_gib"] > found["import seconds"] * 0 and found["step seconds"] > 0
-    with pytest.raises(UserError, match="unknown objective"):
-        training.in_fresh_process(flags | {"loss": "nothing", "batch": 8, "steps": 1})
+    assert found["step seconds"] > 0 and found["peak_gib"] > 0.1
+    assert math.isclose(
+        1 / found["pairs_per_second"],
+        found["step_seconds_per_pair"] + found["reference_seconds_per_pair"],
+    )
+
+
+def test_a_process_that_fails_says_why():
+    with pytest.raises(UserError, match="(?s)failed.*no such thing"):
+        measuring.execute([sys.executable, "-c", "raise SystemExit('no such thing')"])
 
 
 def test_pairs_per_second(measured, in_process, tiny_model_dir, pairs_file):
