@@ -66,9 +66,10 @@ PEER = {
 def workload(s):
     """(model directory, pairs file), written where --shape or --mix ask for noise."""
     with tempfile.TemporaryDirectory() as scratch:
-        model = s.model or None if s.shape else s.model or smollm2_dir(build=True)
-        model = model or write_noise(Path(scratch) / "model", published(s.shape))
-        data = s.data
+        model, data = s.model, s.data
+        if model is None and s.shape:
+            model = write_noise(Path(scratch) / "model", published(s.shape))
+        model = model or smollm2_dir(build=True)
         if s.mix:
             data = write_pairs(Path(scratch) / "pairs.jsonl", MIXES[s.mix], s.pairs, model)
         yield model, data

@@ -40,7 +40,6 @@ from train import choose_row_tokens, load_data  # noqa: E402
 
 IMPORTED = time.perf_counter()
 
-
 CONTENDERS = {  # what train.py can be told to do, as flags
     "dpo": {"loss": "dpo"},
     "ins_dpo": {"loss": "ins_dpo"},
@@ -82,7 +81,7 @@ def held(device):
 
 
 def set_up(s, ranks, clock):
-    """train.fit up to its loop -> step.Run, and the number of pairs that were asked for."""
+    """What train.fit does before its loop -> step.Run."""
     rule = recipe(s.loss, s.condition, s.bridge, s.reference)
     s.eval_pairs = 0
     with clock.stage("template"):
@@ -116,14 +115,12 @@ def opened(s):
 @contextmanager
 def compiled_once(strict):
     """Where strict, an error if a compiled function would be compiled again."""
-    before, torch._dynamo.config.error_on_recompile = (
-        torch._dynamo.config.error_on_recompile,
-        strict,
-    )
+    config = torch._dynamo.config
+    before, config.error_on_recompile = config.error_on_recompile, strict
     try:
         yield
     finally:
-        torch._dynamo.config.error_on_recompile = before
+        config.error_on_recompile = before
 
 
 def timed_steps(job, clock, warmup):

@@ -48,8 +48,9 @@ class Settings:
     vocab: int | None = flag(None, "vocabulary; default: the shape's")
     lengths: str | None = flag(None, "row lengths; CUDA: 4096,8192,16384; CPU: 512,2048,8192")
     rows: int | None = flag(None, "rows of a step; CUDA: 4; CPU: 1")
-    steps: int = flag(5, "counted steps per row length")
+    steps: int = flag(5, "counted steps of a run")
     warmup: int = flag(2, "steps before them")
+    repeat: int | None = flag(None, "runs of each row length, in turn; CUDA: 1; CPU: 3")
     dtype: str | None = flag(None, "compute dtype; CUDA: bf16; CPU: fp32", tuple(DTYPES))
     device: str = flag("cpu", "where", ("cpu", "cuda"))
     compile: bool | None = flag(None, "compile the blocks; default: on CUDA")
@@ -58,15 +59,13 @@ class Settings:
     out: str = flag("bench/out/utilisation.json", "where the figures go")
 
 
-BY_DEVICE = {
-    "cuda": {"shape": "llama-3-8b", "lengths": "4096,8192,16384", "rows": 4, "dtype": "bf16"},
-    "cpu": {"shape": "small", "lengths": "512,2048,8192", "rows": 1, "dtype": "fp32"},
-}
+GPU = {"shape": "llama-3-8b", "lengths": "4096,8192,16384", "rows": 4, "dtype": "bf16", "repeat": 1}
+CPU = {"shape": "small", "lengths": "512,2048,8192", "rows": 1, "dtype": "fp32", "repeat": 3}
 
 
 def resolve(s):
     """Fill in what was not given -> config.json of the blocks as a dict, and the row lengths."""
-    for name, value in BY_DEVICE[s.device].items():
+    for name, value in (GPU if s.device == "cuda" else CPU).items():
         if getattr(s, name) is None:
             setattr(s, name, value)
     lengths = [int(length) for length in s.lengths.split(",")]
@@ -112,7 +111,7 @@ def measure(s, model, shapes, scratch, length):
         torch.cuda.empty_cache()  # the process that trains wants it
     found = training.in_fresh_process(flags_of(s, model, data, length))
     kept = ("tokens_per_second", "step_flops_per_second", "row_fill", "peak_gib", "loss")
-    return {"length": length, "ceilings": rates} | {name: found[name] for name in kept}
+    return rates | {name: found[name] for name in kept}
 
 
 def check(s, model, scratch, length):
@@ -135,20 +134,14 @@ HEADERS += ("of a square's", "of the datasheet's", "peak GiB")
 
 
 def rows(runs):
-    stated = measuring.datasheet_rate()
-    for line in runs:
-        rate, ceiling = line["step_flops_per_second"], line["ceilings"]
-        shares = [percent(rate, ceiling[kind]) for kind in ("model", "square")]
-        shares.append(percent(rate, stated))
-        fill = percent(line["row_fill"], 1)
-        yield [
-            line["length"],
-            fill,
-            line["tokens_per_second"],
-            rate / 1e12,
-            *shares,
-            line["peak_gib"],
-        ]
+    """Lines of the table: medians of each row length's runs, and shares of three ceilings."""
+    for length, figures in runs.items():
+        m = measuring.median(figures)
+        rate = m["step_flops_per_second"]
+        ceilings = (m["model"], m["square"], measuring.datasheet_rate())
+        shares = [percent(rate, ceiling) for ceiling in ceilings]
+        fill, speed = percent(m["row_fill"], 1), m["tokens_per_second"]
+        yield [length, fill, speed, rate / 1e12, *shares, m["peak_gib"]]
 
 
 def main():
@@ -157,7 +150,8 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         model = write_noise(Path(scratch) / "model", raw)
         shapes = Flops(Config.from_hf(raw)).shapes
-        runs = [measure(s, model, shapes, scratch, length) for length in lengths]
+        measures = {n: lambda n=n: measure(s, model, shapes, scratch, n) for n in lengths}
+        runs = measuring.in_turn(measures, s.repeat)
         gap = check(s, model, scratch, lengths[0]) if s.check else None
     said = f"{raw['num_hidden_layers']} blocks of {s.shape}, vocabulary {raw['vocab_size']}, "
     said += f"{s.dtype}; no recompilation in {s.steps} steps of {s.rows} rows"

@@ -241,7 +241,9 @@ def test_overhead(measured, in_process):
 
 
 def test_utilisation(measured, in_process):
-    lines, written = measured(utilisation, "--blocks 1 --vocab 300 --lengths 256,512 --steps 1")
+    lines, written = measured(
+        utilisation, "--blocks 1 --vocab 300 --lengths 256,512 --steps 1 --repeat 1"
+    )
     assert first_column(lines) == ["row tokens", "256", "512"]
     mean, largest = written["figures"]["gap"]
     assert 0 <= mean <= largest < 1e-3
@@ -250,7 +252,7 @@ def test_utilisation(measured, in_process):
 def test_utilisation_refuses_wrong_log_probabilities(measured, in_process, monkeypatch):
     monkeypatch.setitem(utilisation.FARTHEST, "fp32", (-1.0, -1.0))
     with pytest.raises(UserError, match="nats from the reference"):
-        measured(utilisation, "--blocks 1 --vocab 300 --lengths 256 --steps 1")
+        measured(utilisation, "--blocks 1 --vocab 300 --lengths 256 --steps 1 --repeat 1")
 
 
 def test_step_memory(measured, in_process):
