@@ -28,6 +28,7 @@ from weights import write_json  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DATASHEET = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}  # bf16, dense
+SQUARE = {"cuda": 8192, "cpu": 2048}  # side of the big matrices
 
 # ----------------------------------------------------------------------------- the machine
 
@@ -165,7 +166,7 @@ def product_seconds(m, k, n, dtype, device, repeat):
 
 def ceilings(shapes, rows, dtype, device="cpu", repeat=5):
     """Matmul rates at the shapes of a model's own linear layers, and at a big square."""
-    side = 8192 if torch.device(device).type == "cuda" else 2048
+    side = SQUARE[torch.device(device).type]
     square = matmul_rate([(side, side)], side, dtype, device, repeat)
     return {"model": matmul_rate(shapes, rows, dtype, device, repeat), "square": square}
 

@@ -66,9 +66,10 @@ PEER = {
 def workload(s):
     """(model directory, pairs file), written where --shape or --mix ask for noise."""
     with tempfile.TemporaryDirectory() as scratch:
-        model = s.model or None if s.shape else s.model or smollm2_dir(build=True)
-        model = model or write_noise(Path(scratch) / "model", published(s.shape))
-        data = s.data
+        model, data = s.model, s.data
+        if model is None and s.shape:
+            model = write_noise(Path(scratch) / "model", published(s.shape))
+        model = model or smollm2_dir(build=True)
         if s.mix:
             data = write_pairs(Path(scratch) / "pairs.jsonl", MIXES[s.mix], s.pairs, model)
         yield model, data
@@ -82,7 +83,7 @@ def measure_here(s, model, data, flags):
     """Figures of bench/training.py with these flags of train.py."""
     flags = flags | {"model": model, "data": data, "limit": s.pairs, "batch": s.batch}
     flags |= {"max_len": s.max_len, "dtype": s.dtype, "device": s.device, "steps": steps(s)}
-    flags |= {"warmup": s.warmup} | ({"row_tokens": s.row_tokens} if s.row_tokens else {})
+    flags |= {"warmup": s.warmup, "row_tokens": s.row_tokens}
     found = training.in_fresh_process(flags)
     kept = ("pairs_per_second", "reference_seconds_per_pair", "tokens_per_pair")
     return {name: found[name] for name in (*kept, "flops_per_pair", "peak_gib")}
@@ -101,16 +102,19 @@ def measure_peer(s, model, data, flags):
 
 def contenders(s, model, data):
     """{name: measure()} of what is asked for and installed."""
-    found = {
-        name: lambda flags=flags: measure_here(s, model, data, flags)
-        for name, flags in training.CONTENDERS.items()
-    }
-    peers = PEER if s.dtype == "bf16" else dict(list(PEER.items())[:2])
-    if importlib.util.find_spec("trl"):
-        found |= {n: lambda f=f: measure_peer(s, model, data, f) for n, f in peers.items()}
-    else:
+    here = training.CONTENDERS
+    peers = PEER if s.dtype == "bf16" else {n: f for n, f in PEER.items() if "bf16" not in n}
+    names = measuring.chosen(s.only, [*here, *peers])
+    if not importlib.util.find_spec("trl") and set(names) & set(peers):
         print("TRL is not installed (requirements-dev.txt): its rows are left out")
-    return {name: found[name] for name in measuring.chosen(s.only, found)}
+        names = [name for name in names if name in here]
+
+    def measured(name):
+        if name in here:
+            return lambda: measure_here(s, model, data, here[name])
+        return lambda: measure_peer(s, model, data, peers[name])
+
+    return {name: measured(name) for name in names}
 
 
 HEADERS = ("contender", "pairs/s", "against TRL's best", "reference pass, ms/pair", "tokens/pair")

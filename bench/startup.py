@@ -3,10 +3,10 @@
     python bench/startup.py                       # SmolLM2-135M on hh-rlhf
     python bench/startup.py --shape small --mix hh --pairs 64
 
-Each run is a process of its own, its files in the page cache after the first, which is not counted.
-*Data* is reading, rendering and tokenising; *load* builds, shards and fills the model; the
-*reference* pass comes once per run and is kept on disk; the *first step* allocates (and on CUDA
-compiles) what the later ones find there.
+Each run is a process of its own; the first, which brings the files into the page cache, does not
+count. *Template* compiles the chat template; *data* reads, renders and tokenises; *load* builds,
+shards and fills the model; the *reference* pass comes once per run and is kept on disk; the *first
+step* allocates (and on CUDA compiles) what the later ones find there.
 """
 
 import sys
@@ -39,7 +39,7 @@ class Settings:
     out: str = flag("bench/out/startup.json", "where the figures go")
 
 
-STAGES = ("import", "data", "load", "reference", "first step", "step")
+STAGES = ("import", "template", "data", "load", "reference", "first step", "step")
 PER_PAIR = {"data": "pairs", "reference": "pairs", "first step": "batch", "step": "batch"}
 
 

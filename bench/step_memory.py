@@ -61,8 +61,8 @@ def measure(s, vocab, length):
         flags = {"loss": "ins_dpo", "model": model, "data": data, "batch": pairs}
         flags |= {"steps": 1, "warmup": 1, "max_len": length, "row_tokens": length}
         flags |= {"dtype": s.dtype, "device": s.device}
-        recompute = "checkpoint_activations" if s.checkpoint_activations else None
-        found = training.in_fresh_process(flags, switches=[recompute] if recompute else [])
+        flags |= {"checkpoint_activations": s.checkpoint_activations}
+        found = training.in_fresh_process(flags)
     held = found["reference gib"]
     logits = pairs * (mix.chosen + mix.rejected) * vocab * 4 / 2**30
     peak = found["peak_gib"]

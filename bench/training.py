@@ -40,7 +40,6 @@ from train import choose_row_tokens, load_data  # noqa: E402
 
 IMPORTED = time.perf_counter()
 
-
 CONTENDERS = {  # what train.py can be told to do, as flags
     "dpo": {"loss": "dpo"},
     "ins_dpo": {"loss": "ins_dpo"},
@@ -64,8 +63,7 @@ class Clock:
     """Seconds and memory by stage, this process's."""
 
     def __init__(self, device):
-        self.device, self.seconds = device, {"import": IMPORTED - BEGUN}
-        self.gib = {"import": held(device)}
+        self.device, self.seconds, self.gib = device, {"import": IMPORTED - BEGUN}, {}
 
     @contextmanager
     def stage(self, name):
@@ -84,11 +82,12 @@ def held(device):
 
 
 def set_up(s, ranks, clock):
-    """train.fit up to its loop -> step.Run, and the number of pairs that were asked for."""
+    """What train.fit does before its loop -> step.Run."""
     rule = recipe(s.loss, s.condition, s.bridge, s.reference)
     s.eval_pairs = 0
-    with clock.stage("data"):
+    with clock.stage("template"):
         template = Template(s.model)
+    with clock.stage("data"):
         dataset, _ = load_data(s, ranks, template, rule)
         choose_row_tokens(s, ranks, [dataset], rule.paths)  # nothing is validated
     with clock.stage("load"):
@@ -117,14 +116,12 @@ def opened(s):
 @contextmanager
 def compiled_once(strict):
     """Where strict, an error if a compiled function would be compiled again."""
-    before, torch._dynamo.config.error_on_recompile = (
-        torch._dynamo.config.error_on_recompile,
-        strict,
-    )
+    config = torch._dynamo.config
+    before, config.error_on_recompile = config.error_on_recompile, strict
     try:
         yield
     finally:
-        torch._dynamo.config.error_on_recompile = before
+        config.error_on_recompile = before
 
 
 def timed_steps(job, clock, warmup):
@@ -160,7 +157,7 @@ def figures(job, clock, lines):
         "row_fill": sum(line["row_fill"] for line in lines) / len(lines),
         "pairs": n,
         "loss": lines[-1]["loss"],
-        "dataset_gib": clock.gib["data"] - clock.gib["import"],
+        "dataset_gib": clock.gib["data"] - clock.gib["template"],
         "peak_gib": job.ranks.most(peak_memory(job.ranks.kind)),
     } | stages
 
@@ -171,13 +168,20 @@ def measure(s):
         return figures(job, clock, timed_steps(job, clock, s.warmup))
 
 
-def in_fresh_process(flags, processes=1, switches=()):
-    """{flag: value}, and flags without one -> figures of a fresh process; several: torchrun."""
+def in_fresh_process(flags, processes=1):
+    """{flag: value} -> the figures of a process of its own, or of several under torchrun.
+
+    True and False become --flag and --no-flag, None is left out.
+    """
     words = [sys.executable]
     if processes > 1:
         words += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    words += [Path(__file__)] + [f"--{name}={value}" for name, value in flags.items()]
-    words += [f"--{name}" for name in switches]
+    words.append(Path(__file__))
+    for name, value in flags.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            words.append(f"--{name}={value}")
     output, _ = execute(words)
     return last_json(output)
 

@@ -14,7 +14,6 @@ What is compiled is compiled before the counted steps: a recompilation in them i
 the model as it trains is held against the fp32 CPU reference; a large difference is an error too.
 """
 
-import statistics
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -33,7 +32,6 @@ from cli import UserError, flag, parse, run  # noqa: E402
 from families import Config  # noqa: E402
 from memory import HEADROOM, per_gpu  # noqa: E402
 from memory import measure as sizes_of  # noqa: E402
-from metrics import peak_memory  # noqa: E402
 from model import load  # noqa: E402
 from rows import build_row  # noqa: E402
 
@@ -50,8 +48,9 @@ class Settings:
     vocab: int | None = flag(None, "vocabulary; default: the shape's")
     lengths: str | None = flag(None, "row lengths; CUDA: 4096,8192,16384; CPU: 512,2048,8192")
     rows: int | None = flag(None, "rows of a step; CUDA: 4; CPU: 1")
-    steps: int = flag(5, "counted steps per row length")
+    steps: int = flag(5, "counted steps of a run")
     warmup: int = flag(2, "steps before them")
+    repeat: int | None = flag(None, "runs of each row length, in turn; CUDA: 1; CPU: 3")
     dtype: str | None = flag(None, "compute dtype; CUDA: bf16; CPU: fp32", tuple(DTYPES))
     device: str = flag("cpu", "where", ("cpu", "cuda"))
     compile: bool | None = flag(None, "compile the blocks; default: on CUDA")
@@ -60,15 +59,13 @@ class Settings:
     out: str = flag("bench/out/utilisation.json", "where the figures go")
 
 
-BY_DEVICE = {
-    "cuda": {"shape": "llama-3-8b", "lengths": "4096,8192,16384", "rows": 4, "dtype": "bf16"},
-    "cpu": {"shape": "small", "lengths": "512,2048,8192", "rows": 1, "dtype": "fp32"},
-}
+GPU = {"shape": "llama-3-8b", "lengths": "4096,8192,16384", "rows": 4, "dtype": "bf16", "repeat": 1}
+CPU = {"shape": "small", "lengths": "512,2048,8192", "rows": 1, "dtype": "fp32", "repeat": 3}
 
 
 def resolve(s):
     """Fill in what was not given -> config.json of the blocks as a dict, and the row lengths."""
-    for name, value in BY_DEVICE[s.device].items():
+    for name, value in (GPU if s.device == "cuda" else CPU).items():
         if getattr(s, name) is None:
             setattr(s, name, value)
     lengths = [int(length) for length in s.lengths.split(",")]
@@ -98,39 +95,30 @@ def filling(length):
 
 
 def flags_of(s, model, data, length):
-    """bench/training.py's settings for rows of one length."""
-    pairs = s.rows * filling(length)[0]
-    given = {"model": model, "data": data, "batch": pairs, "row_tokens": length}
-    given |= {"dtype": s.dtype, "device": s.device, "compile": s.compile, "steps": s.steps}
-    given |= {"warmup": s.warmup, "checkpoint_activations": s.checkpoint_activations}
-    return training.Settings(loss="ins_dpo", max_len=length, **given)
+    """Flags of bench/training.py for rows of one length."""
+    flags = {"loss": "ins_dpo", "model": model, "data": data, "max_len": length}
+    flags |= {"row_tokens": length, "batch": s.rows * filling(length)[0], "dtype": s.dtype}
+    flags |= {"device": s.device, "compile": s.compile, "steps": s.steps, "warmup": s.warmup}
+    return flags | {"checkpoint_activations": s.checkpoint_activations}
 
 
-def measure(s, model, scratch, length):
-    """Figures of steps with rows of one length, in this process."""
-    torch._dynamo.reset()  # another length is another compilation, not a dynamic shape
-    if s.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+def measure(s, model, shapes, scratch, length):
+    """Figures of steps with rows of one length, and the machine's matmul rates beside them."""
     pairs, mix = filling(length)
     data = write_pairs(f"{scratch}/{length}.jsonl", mix, s.rows * pairs, model, spread=0.0)
-    with training.opened(flags_of(s, model, data, length)) as (job, clock):
-        shapes = Flops(job.model.config).shapes
-        rates = measuring.ceilings(shapes, length, DTYPES[s.dtype], s.device, repeat=3)
-        lines = training.timed_steps(job, clock, s.warmup)
-        everyone, rule = range(len(job.train)), job.rule
-        flops, _ = Flops(job.model.config).of_pairs(job.train, everyone, rule)
-        seconds = statistics.median(line["seconds"] for line in lines)
-        found = {"length": length, "seconds": seconds, "ceilings": rates, "row_fill": 1.0}
-        found |= {"steps": [line["seconds"] for line in lines], "row_fill": lines[-1]["row_fill"]}
-        found |= {"tokens_per_second": lines[-1]["tokens"] / seconds}
-        found |= {"flops_per_second": flops / seconds, "peak_gib": peak_memory(s.device)}
-    return found
+    rates = measuring.ceilings(shapes, length, DTYPES[s.dtype], s.device, repeat=3)
+    if s.device == "cuda":
+        torch.cuda.empty_cache()  # the process that trains wants it
+    found = training.in_fresh_process(flags_of(s, model, data, length))
+    kept = ("tokens_per_second", "step_flops_per_second", "row_fill", "peak_gib", "loss")
+    return rates | {name: found[name] for name in kept}
 
 
 def check(s, model, scratch, length):
     """(mean, largest) difference of log-probabilities from the fp32 CPU reference; one pair."""
     data = write_pairs(f"{scratch}/check.jsonl", Mix(40, 60, 60), 1, model)
-    with training.opened(flags_of(s, model, data, length)) as (job, _), torch.no_grad():
+    settings = training.Settings(**flags_of(s, str(model), data, length))
+    with training.opened(settings) as (job, _), torch.no_grad():
         ours = job.model(next(job.scorer.rows(job.train, [0], job.rule.paths))).cpu()
         row = build_row([job.train.trie(0, job.rule.paths)], [0], len(job.rule.paths))
         theirs = load(model)(row)
@@ -146,20 +134,14 @@ HEADERS += ("of a square's", "of the datasheet's", "peak GiB")
 
 
 def rows(runs):
-    stated = measuring.datasheet_rate()
-    for line in runs:
-        rate, ceiling = line["flops_per_second"], line["ceilings"]
-        shares = [percent(rate, ceiling[kind]) for kind in ("model", "square")]
-        shares.append(percent(rate, stated))
-        fill = percent(line["row_fill"], 1)
-        yield [
-            line["length"],
-            fill,
-            line["tokens_per_second"],
-            rate / 1e12,
-            *shares,
-            line["peak_gib"],
-        ]
+    """Lines of the table: medians of each row length's runs, and shares of three ceilings."""
+    for length, figures in runs.items():
+        m = measuring.median(figures)
+        rate = m["step_flops_per_second"]
+        ceilings = (m["model"], m["square"], measuring.datasheet_rate())
+        shares = [percent(rate, ceiling) for ceiling in ceilings]
+        fill, speed = percent(m["row_fill"], 1), m["tokens_per_second"]
+        yield [length, fill, speed, rate / 1e12, *shares, m["peak_gib"]]
 
 
 def main():
@@ -167,8 +149,10 @@ def main():
     raw, lengths = resolve(s)
     with tempfile.TemporaryDirectory() as scratch:
         model = write_noise(Path(scratch) / "model", raw)
+        shapes = Flops(Config.from_hf(raw)).shapes
+        measures = {n: lambda n=n: measure(s, model, shapes, scratch, n) for n in lengths}
+        runs = measuring.in_turn(measures, s.repeat)
         gap = check(s, model, scratch, lengths[0]) if s.check else None
-        runs = [measure(s, model, scratch, length) for length in lengths]
     said = f"{raw['num_hidden_layers']} blocks of {s.shape}, vocabulary {raw['vocab_size']}, "
     said += f"{s.dtype}; no recompilation in {s.steps} steps of {s.rows} rows"
     if gap:

@@ -1,0 +1,322 @@
+"""The measurements of bench/ run, count what they say they count, and tell it in whole tables.
+
+No time is asserted. Every command runs here with a tiny model, in this process where it would start
+others.
+"""
+
+import dataclasses
+import json
+import math
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import (
+    checkpoints,
+    generation,
+    growth,
+    lengths,
+    measuring,
+    overhead,
+    pairs_per_second,
+    profile_step,
+    startup,
+    step_memory,
+    training,
+    utilisation,
+)
+from bench.flops import Flops
+from cli import UserError, parser_of
+from model import load
+from rows import build_row, lay_out
+from template import Template
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = {
+    module.__name__.partition(".")[2]: module
+    for module in (generation, growth, overhead, pairs_per_second, profile_step)
+    + (startup, step_memory, training, utilisation)
+}
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """What would be measured in processes of their own is measured here; small matrices."""
+
+    def here(flags, processes=1):
+        flags = {k: str(v) if isinstance(v, Path) else v for k, v in flags.items()}
+        return training.measure(training.Settings(**flags))
+
+    monkeypatch.setattr(training, "in_fresh_process", here)
+    monkeypatch.setitem(measuring.SQUARE, "cpu", 64)
+
+
+@pytest.fixture
+def measured(monkeypatch, capsys, tmp_path):
+    """measured(module, flags) runs a command -> (lines of its tables, its JSON), all finite."""
+
+    def call(module, flags):
+        file = tmp_path / "figures.json"
+        monkeypatch.setattr(sys, "argv", ["bench", *shlex.split(flags), f"--out={file}"])
+        module.main()
+        written = json.loads(file.read_text(encoding="utf-8"))
+        assert {"torch", "python"} <= written["machine"]["versions"].keys()
+        assert all(math.isfinite(number) for number in numbers(written["figures"]))
+        shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+        return [[c.strip() for c in line.strip("|").split("|")] for line in shown], written
+
+    return call
+
+
+def numbers(value):
+    """Every number in nested lists and dicts."""
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from numbers(part)
+    elif isinstance(value, int | float):
+        yield value
+
+
+def first_column(lines):
+    return [line[0] for line in lines if line[0] != "---"]
+
+
+# ----------------------------------------------------------------------------- what is counted
+
+
+def count(function):
+    """{operation: FLOPs} of torch's own counter; attention as plain matrix products."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        function()
+    return {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+
+
+def test_flops_are_those_that_torch_counts(tiny_model_dir):
+    """Its counter knows no mask, so its T^2 score products are scaled to the visible pairs."""
+    model, size = load(tiny_model_dir), 24
+    ids = torch.randint(0, 256, (size,), dtype=torch.int32).numpy()
+    trie = lay_out([([ids[:8], ids[8:]], size - 8)])
+    row = build_row([trie], [0], 1)
+    counted = count(lambda: model(row))
+    scores = sum(n for op, n in counted.items() if "bmm" in op)
+    flops, c = Flops(model.config), model.config
+    assert flops.visible(trie) == c.n_layers * size * (size + 1) // 2
+    assert scores == 4 * c.n_layers * c.heads * c.head_width * size**2
+    visible = scores * (size + 1) // (2 * size)
+    assert flops.forward(trie) == sum(counted.values()) - scores + visible
+
+
+def test_training_is_three_forwards(tiny_model_dir):
+    """Of the linear layers torch counts, forward and backward, 6 N per token."""
+    mlp, size = load(tiny_model_dir).blocks[0].mlp.requires_grad_(True), 16
+    x = torch.randn(1, size, 32, requires_grad=True)
+    counted = sum(count(lambda: mlp(x).sum().backward()).values())
+    assert counted == 6 * size * sum(p.numel() for p in mlp.parameters())
+
+
+def chain(size):
+    """The trie of one path of `size` tokens, scored from the fifth on."""
+    ids = torch.arange(size, dtype=torch.int32).numpy()
+    return lay_out([([ids[:4], ids[4:]], size - 4)])
+
+
+def test_a_window_hides_pairs(tiny_model_dir):
+    c = load(tiny_model_dir).config
+    assert Flops(c).visible(chain(10)) == 2 * 55
+    narrow = dataclasses.replace(c, windows=(3, None))
+    assert Flops(narrow).visible(chain(10)) == 55 + (1 + 2 + 8 * 3)
+
+
+def test_of_pairs_counts_training_and_reference_once(tiny_model_dir, pairs_file):
+    """Of ins_dpo: three forwards of the cross trie and one of the plain one."""
+    given = {"model": str(tiny_model_dir), "data": str(pairs_file), "max_len": 256}
+    s = training.Settings(loss="ins_dpo", batch=4, steps=1, **given)
+    with training.opened(s) as (job, _):
+        flops, data, rule = Flops(job.model.config), job.train, job.rule
+        cross, plain = data.trie(5, rule.paths), data.trie(5, rule.reference_paths)
+        assert flops.of_pairs(data, [5], rule) == (3 * flops.forward(cross), flops.forward(plain))
+
+
+@pytest.mark.parametrize("mix", lengths.MIXES)
+def test_synthetic_pairs_have_the_lengths_of_their_mix(tiny_model_dir, mix):
+    template, wanted = Template(tiny_model_dir), lengths.MIXES[mix]
+    rows = lengths.pairs_of(wanted, 60, template)
+    prompts = [template.render([{"role": "user", "content": r["prompt"]}], True) for r in rows]
+    for part, texts, extra in (
+        ("prompt", prompts, 0),
+        ("chosen", [r["chosen"] for r in rows], len(template.end_ids)),
+        ("rejected", [r["rejected"] for r in rows], len(template.end_ids)),
+    ):
+        mean = sum(map(len, template.encode(texts))) / 60 + extra
+        assert mean == pytest.approx(getattr(wanted, part), rel=0.15), part
+    same = lengths.pairs_of(wanted, 3, template, spread=0.0)
+    assert len({len(row["chosen"]) for row in same}) == 1
+
+
+def test_filled_rows_hold_their_pairs():
+    for length in (256, 512, 2048, 4096, 16384):
+        pairs, mix = utilisation.filling(length)
+        trie = mix.prompt + 2 * (mix.chosen + mix.rejected) + 4 * 2  # separators are two tokens
+        assert 0.9 * length < pairs * trie <= length
+
+
+def test_noise_is_a_model(tmp_path):
+    raw = checkpoints.resized(checkpoints.SMALL, layers=1, width=64, vocab=512)
+    model = load(checkpoints.write_noise(tmp_path / "noise", raw))
+    logps = model(build_row([chain(12)], [0], 1))
+    assert (logps + math.log(512)).abs().max() < 2 and logps.std() > 0
+    assert model.config.width == 64 and model.config.n_layers == 1
+    with pytest.raises(UserError, match="choose from small, .*llama-3-8b"):
+        checkpoints.published("llama-9")
+
+
+def test_a_recompilation_is_an_error():
+    compiled = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
+    compiled(torch.ones(2))
+    with training.compiled_once(True), pytest.raises(torch._dynamo.exc.RecompileError):
+        compiled(torch.ones(3))
+    compiled(torch.ones(3))
+
+
+def test_matmul_rate_is_work_over_time(monkeypatch):
+    monkeypatch.setattr(measuring, "median_seconds", lambda *args: 0.5)
+    rate = measuring.matmul_rate([(8, 4), (2, 4)], 16, torch.float32)
+    assert rate == 3 * 2 * 16 * 4 * (8 + 2) / (6 * 0.5)
+
+
+def test_tables():
+    assert measuring.table(("a", "b"), [(1234, 0.12345), ("x", None)]).splitlines() == [
+        "| a | b |", "| --- | --- |", "| 1,234 | 0.123 |", "| x | - |",
+    ]  # fmt: skip
+    assert measuring.median([{"v": 1.0, "w": 1}, {"v": 3.0, "w": None}]) == {"v": 2.0, "w": None}
+    assert measuring.percent(1, 4) == "25%" and measuring.percent(1, None) is None
+    assert measuring.chosen("b; a", ("a", "b", "c")) == ["a", "b"]
+    with pytest.raises(UserError, match="d: choose from a; b"):
+        measuring.chosen("d", ("a", "b"))
+
+
+# ----------------------------------------------------------------------------- the commands
+
+
+def test_a_process_of_its_own_measures_a_run(tiny_model_dir, pairs_file):
+    flags = {"loss": "ins_dpo", "model": tiny_model_dir, "data": pairs_file, "max_len": 256}
+    found = training.in_fresh_process(flags | {"batch": 8, "steps": 3, "warmup": 1})
+    assert found["pairs"] == 24 and found["tokens_per_pair"] > found["reference_tokens_per_pair"]
+    assert found["step seconds"] > 0 and found["peak_gib"] > 0.1
+    assert math.isclose(
+        1 / found["pairs_per_second"],
+        found["step_seconds_per_pair"] + found["reference_seconds_per_pair"],
+    )
+
+
+def test_a_process_that_fails_says_why():
+    with pytest.raises(UserError, match="(?s)failed.*no such thing"):
+        measuring.execute([sys.executable, "-c", "raise SystemExit('no such thing')"])
+
+
+def test_pairs_per_second(measured, in_process, tiny_model_dir, pairs_file):
+    flags = f"--model {tiny_model_dir} --data {pairs_file} --pairs 8 --batch 4 --max_len 256"
+    lines, written = measured(pairs_per_second, flags + " --repeat 2 --only 'dpo; ins_dpo'")
+    assert first_column(lines)[:3] == ["contender", "dpo", "ins_dpo"]
+    assert {name: len(runs) for name, runs in written["figures"].items()} == {
+        "matmul rate": 2, "dpo": 2, "ins_dpo": 2,
+    }  # fmt: skip
+
+
+def test_overhead(measured, in_process):
+    flags = "--mixes hh --only 'ins_dpo; averaged, turn' --pairs 4 --batch 2 --repeat 1"
+    lines, written = measured(overhead, flags)
+    assert first_column(lines) == ["hh", "dpo", "ins_dpo", "averaged, turn"]
+    counts = written["figures"]["hh"]["arithmetic"]
+    assert counts["dpo"]["tokens"] == counts["dpo"]["reference_tokens"]
+    assert counts["ins_dpo"]["reference_tokens"] == counts["dpo"]["tokens"]
+    assert counts["dpo"]["tokens"] < counts["ins_dpo"]["tokens"] < counts["ins_dpo"]["alone"]
+    assert lines[2][3] == "1.00x"
+
+
+def test_utilisation(measured, in_process):
+    lines, written = measured(
+        utilisation, "--blocks 1 --vocab 300 --lengths 256,512 --steps 1 --repeat 1"
+    )
+    assert first_column(lines) == ["row tokens", "256", "512"]
+    mean, largest = written["figures"]["gap"]
+    assert 0 <= mean <= largest < 1e-3
+
+
+def test_utilisation_refuses_wrong_log_probabilities(measured, in_process, monkeypatch):
+    monkeypatch.setitem(utilisation.FARTHEST, "fp32", (-1.0, -1.0))
+    with pytest.raises(UserError, match="nats from the reference"):
+        measured(utilisation, "--blocks 1 --vocab 300 --lengths 256 --steps 1 --repeat 1")
+
+
+def test_step_memory(measured, in_process):
+    flags = "--layers 1 --width 64 --vocabularies 300,600 --lengths 256,512"
+    lines, _ = measured(step_memory, flags)
+    assert [line[:2] for line in lines[2:]] == [["300", "512"], ["600", "512"], ["300", "256"]]
+
+
+def test_startup(measured, in_process, tiny_model_dir, pairs_file):
+    flags = f"--model {tiny_model_dir} --data {pairs_file} --pairs 8 --batch 4 --max_len 256"
+    lines, _ = measured(startup, flags + " --repeat 1")
+    assert first_column(lines) == ["stage", *startup.STAGES]
+
+
+def test_growth(measured, in_process):
+    flags = "--pairs 8,16 --row_tokens 1024,2048 --width 64 --processes 1 --batch 4 --steps 1"
+    lines, _ = measured(growth, flags)
+    names = ["pairs 8", "pairs 16", "row_tokens 1,024", "row_tokens 2,048", "width 64"]
+    assert first_column(lines)[1:] == [*names, "processes 1"]
+
+
+def test_profile_sums_to_the_step(measured, tiny_model_dir, pairs_file):
+    flags = f"--model {tiny_model_dir} --data {pairs_file} --pairs 8 --batch 8 --max_len 256"
+    lines, written = measured(profile_step, flags)
+    for spent in written["figures"].values():
+        assert 0.9 < sum(spent[p] for p in profile_step.PARTS) / spent["step"] < 1.15
+        busy = ("attention: projections", "attention: scores", "MLP", "head", "optimizer", "clip")
+        assert all(spent[part] > 0 for part in busy)
+    assert lines[0] == ["part", "dpo", "ins_dpo"]
+
+
+def test_generation_agrees_with_transformers(measured, tiny_model_dir, pairs_file):
+    pytest.importorskip("transformers")
+    flags = f"--model {tiny_model_dir} --data {pairs_file} --pairs 4 --batches 1,3"
+    lines, _ = measured(generation, flags + " --max_new_tokens 6 --repeat 1")
+    assert [line[-1] for line in lines[2:]] == ["-", "1 of 1", "-", "4 of 4"]
+
+
+@pytest.mark.slow
+def test_the_peer_is_measured_beside_us(measured, tiny_model_dir, pairs_file):
+    pytest.importorskip("trl")
+    flags = f"--model {tiny_model_dir} --data {pairs_file} --pairs 8 --batch 4 --micro 2"
+    flags += " --repeat 1 --max_len 256 --only 'dpo; TRL dpo, reference precomputed'"
+    lines, written = measured(pairs_per_second, flags)
+    assert lines[3][:1] == ["TRL dpo, reference precomputed"] and lines[3][2] == "1.00x"
+
+
+# ----------------------------------------------------------------------------- what the docs say
+
+
+def calls():
+    """Every call of bench/ in gpu.sh, the docs and the files' own heads -> (name, flags)."""
+    script = (ROOT / "bench" / "gpu.sh").read_text(encoding="utf-8").replace("\\\n", " ")
+    yield from re.findall(r"^measure \d+ (\w+) (.*)$", script, re.M)
+    texts = [ROOT / "docs" / "performance.md", *(Path(m.__file__) for m in COMMANDS.values())]
+    for text in texts:
+        text = text.read_text(encoding="utf-8").replace("\\\n", " ")
+        yield from re.findall(r"python bench/(\w+)\.py([^\n`#]*)", text)
+
+
+def test_every_flag_of_every_call_exists():
+    found = [(name, words) for name, words in calls() if name in COMMANDS]
+    assert {name for name, _ in found} == set(COMMANDS)
+    for name, words in found:
+        options = parser_of(COMMANDS[name].Settings, "")._option_string_actions
+        for word in re.findall(r"(?<!\S)--[\w-]+", words):
+            assert word in options, f"{name}: {word}"
