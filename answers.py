@@ -11,7 +11,9 @@ from collections import Counter
 from typing import NamedTuple
 
 from cli import UserError
-from pairs import Drops, as_messages, records, to_pair
+from layouts import as_messages, to_pair
+from pairs import Drops
+from sources import records
 
 
 class Answer(NamedTuple):

@@ -24,8 +24,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from cli import UserError, flag, progress, require
-from pairs import Drops, records
+from pairs import Drops
 from results import files_of, number, refuse, save, table
+from sources import records
 from stats import Estimate, interval, logistic, ratio_of_sums, resample, sigmoid
 
 STRONG = 3  # how often a strong verdict counts

@@ -1,0 +1,170 @@
+"""Data preparation, timed: read, tokenise, pack and plan; again from the cache; and TRL beside it.
+
+    python bench/data_preparation.py --pairs 60000 --peer_pairs 2000
+
+The pairs are synthetic English-like text with UltraFeedback's length mix (log-normal: prompts of
+median 75 tokens, answers of median 260), written as jsonl in its layout. Every stage runs in a
+process of its own, so that its peak memory is its own. TRL prepares the first --peer_pairs of the
+same file (DPOTrainer's own dataset preparation: template, tokenise, truncate), one process as by
+default; its time for all pairs is scaled from that, and said to be.
+"""
+
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from cli import UserError, flag, parse, run  # noqa: E402
+
+
+@dataclass
+class Settings:
+    """Every flag."""
+
+    model: str = flag("~/.cache/nanopo/smollm2-135m-instruct", "HF directory: its tokenizer")
+    pairs: int = flag(60000, "pairs in the file")
+    peer_pairs: int = flag(2000, "pairs that TRL prepares; 0: without TRL")
+    loss: str = flag("ins_dpo", "objective whose paths are laid out")
+    max_len: int = flag(4096, "tokens of every single path")
+    out: str = flag("bench/out/data_preparation.json", "where the figures go")
+    stage: str | None = flag(None, "internal: the one stage to run in this process")
+    file: str | None = flag(None, "internal: the file of pairs")
+
+
+# ----------------------------------------------------------------------------- the pairs
+
+
+def write_pairs(file, n):
+    """n pairs in the layout of ultrafeedback_binarized; words of docs/, drawn by Zipf's law."""
+    rng = random.Random(0)
+    words = sorted(set("".join(f.read_text() for f in ROOT.glob("docs/*.md")).split()))
+    rng.shuffle(words)
+    weights = [1 / (k + 3) for k in range(len(words))]
+
+    def text(median, spread):  # a word of this vocabulary is about 2 tokens
+        length = max(2, min(4000, int(rng.lognormvariate(0, spread) * median / 2)))
+        return " ".join(rng.choices(words, weights, k=length))
+
+    with open(file, "w", encoding="utf-8") as f:
+        for i in range(n):
+            prompt, w, l = text(75, 1.1), text(270, 0.8), text(240, 0.9)
+            asked = {"role": "user", "content": prompt}
+            row = {
+                "prompt": prompt,
+                "prompt_id": str(i),
+                "score_chosen": 8.0,
+                "score_rejected": 6.0,
+            }
+            for name, answer in (("chosen", w), ("rejected", l)):
+                row[name] = [asked, {"role": "assistant", "content": answer}]
+            f.write(json.dumps(row) + "\n")
+
+
+# ----------------------------------------------------------------------------- the stages
+
+
+def ours(s):
+    """What train.py does before its model: prepare, size every pair, plan and pack an epoch."""
+    from losses import recipe
+    from prepare import prepare
+    from rows import Plan, pack
+    from settings import Settings as Train
+    from template import Template
+
+    start = time.time()
+    rule = recipe(s.loss)
+    t = Train(model=s.model, data=s.file, max_len=s.max_len, loss=s.loss)
+    sets, lines = prepare(t, Template(os.path.expanduser(s.model)), rule)
+    prepared = time.time()
+    train = sets["train"]
+    sizes = [train.size(i, rule.paths) for i in range(len(train))]
+    plan = Plan(len(train), 128, 0, 1.0)
+    row_tokens = max(8192, max(sizes))
+    rows = [pack([sizes[i] for i in plan.pairs(t)], row_tokens) for t in range(plan.steps)]
+    end = time.time()
+    n_rows = sum(map(len, rows))
+    return {
+        "pairs": sum(map(len, sets.values())),
+        "tokens": int(sum(len(d.examples.ids) for d in sets.values())),
+        "read_and_tokenise_seconds": prepared - start,
+        "plan_and_pack_seconds": end - prepared,
+        "seconds": end - start,
+        "rows": n_rows,
+        "fill": sum(sizes) / (n_rows * row_tokens),
+        "report": lines,
+    }
+
+
+def trl(s):
+    """DPOTrainer's preparation of the first pairs of the file, up to its constructor's end."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from trl import DPOConfig, DPOTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(s.model))
+    with open(s.file, encoding="utf-8") as f:
+        rows = [json.loads(line) for line, _ in zip(f, range(s.peer_pairs), strict=False)]
+    data = Dataset.from_list([{k: r[k] for k in ("chosen", "rejected")} for r in rows])
+    small = LlamaConfig(vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8,
+                        num_hidden_layers=1, num_attention_heads=1)  # fmt: skip
+    options = {"max_length": s.max_len, "report_to": [], "use_cpu": True, "bf16": False}
+    start = time.time()
+    with tempfile.TemporaryDirectory() as out:
+        LlamaForCausalLM(small).save_pretrained(out)  # TRL loads policy and reference by path
+        config = DPOConfig(output_dir=out, **options)
+        trainer = DPOTrainer(out, None, config, train_dataset=data, processing_class=tokenizer)
+    seconds = time.time() - start
+    return {"pairs": len(trainer.train_dataset), "seconds": seconds}
+
+
+STAGES = {"first": ours, "cached": ours, "trl": trl}
+
+
+def stage(s, name, file, tokens):
+    """One stage in its own process -> its figures, with its peak memory in GB."""
+    flags = asdict(s) | {"stage": name, "file": str(file)}
+    words = [w for k, v in flags.items() if v is not None for w in (f"--{k}", str(v))]
+    env = os.environ | {"NANOPO_TOKENS": str(tokens), "TOKENIZERS_PARALLELISM": "true"}
+    command = [sys.executable, __file__, *words]
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise UserError(f"stage {name} failed")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main():
+    s = parse(Settings, __doc__.splitlines()[0])
+    if s.stage:
+        figures = STAGES[s.stage](s)
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        figures["peak_gb"] = used.ru_maxrss / 2**20
+        figures["cpu_seconds"] = used.ru_utime + used.ru_stime
+        print(json.dumps(figures))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        file, tokens = Path(scratch) / "pairs.jsonl", Path(scratch) / "tokens"
+        write_pairs(file, s.pairs)
+        names = [n for n in STAGES if n != "trl" or s.peer_pairs]
+        results = {name: stage(s, name, file, tokens) for name in names}
+    print("| stage | pairs | seconds | CPU seconds | peak GB |\n| --- | --- | --- | --- | --- |")
+    for name, r in results.items():
+        print(f"| {name} | {r['pairs']} | {r['seconds']:.1f} | {r['cpu_seconds']:.1f} "
+              f"| {r['peak_gb']:.2f} |")  # fmt: skip
+    if "trl" in results:
+        scaled = results["trl"]["seconds"] * s.pairs / results["trl"]["pairs"]
+        print(f"TRL scaled to {s.pairs} pairs: {scaled:.0f} s")
+    Path(s.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(s.out).write_text(json.dumps({"settings": asdict(s)} | results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)
