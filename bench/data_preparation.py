@@ -23,7 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cli import UserError, flag, parse, run  # noqa: E402
+from cli import UserError, flag, parse, require, run  # noqa: E402
+from pairs import Drops, read_pairs  # noqa: E402
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Settings:
     """Every flag."""
 
     model: str = flag("~/.cache/nanopo/smollm2-135m-instruct", "HF directory: its tokenizer")
+    source: str | None = flag(None, "preference data whose turns the texts are made of")
     pairs: int = flag(60000, "pairs in the file")
     peer_pairs: int = flag(2000, "pairs that TRL prepares; 0: without TRL")
     loss: str = flag("ins_dpo", "objective whose paths are laid out")
@@ -42,31 +44,32 @@ class Settings:
 
 # ----------------------------------------------------------------------------- the pairs
 
+CHARACTERS = 4.3  # per token, about, of this text under this tokenizer
+LENGTHS = {"prompt": (100, 1.1), "chosen": (220, 0.75), "rejected": (210, 0.75)}  # median, spread
 
-def write_pairs(file, n):
-    """n pairs in the layout of ultrafeedback_binarized; words of docs/, drawn by Zipf's law."""
+
+def write_pairs(file, n, source):
+    """n pairs in the layout of ultrafeedback_binarized; their texts are turns of `source`, joined
+    at random to log-normal lengths."""
+    pairs = read_pairs(source, Drops())
+    turns = [m["content"] for pair in pairs for m in pair.prompt]
+    turns += [answer for pair in pairs for answer in (pair.chosen, pair.rejected)]
     rng = random.Random(0)
-    words = sorted(set("".join(f.read_text() for f in ROOT.glob("docs/*.md")).split()))
-    rng.shuffle(words)
-    weights = [1 / (k + 3) for k in range(len(words))]
 
-    def text(median, spread):  # a word of this vocabulary is about 2 tokens
-        length = max(2, min(4000, int(rng.lognormvariate(0, spread) * median / 2)))
-        return " ".join(rng.choices(words, weights, k=length))
+    def text(median, spread):
+        size, words = int(CHARACTERS * median * rng.lognormvariate(0, spread)), ""
+        while len(words) < max(8, min(size, 40000)):
+            words += rng.choice(turns) + "\n\n"
+        return words[: max(8, size)].strip()
 
     with open(file, "w", encoding="utf-8") as f:
         for i in range(n):
-            prompt, w, l = text(75, 1.1), text(270, 0.8), text(240, 0.9)
-            asked = {"role": "user", "content": prompt}
-            row = {
-                "prompt": prompt,
-                "prompt_id": str(i),
-                "score_chosen": 8.0,
-                "score_rejected": 6.0,
-            }
-            for name, answer in (("chosen", w), ("rejected", l)):
-                row[name] = [asked, {"role": "assistant", "content": answer}]
-            f.write(json.dumps(row) + "\n")
+            texts = {part: text(*length) for part, length in LENGTHS.items()}
+            asked = {"role": "user", "content": texts["prompt"]}
+            row = {"prompt": texts["prompt"], "prompt_id": str(i)}
+            for name in ("chosen", "rejected"):
+                row[name] = [asked, {"role": "assistant", "content": texts[name]}]
+            f.write(json.dumps(row | {"score_chosen": 8.0, "score_rejected": 6.0}) + "\n")
 
 
 # ----------------------------------------------------------------------------- the stages
@@ -150,9 +153,10 @@ def main():
         figures["cpu_seconds"] = used.ru_utime + used.ru_stime
         print(json.dumps(figures))
         return
+    require(s, "source")
     with tempfile.TemporaryDirectory() as scratch:
         file, tokens = Path(scratch) / "pairs.jsonl", Path(scratch) / "tokens"
-        write_pairs(file, s.pairs)
+        write_pairs(file, s.pairs, s.source)
         names = [n for n in STAGES if n != "trl" or s.peer_pairs]
         results = {name: stage(s, name, file, tokens) for name in names}
     print("| stage | pairs | seconds | CPU seconds | peak GB |\n| --- | --- | --- | --- | --- |")
