@@ -90,15 +90,15 @@ class Verdicts:
 
     def read(self, file):
         """{key: probability} of this guard; a line cut off by a crash is skipped."""
-        found = {}
-        for place in filter(Path.exists, self._places(file)):
-            for line in place.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                    if row["model"] == self.model:
-                        found[row["dialogue"]] = float(row["unsafe"])
-                except (ValueError, KeyError, TypeError):
-                    continue
+        lines, found = [], {}
+        for place in self._places(file):
+            with contextlib.suppress(OSError):  # most often: there is none
+                lines += place.read_text(encoding="utf-8").splitlines()
+        for line in lines:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                row = json.loads(line)
+                if row["model"] == self.model:
+                    found[row["dialogue"]] = float(row["unsafe"])
         return found
 
     def write(self, file, verdicts):
@@ -107,8 +107,8 @@ class Verdicts:
         with self._open(file) as f:
             f.write("\n")  # behind a line that was cut off
             for dialogue, unsafe in verdicts:
-                found[dialogue] = round(unsafe, 6)
-                row = {"dialogue": dialogue, "unsafe": found[dialogue], "model": self.model}
+                found[dialogue] = unsafe
+                row = {"dialogue": dialogue, "unsafe": unsafe, "model": self.model}
                 f.write(json.dumps(row) + "\n")
         return found
 

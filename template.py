@@ -196,7 +196,7 @@ class Template:
     def encode(self, texts):
         """Texts -> list of (n,) int32 arrays, no special tokens added."""
         texts = list(texts)
-        encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        encoded = self.tokenizer.encode_batch(texts, add_special_tokens=False)
         ids = [np.array(e.ids, dtype=np.int32) for e in encoded]
         for i, text in enumerate(texts):
             if SHIELD in text:
