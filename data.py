@@ -8,6 +8,7 @@ A pairs.Pair becomes segments of token ids, which `Dataset.path` joins to condit
 """
 
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,18 +136,27 @@ class Dataset:
         return len(self.examples)
 
     def _blocks(self, pairs, shown):
-        """Lists of Example, a block of pairs at a time."""
-        with progress("tokenise", len(pairs), "pair", not shown, leave=False) as bar:
-            for start in range(0, len(pairs), self.BLOCK):
-                block = pairs[start : start + self.BLOCK]
-                yield self._tokenise(block)
-                bar.update(len(block))
+        """Lists of Example, a block of pairs at a time; while one is encoded, the next is rendered.
 
-    def _tokenise(self, pairs):
-        """Render and tokenise a block of pairs; answers and prompts each on their own."""
-        rendered = [(pair, texts) for pair in pairs if (texts := self._render(pair))]
-        ids = iter(self.template.encode(text for _, texts in rendered for text in texts))
-        examples = []
+        (The tokenizer works outside the interpreter's lock; templates stay in the main thread.)
+        """
+        blocks = [pairs[i : i + self.BLOCK] for i in range(0, len(pairs), self.BLOCK)]
+        bar = progress("tokenise", len(pairs), "pair", not shown, leave=False)
+        with bar, ThreadPoolExecutor(1) as encoder:
+            waiting = []
+            for block in blocks:
+                rendered = [(pair, texts) for pair in block if (texts := self._render(pair))]
+                texts = [text for _, texts in rendered for text in texts]
+                waiting.append((rendered, encoder.submit(self.template.encode, texts)))
+                if len(waiting) > 1:
+                    yield self._examples(*waiting.pop(0))
+                bar.update(len(block))
+            for block in waiting:
+                yield self._examples(*block)
+
+    def _examples(self, rendered, encoded):
+        """Rendered pairs and the future of their texts' ids -> Examples, cut by the limits."""
+        ids, examples = iter(encoded.result()), []
         for pair, texts in rendered:
             prompt, *instruct, chosen, rejected = (next(ids) for _ in texts)
             instruct = instruct[0] if instruct else prompt

@@ -1,12 +1,12 @@
-"""Data preparation, timed: read, tokenise, pack and plan; again from the cache; and TRL beside it.
+"""Data preparation, timed: read, tokenise, plan and pack; again from the cache; and TRL beside it.
 
-    python bench/data_preparation.py --pairs 60000 --peer_pairs 2000
+    python bench/data_preparation.py --source hh-harmless-test.jsonl.gz --sizes 15000,30000,60000
 
-The pairs are synthetic English-like text with UltraFeedback's length mix (log-normal: prompts of
-median 75 tokens, answers of median 260), written as jsonl in its layout. Every stage runs in a
-process of its own, so that its peak memory is its own. TRL prepares the first --peer_pairs of the
-same file (DPOTrainer's own dataset preparation: template, tokenise, truncate), one process as by
-default; its time for all pairs is scaled from that, and said to be.
+The pairs are as long as UltraFeedback's (log-normal: prompts of about 180 tokens on average,
+answers of about 280); their texts are joined from the turns of --source, so that the tokenizer does
+real work. Every stage runs in a process of its own, so that its peak memory is its own; times are
+without imports. TRL prepares the first --peer_pairs of the same file (DPOTrainer's own preparation:
+template, tokenise, truncate), in one process, as by default. Figures: docs/data_preparation.md.
 """
 
 import json
@@ -33,8 +33,8 @@ class Settings:
 
     model: str = flag("~/.cache/nanopo/smollm2-135m-instruct", "HF directory: its tokenizer")
     source: str | None = flag(None, "preference data whose turns the texts are made of")
-    pairs: int = flag(60000, "pairs in the file")
-    peer_pairs: int = flag(2000, "pairs that TRL prepares; 0: without TRL")
+    sizes: str = flag("60000", "pairs in the file; several, joined by commas, one after the other")
+    peer_pairs: int = flag(1000, "pairs that TRL prepares; 0: without TRL")
     loss: str = flag("ins_dpo", "objective whose paths are laid out")
     max_len: int = flag(4096, "tokens of every single path")
     out: str = flag("bench/out/data_preparation.json", "where the figures go")
@@ -83,7 +83,7 @@ def ours(s):
     from settings import Settings as Train
     from template import Template
 
-    start = time.time()
+    start, cpu = time.time(), time.process_time()
     rule = recipe(s.loss)
     t = Train(model=s.model, data=s.file, max_len=s.max_len, loss=s.loss)
     sets, lines = prepare(t, Template(os.path.expanduser(s.model)), rule)
@@ -93,9 +93,9 @@ def ours(s):
     plan = Plan(len(train), 128, 0, 1.0)
     row_tokens = max(8192, max(sizes))
     rows = [pack([sizes[i] for i in plan.pairs(t)], row_tokens) for t in range(plan.steps)]
-    end = time.time()
-    n_rows = sum(map(len, rows))
+    end, n_rows = time.time(), sum(map(len, rows))
     return {
+        "cpu_seconds": time.process_time() - cpu,
         "pairs": sum(map(len, sets.values())),
         "tokens": int(sum(len(d.examples.ids) for d in sets.values())),
         "read_and_tokenise_seconds": prepared - start,
@@ -120,13 +120,13 @@ def trl(s):
     small = LlamaConfig(vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8,
                         num_hidden_layers=1, num_attention_heads=1)  # fmt: skip
     options = {"max_length": s.max_len, "report_to": [], "use_cpu": True, "bf16": False}
-    start = time.time()
+    start, cpu = time.time(), time.process_time()
     with tempfile.TemporaryDirectory() as out:
         LlamaForCausalLM(small).save_pretrained(out)  # TRL loads policy and reference by path
         config = DPOConfig(output_dir=out, **options)
         trainer = DPOTrainer(out, None, config, train_dataset=data, processing_class=tokenizer)
-    seconds = time.time() - start
-    return {"pairs": len(trainer.train_dataset), "seconds": seconds}
+    seconds, cpu = time.time() - start, time.process_time() - cpu
+    return {"pairs": len(trainer.train_dataset), "seconds": seconds, "cpu_seconds": cpu}
 
 
 STAGES = {"first": ours, "cached": ours, "trl": trl}
@@ -144,30 +144,36 @@ def stage(s, name, file, tokens):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def measure(s):
+    """(size, stage, figures), as they come."""
+    sizes = [int(size) for size in s.sizes.split(",")]
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as scratch:
+            file, tokens = Path(scratch) / "pairs.jsonl", Path(scratch) / "tokens"
+            write_pairs(file, size, s.source)
+            peer = size == sizes[-1] and s.peer_pairs
+            for name in STAGES if peer else ("first", "cached"):
+                yield size, name, stage(s, name, file, tokens)
+
+
 def main():
     s = parse(Settings, __doc__.splitlines()[0])
     if s.stage:
         figures = STAGES[s.stage](s)
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        figures["peak_gb"] = used.ru_maxrss / 2**20
-        figures["cpu_seconds"] = used.ru_utime + used.ru_stime
+        figures["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(json.dumps(figures))
         return
     require(s, "source")
-    with tempfile.TemporaryDirectory() as scratch:
-        file, tokens = Path(scratch) / "pairs.jsonl", Path(scratch) / "tokens"
-        write_pairs(file, s.pairs, s.source)
-        names = [n for n in STAGES if n != "trl" or s.peer_pairs]
-        results = {name: stage(s, name, file, tokens) for name in names}
-    print("| stage | pairs | seconds | CPU seconds | peak GB |\n| --- | --- | --- | --- | --- |")
-    for name, r in results.items():
-        print(f"| {name} | {r['pairs']} | {r['seconds']:.1f} | {r['cpu_seconds']:.1f} "
-              f"| {r['peak_gb']:.2f} |")  # fmt: skip
-    if "trl" in results:
-        scaled = results["trl"]["seconds"] * s.pairs / results["trl"]["pairs"]
-        print(f"TRL scaled to {s.pairs} pairs: {scaled:.0f} s")
+    print("| file | stage | pairs | seconds | CPU seconds | CPU ms per pair | peak GB |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    results = []
     Path(s.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(s.out).write_text(json.dumps({"settings": asdict(s)} | results, indent=1) + "\n")
+    for size, name, r in measure(s):
+        each = r["cpu_seconds"] / r["pairs"] * 1000
+        print(f"| {size} | {name} | {r['pairs']} | {r['seconds']:.1f} | {r['cpu_seconds']:.1f} "
+              f"| {each:.2f} | {r['peak_gb']:.2f} |", flush=True)  # fmt: skip
+        results.append({"file": size, "stage": name} | r)
+        Path(s.out).write_text(json.dumps({"settings": asdict(s), "results": results}, indent=1))
 
 
 if __name__ == "__main__":
