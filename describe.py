@@ -15,7 +15,7 @@ import numpy as np
 
 from cleaning import Rules, clean
 from cli import UserError, flag, parse
-from data import Dataset, Limits
+from data import PARTS, Dataset, Limits
 from losses import CONDITIONS, recipe
 from pairs import Drops, read_pairs
 from rows import pack
@@ -23,6 +23,7 @@ from template import Template
 from weights import resolve
 
 QUANTILES = (0, 5, 25, 50, 75, 95, 99, 100)
+SAMPLE = 1000  # pairs whose path sets are laid out
 
 
 @dataclass
@@ -57,21 +58,15 @@ class Settings:
 
 def describe(s):
     """(figures as a JSON-ready dict, {part: lengths}) of these settings."""
-    template, rule, drops = (
-        Template(resolve(s.model)),
-        recipe(s.loss, s.condition, s.bridge),
-        Drops(),
-    )
+    template, drops = Template(resolve(s.model)), Drops()
+    rule = recipe(s.loss, s.condition, s.bridge)
     pairs = read_pairs(s.data, drops, s.limit, bad_rows=s.bad_rows)
     n_read = len(pairs)
     if (rules := Rules.of(s)) != Rules():
         pairs = clean(pairs, rules, template, drops, s.device)
-    limits = Limits(s.max_len, s.draft_cap)
-    whole = Limits(10**9, 1.0)  # nothing is cut: lengths as they lie
-    data = Dataset(pairs, template, rule, limits, s.instruction, s.sep, shown=True)
-    uncut = Dataset(pairs, template, rule, whole, s.instruction, s.sep) if data.cuts else data
-    parts = {"prompt": 0, "chosen": 2, "rejected": 3}
-    lengths = {name: np.asarray(uncut.examples.lengths)[:, k] for name, k in parts.items()}
+    options = (template, rule, Limits(s.max_len, s.draft_cap), s.instruction, s.sep)
+    data = Dataset(pairs, *options, shown=True)
+    lengths = lengths_of(data, pairs)
     dropped = drops.rules | data.drops.rules
     figures = {
         "settings": dataclasses.asdict(s),
@@ -82,10 +77,19 @@ def describe(s):
         "tokens": {name: quantiles(values) for name, values in lengths.items()},
         "cut": {what: n / len(data) for what, n in data.cuts.items()},
         "row_fill": row_fill(data, rule.paths, s),
-        "path_sets": path_sets(s, pairs, template),
+        "path_sets": path_sets(s, pairs[:SAMPLE], template, rule.bridge),
         "examples": decoded(data, rule, template),
     }
     return figures, lengths
+
+
+def lengths_of(data, pairs):
+    """{part: (N,) tokens} as they lie: where the limits of `data` cut, the pairs without any."""
+    if data.cuts:
+        whole = Limits(10**9, 1.0)
+        data = Dataset(pairs, data.template, data.recipe, whole, data.instruction)
+    sizes = np.asarray(data.examples.lengths)
+    return {name: sizes[:, PARTS.index(name)] for name in ("prompt", "chosen", "rejected")}
 
 
 def quantiles(values):
@@ -104,19 +108,17 @@ def row_fill(data, paths, s):
     return {"rows": rows, "row_tokens": row_tokens, "fill": sum(sizes) / (rows * row_tokens)}
 
 
-def path_sets(s, pairs, template, most=1000):
-    """Tokens in separate sequences and in tries per condition, over at most `most` pairs."""
+def path_sets(s, pairs, template, bridge):
+    """Tokens of these pairs in separate sequences and in tries, per condition."""
     sets, limits = {}, Limits(s.max_len, s.draft_cap)
     for condition in CONDITIONS:
-        rule = recipe("dpo", condition, s.bridge or "turn")
-        data = Dataset(pairs[:most], template, rule, limits, s.instruction, s.sep)
-        apart = sum(
-            len(seg) for i in range(len(data)) for p in rule.paths for seg in data.path(i, p)[0]
-        )
+        rule = recipe("dpo", condition, bridge)
+        data = Dataset(pairs, template, rule, limits, s.instruction, s.sep)
+        paths = [data.path(i, path) for i in range(len(data)) for path in rule.paths]
+        apart = sum(len(segment) for segments, _ in paths for segment in segments)
         trie = sum(data.size(i, rule.paths) for i in range(len(data)))
-        sets[condition] = {"pairs": len(data), "separate": apart, "trie": trie}
-        sets[condition] |= {"saved": 1 - trie / apart}
-    return sets
+        sets[condition] = {"separate": apart, "trie": trie, "saved": 1 - trie / apart}
+    return {"of_the_first_pairs": len(pairs), "bridge": bridge, "conditions": sets}
 
 
 def decoded(data, rule, template, i=0):
@@ -152,8 +154,11 @@ def show(figures):
     )
     fill = f["row_fill"]
     yield f"rows of {fill['row_tokens']} tokens: {fill['rows']} per epoch, {fill['fill']:.1%} full"
-    yield f"\n{'path set':12}{'separate':>10}{'trie':>10}{'saved':>8}"
-    for name, told in f["path_sets"].items():
+    sets = f["path_sets"]
+    yield (f"\ntokens of the path sets of the first {sets['of_the_first_pairs']} pairs, "
+           f"bridge {sets['bridge']}")  # fmt: skip
+    yield f"{'path set':12}{'separate':>10}{'trie':>10}{'saved':>8}"
+    for name, told in sets["conditions"].items():
         yield f"{name:12}{told['separate']:10}{told['trie']:10}{told['saved']:8.1%}"
     for path, text in f["examples"].items():
         yield f"\n--- {path} ([[scored]])\n{text}"
@@ -168,7 +173,7 @@ def picture(lengths, file, max_len):
 
     figure, axis = plt.subplots(figsize=(8, 4.5))
     top = max(values.max() for values in lengths.values())
-    bins = np.geomspace(1, max(top, 2), 41)
+    bins = np.unique(np.geomspace(1, max(top, 2) + 1, 41).round()) - 0.5  # whole tokens
     styles = {"prompt": ("0.55", "-"), "chosen": ("tab:blue", "-"), "rejected": ("tab:red", "--")}
     for name, values in lengths.items():
         colour, line = styles[name]
