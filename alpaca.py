@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cli import UserError, flag, progress, require
-from pairs import Drops, records
+from pairs import Drops
 from results import number, refuse, save, table
+from sources import records
 from stats import estimate, interval, logistic, sigmoid
 
 PENALTIES = 1 / np.logspace(-4, 4, 10)  # scikit-learn's C, as the weight of the L1 norm

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from benchmarks import FORMATS, about_of, digest, question_id, read_asks, transcript
 from cli import UserError
-from pairs import Drops, as_messages, to_pair
+from layouts import as_messages, to_pair
+from pairs import Drops
 from results import rows_of
 
 CHOSEN = "chosen"  # the name of who gave the chosen answers of pairs

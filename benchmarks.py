@@ -22,7 +22,9 @@ from typing import NamedTuple
 
 from cli import UserError
 from journal import read_lines, replace, to_line
-from pairs import Drops, as_messages, data_files, records, to_pair
+from layouts import as_messages, to_pair
+from pairs import Drops
+from sources import data_files, records
 from template import Template
 
 ABOUT = ("uid", "question_id", "prompt_id", "subset", "category", "dataset", "reference")

@@ -4,17 +4,18 @@ jinja2's sandbox keeps a template from files and attributes, not from `range` in
 `"a" * 10 ** 10`.
 """
 
+import os
 import signal
 import threading
 from contextlib import contextmanager
-from pathlib import Path
 
 try:
     import resource
 except ImportError:  # not on Windows
     resource = None
 
-STATM = Path("/proc/self/statm")  # Linux: its first number is the pages of the address space
+STATM = "/proc/self/statm"  # Linux: its first number is the pages of the address space
+PAGE = resource.getpagesize() if resource and os.path.exists(STATM) else None
 
 
 @contextmanager
@@ -47,11 +48,12 @@ def _alarm(seconds):
 
 @contextmanager
 def _memory(nbytes):
-    if resource is None or not STATM.exists():
+    if PAGE is None:
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    now = int(STATM.read_bytes().split()[0]) * resource.getpagesize()
+    with open(STATM, "rb", buffering=0) as f:  # once per rendered text: it has to be quick
+        now = int(f.read().split()[0]) * PAGE
     limits = [now + nbytes, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)]
     resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
     try:

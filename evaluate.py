@@ -42,9 +42,10 @@ from cli import UserError, flag, parse, require, run
 from data import Dataset, Limits
 from generate import load_model
 from judge import JudgeSettings, judge
+from layouts import Pair
 from losses import Path, recipe
 from metrics import CompareSettings, compare_runs
-from pairs import Drops, Pair, read_pairs
+from pairs import Drops, read_pairs
 from results import number, refuse, save, table
 from rows import lay_out
 from scoring import scored_rows

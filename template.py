@@ -2,11 +2,18 @@
 
 Prompt and answer are rendered by the checkpoint's own template and tokenised separately with no
 special tokens added, so that no merge crosses the boundary and no BOS is doubled.
+
+What the template writes is control, what a message says is text: "<|im_end|>" inside an answer
+becomes the ids of its letters, never the end token. (transformers' apply_chat_template makes it the
+control token: such a row ends a turn that it does not end.) `render` puts a mark, SHIELD, into such
+text, and `encode` reads marked text by a copy of the tokenizer in which control tokens have names
+that no text holds. Text without a special token's name goes the plain way.
 """
 
 import json
 import re
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 
 import jinja2
@@ -24,6 +31,7 @@ INSTRUCTIONS = {  # IFSR's refining instructions (section 3.1, Table 6)
     "worse": "please generate a worse response",
 }
 LONGEST = 10**7  # characters of a rendered dialogue
+SHIELD = "\ufdd0"  # a noncharacter of Unicode: marks the text of a special token inside a message
 PROBE = "qzx-answer-qzx"  # stands for an answer when the template is asked what it puts around one
 
 # For base models, after HALOs' legacy form: a role line, the text, and the end token after answers.
@@ -42,6 +50,14 @@ PUBLISHED_TEMPLATES = {
     "{{ m['content'] + '<|endoftext|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 }
+
+
+class Refused(UserError):
+    """The template refuses a dialogue (a system turn, turns that do not alternate, …)."""
+
+    def __init__(self, directory, reason):
+        super().__init__(f"{directory}: the chat template refuses: {reason}")
+        self.reason = reason
 
 
 class GenerationTag(jinja2.ext.Extension):
@@ -73,6 +89,9 @@ class Template:
             raise UserError(f"{file}: not readable as a tokenizer: {error}") from error
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        self._control = sorted((t.content for t in added if t.special), key=len, reverse=True)
+        self._named = re.compile("|".join(map(re.escape, self._control)) or r"(?!)")
         settings = read_json(self.directory / "tokenizer_config.json")
         tokens = {k: v for k, v in settings.items() if k.endswith("_token")}
         text = {k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items()}
@@ -128,8 +147,12 @@ class Template:
     def render(self, messages, generation=False):
         """Messages -> text; generation=True opens the assistant's reply.
 
-        A template comes from strangers: its time, memory and output are bounded.
+
+        Byte for byte what transformers renders, but for SHIELD inside the text of special tokens
+        that messages hold. A template comes from strangers: its time, memory and output are
+        bounded. Raises UserError where the template refuses the messages.
         """
+        messages = [m | {"content": self._shield(m["content"])} for m in messages]
         try:
             with bounded():
                 text = self._template.render(
@@ -143,17 +166,22 @@ class Template:
                 raise ValueError(f"its text is longer than {LONGEST} characters")
             return text
         except Exception as error:  # a template is a program: TypeError, OverflowError, its own …
-            raise UserError(f"{self.directory}: the chat template refuses: {error}") from error
+            raise Refused(self.directory, " ".join(str(error).split())) from error
 
-    def answer(self, messages, text, closed=True):
+    def _shield(self, text):
+        """Mark the names of special tokens in what a message says, behind their first letter."""
+        return self._named.sub(lambda m: m[0][0] + SHIELD + m[0][1:], text)
+
+    def answer(self, messages, text, closed=True, prompt=None):
         """The text of an answer as the template writes it behind the rendered prompt.
 
         Ends with `end` if closed, and with whatever white space the template puts after it if not.
+        prompt: `messages` as rendered, where that is at hand.
         """
-        prompt = self.render(messages, generation=True)
+        prompt = self.render(messages, generation=True) if prompt is None else prompt
         whole = self.render([*messages, {"role": "assistant", "content": text}])
         if not whole.startswith(prompt):  # a template that rewrites what came before
-            return text.strip() + self.end
+            return self._shield(text).strip() + self.end
         answer = whole[len(prompt) :]
         if self.end not in answer:  # a template without an end of turn
             answer += self.end
@@ -167,8 +195,39 @@ class Template:
 
     def encode(self, texts):
         """Texts -> list of (n,) int32 arrays, no special tokens added."""
-        encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(e.ids, dtype=np.int32) for e in encoded]
+        texts = list(texts)
+        encoded = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        ids = [np.array(e.ids, dtype=np.int32) for e in encoded]
+        for i, text in enumerate(texts):
+            if SHIELD in text:
+                ids[i] = self._encode_marked(text)
+        return ids
+
+    def lengths(self, texts):
+        """Tokens of each text, as a message says it."""
+        return [len(ids) for ids in self.encode(map(self._shield, texts))]
+
+    def _encode_marked(self, text):
+        """Ids of a rendering in which marked names of special tokens are text, others control."""
+        text = self._named.sub(lambda m: SHIELD + m[0], text)
+        text = re.sub(f"{SHIELD}(?!{self._named.pattern})", "", text)
+        return np.array(self._literal.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    @cached_property
+    def _literal(self):
+        """The tokenizer with SHIELD in front of every special token's name."""
+        spec = json.loads(self.tokenizer.to_str())
+        named = {name: SHIELD + name for name in self._control}
+        for token in spec["added_tokens"]:
+            token["content"] = named.get(token["content"], token["content"])
+        model = spec["model"]
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {named.get(t, t): i for t, i in model["vocab"].items()}
+        else:  # Unigram: [piece, score]
+            model["vocab"] = [[named.get(t, t), score] for t, score in model["vocab"]]
+        if "unk_token" in model:
+            model["unk_token"] = named.get(model["unk_token"], model["unk_token"])
+        return tokenizers.Tokenizer.from_str(json.dumps(spec))
 
     def decode(self, ids, skip_special=True):
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)
@@ -191,7 +250,7 @@ def read_json(file):
 def parse_json(text, where):
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also of numbers and nesting without end
         raise UserError(f"{where}: broken JSON ({error}); mend or delete the row") from error
 
 

@@ -12,10 +12,10 @@ import torch.distributed as dist
 import memory
 import weights
 from cli import UserError, parse, progress, run
-from data import Dataset, Limits, plain_paths
+from data import plain_paths
 from losses import recipe, unique
 from metrics import Metrics
-from pairs import Drops, hold_out, read_pairs
+from prepare import prepare
 from ranks import Ranks, Stopped, build_model
 from rows import Plan
 from settings import HYPER, Settings, check_config, open_out, resolve, write_config
@@ -33,28 +33,10 @@ def fetch(ranks, source, name):
 
 def load_data(s, ranks, template, rule):
     """(train, eval) Datasets; eval is None without validation pairs."""
-    both = rule.objective.answers == ("chosen", "rejected")
-    in_context = any(path.context in ("chosen", "rejected") for path in rule.paths)
-    drops = Drops()
-    need = {"need_rejected": both or in_context}
-    pairs = read_pairs(s.data, drops, s.limit, revision=s.data_revision, **need)
-    ranks.say(f"read {len(pairs)} pairs from {s.data}; dropped: {drops}")
-    if s.eval_data:
-        revision = s.eval_revision or s.data_revision
-        held = read_pairs(s.eval_data, drops, s.eval_pairs, revision=revision, **need)
-    else:
-        if s.eval_pairs is None:
-            s.eval_pairs = min(1000, len(pairs) // 10)
-        pairs, held = hold_out(pairs, s.eval_pairs, s.seed)
-    limits = Limits(s.max_len, s.draft_cap, s.score_eos)
-    options = (template, rule, limits, s.instruction, s.sep)
-    train = Dataset(pairs, *options, shown=ranks.first)
-    ranks.say(f"train: {train.report()}")
-    if not held:
-        return train, None
-    validation = Dataset(held, *options)
-    ranks.say(f"validation: {validation.report()}")
-    return train, validation
+    sets, lines = prepare(s, template, rule, ranks)
+    for line in lines:
+        ranks.say(line)
+    return sets["train"], sets.get("validation")
 
 
 def choose_row_tokens(s, ranks, datasets, paths):

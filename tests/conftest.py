@@ -1,6 +1,7 @@
 """What several tests share: a tiny random model as a Hugging Face directory, and a few pairs."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -33,6 +34,12 @@ def _pair(i):
 
 
 PAIRS = [_pair(i) for i in range(24)]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def token_cache(tmp_path_factory):
+    """The token cache of the tests, and of the runs that they start, is their own."""
+    os.environ["NANOPO_TOKENS"] = str(tmp_path_factory.mktemp("tokens"))
 
 
 @pytest.fixture(scope="session")

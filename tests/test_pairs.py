@@ -177,7 +177,7 @@ def test_a_wrong_row_is_told_in_one_line_with_file_and_row(name, tmp_path):
         ("a.parquet", b"not parquet", "not readable as parquet"),
         ("a.jsonl", b'{"prompt": "\xff"}', "not readable: 'utf-8' codec"),
         ("a.json", b'{"prompt": []}', "expected a list of records, found dict"),
-        ("a.json", b'{"chosen": "a"}\n{"chosen": "b"}', "broken JSON"),
+        ("a.json", b'[{"chosen": "a"},\n{"chosen": "b"}', "broken JSON"),
         ("a.jsonl", b"", "no usable pairs; dropped: none"),
     ],
 )
@@ -188,7 +188,7 @@ def test_a_wrong_file_is_told_in_one_line(name, content, told, tmp_path):
     assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("source", ["missing.jsonl", "some/missing.jsonl", "*.jsonl", "", "/"])
+@pytest.mark.parametrize("source", ["missing.jsonl", "some/missing.jsonl", "*.jsonl", "", "."])
 def test_a_missing_file_is_told_with_the_cure(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"--data .*: no such file; give a path, a glob or a hub"):

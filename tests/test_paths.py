@@ -115,8 +115,11 @@ OWN = {"worse": "please generate a worse response", "Shorter, please": "Shorter,
 
 @pytest.mark.parametrize("instruction", OWN)
 def test_the_instruction_is_one_of_the_papers_or_the_users_own(instruction, tiny):
-    dataset = Dataset(TWO, tiny, recipe("ifsr_dpo"), ROOMY, instruction)
-    for ids, text in ((dataset.turn, TURN), (dataset.examples[0].instruct, XI)):
+    turn, suffix = (
+        Dataset(TWO, tiny, rule, ROOMY, instruction)
+        for rule in (recipe("ifsr_dpo"), recipe("dpo", "instruct"))
+    )
+    for ids, text in ((turn.turn, TURN), (suffix.examples[0].instruct, XI)):
         told = text.replace("please generate a better response", OWN[instruction])
         assert tiny.decode(ids, skip_special=False) == told
 

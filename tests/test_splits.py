@@ -33,15 +33,3 @@ def test_two_launchers_that_meet_as_nodes_do_equal_one_process(one, tmp_path):
     splits.train(tmp_path / "two", "2 x 1", FLAGS)
     assert len(list((tmp_path / "two" / "checkpoints" / "step-5").glob("rank-*"))) == 2
     assert max(splits.deviation(tmp_path / "two", one, 5)) <= 1e-5
-<<<<<<< HEAD
-=======
-
-
-def test_contexts_without_gradient_are_the_same_however_split(tmp_path):
-    """Two forward passes per row, of which FSDP sees one without gradient; empty rows included."""
-    flags = FLAGS | {"context_grad": False}
-    splits.train(tmp_path / "one", 1, flags)
-    change = {"row_tokens": 256, "checkpoint_activations": True}
-    splits.train(tmp_path / "two", 2, flags | change)
-    assert max(splits.deviation(tmp_path / "two", tmp_path / "one", 5)) <= 1e-5
->>>>>>> issue-6
