@@ -192,7 +192,8 @@ def _parquet(file):
     import pyarrow.parquet
 
     try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1024):
+        table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
+        for batch in table.iter_batches(1024):
             yield from batch.to_pylist()
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise OSError(str(error).splitlines()[0]) from error

@@ -302,10 +302,9 @@ PUBLISHED = {
 }
 
 
-def write_published(directory, name, rows=None):
+def write_published(directory, name):
     """The rows of a published dataset as a file of its kind; SHP's .json holds a row per line."""
-    file, published, *_ = PUBLISHED[name]
-    rows = published if rows is None else rows
+    file, rows, *_ = PUBLISHED[name]
     if not file.endswith(".json"):
         return write(directory, rows, file)
     (directory / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
