@@ -305,7 +305,7 @@ def mutate(row, rng):
     elif how == 2:
         parent[key] = copy.deepcopy(reach(row, rng.choice(paths)))
     else:
-        parent[key] = rng.choice(VALUES)
+        parent[key] = copy.deepcopy(rng.choice(VALUES))
 
 
 def check_reading(file, n, need_rejected):
