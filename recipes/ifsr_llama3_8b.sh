@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # IFSR, Llama-3-8B: the three stages. I: supervised, then instructed refinement (irft); II: preference
 # optimisation with policy and reference conditioned; III: ask with a draft and the instruction.
+# DATA: the paper's four are OpenAssistant/oasst1, HuggingFaceH4/ultrafeedback_binarized (default),
+# stanfordnlp/SHP and Anthropic/hh-rlhf, each read by HALOs' rules (docs/data.md); commas join several.
 # LOSS: ifsr_dpo (default), ifsr_kto, ifsr_cpo, ifsr_orpo, ifsr_simpo.
 set -euo pipefail
 LOSS=${LOSS:-ifsr_dpo}
