@@ -12,5 +12,6 @@ run() { torchrun --nproc-per-node "${GPUS:-8}" train.py --data "$DATA" --checkpo
 run --loss sft --model "$MODEL" --lr 1e-6 --epochs 1 --out runs/ifsr-sft
 run --loss irft --model runs/ifsr-sft/final --lr 1e-6 --epochs 1 --out runs/ifsr-irft
 run --loss "$LOSS" --model runs/ifsr-irft/final --epochs 1 --out "runs/$LOSS"
-python generate.py --model "runs/$LOSS/final" --data "$DATA" --limit 500 --mode refine \
+python generate.py --model "runs/$LOSS/final" --limit 500 --mode refine \
+    --data "${QUESTIONS:-HuggingFaceH4/ultrafeedback_binarized:test_prefs}" \
     --out "runs/$LOSS/refined.jsonl"
