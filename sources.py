@@ -174,7 +174,8 @@ def records(file, bad=None):
                 yield where, record
     except (OSError, EOFError, zlib.error) as error:
         place, kind = f"{file}:{n + 1}" if n else file, file.endswith(".parquet") * " as parquet"
-        raise UserError(f"{place}: not readable{kind}: {error}; fetch the file again") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{place}: not readable{kind}: {reason}; fetch the file again") from error
 
 
 def _rows(file):
@@ -196,7 +197,7 @@ def _parquet(file):
         for batch in table.iter_batches(1024):
             yield from batch.to_pylist()
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
-        raise OSError(str(error).splitlines()[0]) from error
+        raise OSError(str(error)) from error
 
 
 def _by_line(file):
