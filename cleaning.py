@@ -55,7 +55,7 @@ def without_duplicates(pairs, drops):
     seen = {}
     for pair in pairs:
         prompt = tuple((m["role"], m["content"]) for m in pair.prompt)
-        key = hash((prompt, pair.chosen, pair.rejected))
+        key = (prompt, pair.chosen, pair.rejected)
         if seen.setdefault(key, pair.where) == pair.where:
             yield pair
         else:

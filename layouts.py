@@ -1,12 +1,14 @@
 """The layouts of published preference data, recognised by their columns: one record -> one pair.
 
-`LAYOUTS` is the table: first row whose columns a record has. A layout's function gives the fields
-of a pair as they lie, or raises `Dropped` with the rule; what the fields may hold (text, messages,
-hh-rlhf transcripts, whole dialogues) is worked out once, in `to_pair`. Two layouts look at all
-records of a source before they know their pairs: SHP (a cap per prompt) and oasst1 (trees).
+`LAYOUTS` is the table: the first row whose columns a record has. Its `read` gives the fields of a
+pair as they lie, raises `Dropped` with the rule where there is no pair, and UserError where a value
+is not what the layout says. What fields may hold (text, messages, hh-rlhf transcripts, whole
+dialogues) is worked out once, in `make_pair`. Two layouts look at all records of a source before
+they know their pairs: SHP (a cap per prompt) and oasst1 (trees). docs/data.md has the rules.
 """
 
 import hashlib
+import math
 import os
 import random
 import re
@@ -47,48 +49,56 @@ class Dropped(Exception):
 # ----------------------------------------------------------------------------- one record, one pair
 
 
-def plain(record):
-    """prompt (or question, input, instruction; with a `system` text), chosen, rejected."""
-    names = ("prompt", "question", "input", "instruction")
+def plain(record, where):
+    """prompt (or question, or instruction and input; with a `system` text), chosen, rejected."""
+    names = ("prompt", "question", "instruction", "input")
     prompt = next((record[name] for name in names if record.get(name) is not None), None)
+    task, details = record.get("instruction"), record.get("input")
+    if prompt is task and isinstance(task, str) and isinstance(details, str) and details:
+        prompt = f"{task}\n{details}"
     if isinstance(prompt, str) and isinstance(record.get("system"), str) and record["system"]:
         turns = (("system", record["system"]), ("user", prompt))
         prompt = [{"role": role, "content": text} for role, text in turns]
-    return Fields(prompt, record["chosen"], record.get("rejected"), score_margin(record))
+    return Fields(prompt, record["chosen"], record.get("rejected"), score_margin(record, where))
 
 
-def princeton(record):
+def princeton(record, where):
     """chosen is the best and rejected the worst of the generations under a reward model."""
-    scores = [s for s in record["all_rm_scores"] or () if isinstance(s, int | float)]
-    margin = max(scores) - min(scores) if scores else None
+    scores = record["all_rm_scores"]
+    if scores is not None and not isinstance(scores, list):
+        raise UserError(f"{where}: all_rm_scores is {scores!r:.40}; expected a list of numbers")
+    scores = [score(s, "all_rm_scores", where) for s in scores or ()]
+    margin = max(scores) - min(scores) if scores and None not in scores else None
     return Fields(record["prompt"], record["chosen"], record["rejected"], margin)
 
 
-def argilla(record):
+def argilla(record, where):
     answers = record["chosen_response"], record["rejected_response"]
-    return Fields(record["instruction"], *answers, score_margin(record))
+    return Fields(record["instruction"], *answers, score_margin(record, where))
 
 
-def openbmb(record):
+def openbmb(record, where):
     """The best completion against a random one with a lower score, drawn by the instruction."""
-    completions = record["completions"]
-    if not isinstance(completions, list) or not isinstance(record["instruction"], str):
-        raise Dropped("no completions")
-    rated = [(rating(c), c.get("response")) for c in completions if isinstance(c, dict)]
-    rated = [(score, text) for score, text in rated if score is not None]
+    instruction, completions = record["instruction"], record["completions"]
+    if not isinstance(instruction, str):
+        raise UserError(f"{where}: instruction is {instruction!r:.40}; expected text")
+    if not isinstance(completions, list) or not all(isinstance(c, dict) for c in completions):
+        raise UserError(f"{where}: completions is {completions!r:.40}; expected a list of objects")
+    rated = [(rating(c), c.get("response")) for c in completions]
+    rated = [(value, text) for value, text in rated if value is not None]
     best = max(rated, key=lambda r: r[0], default=None)
-    lower = [r for r in rated if r[0] < best[0]] if best else []
+    lower = [r for r in rated if r[0] < best[0]]
     if not lower:
         raise Dropped("no lower-rated completion")
-    digest = hashlib.sha256(record["instruction"].encode("utf-8", "replace")).digest()
+    digest = hashlib.sha256(instruction.encode("utf-8", "replace")).digest()
     worse = lower[int.from_bytes(digest[:8]) % len(lower)]
-    return Fields(record["instruction"], best[1], worse[1], best[0] - worse[0])
+    return Fields(instruction, best[1], worse[1], best[0] - worse[0])
 
 
 def rating(completion):
     """A completion's overall score, else the mean of its aspects' ratings, else None."""
-    if (score := number(completion.get("overall_score"))) is not None:
-        return score
+    if (overall := number(completion.get("overall_score"))) is not None:
+        return overall
     aspects = completion.get("annotations")
     aspects = list(aspects.values()) if isinstance(aspects, dict) else []
     ratings = [number(a.get("Rating")) for a in aspects if isinstance(a, dict)]
@@ -97,89 +107,148 @@ def rating(completion):
 
 
 def number(value):
-    """int, float or a text of one -> float; else None ("N/A" occurs)."""
+    """A finite number, or a text of one -> float; else None ("N/A" occurs)."""
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        value = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
         return None
+    return value if math.isfinite(value) else None
 
 
-def score_margin(record):
-    """score_chosen - score_rejected, under any of the published names; None without scores."""
-    for form in ("score_{}", "{}_score", "{}_avg_rating", "{}_rating", "{}-rating"):
-        w, l = (number(record.get(form.format(a))) for a in ("chosen", "rejected"))
+def score(value, name, where):
+    """The value of a score column -> float, or None for null. UserError for all else, also NaN: its
+    margin would pass every comparison."""
+    found = number(value)
+    if value is not None and found is None:
+        raise UserError(f"{where}: {name} is {value!r:.40}; expected a finite number or null")
+    return found
+
+
+SCORES = ("score_{}", "{}_score", "{}_avg_rating", "{}_rating", "{}-rating", "rating_{}")
+
+
+def score_margin(record, where):
+    """Score of chosen minus that of rejected, under any of the published names; else None."""
+    for form in SCORES:
+        names = form.format("chosen"), form.format("rejected")
+        w, l = (score(record.get(name), name, where) for name in names)
         if w is not None and l is not None:
             return w - l
     return None
 
 
-def messages_only(record):
+def messages_only(record, where):
     """A finished dialogue: its last message is the target (supervised training)."""
     return Fields(None, record["messages"], None)
 
 
-# ----------------------------------------------------------------------------- many records
-
+# ----------------------------------------------------------------------------- SHP
 
 SHP_RATIO, SHP_PAIRS = 2.0, 5
 
 
-def shp(rows):
-    """Stanford Human Preferences, after HALOs: of the training split pairs with a score ratio of at
-    least 2, and at most 5 random pairs per prompt; other splits whole. labels 1: A is better."""
-    kept, places = {}, defaultdict(list)
-    for where, r in rows:
-        train = not re.search(r"(^|[/_-])(test|validation)[-./_]", where)
-        ratio = number(r.get("score_ratio"))
-        if train and ratio is not None and ratio < SHP_RATIO:
-            yield where, "score ratio under 2"
-        elif r["labels"] not in (0, 1):
-            yield where, "no label"
-        else:
-            answers = r["human_ref_A"], r["human_ref_B"]
-            kept[where] = Fields(r["history"], *(answers if r["labels"] == 1 else answers[::-1]))
-            if train:
-                places[str(r["history"])].append(where)
-    surplus = set()
-    for group in places.values():
-        taken = random.Random(0).sample(group, min(SHP_PAIRS, len(group)))
-        surplus |= set(group) - set(taken)
-    for where, fields in kept.items():
+def shp(record, where):
+    """Stanford Human Preferences: labels 1, A is better. After HALOs, a training pair needs a score
+    ratio of at least 2."""
+    if record["labels"] not in (0, 1):
+        raise UserError(f"{where}: labels is {record['labels']!r:.40}; expected 0 or 1")
+    if for_training(where):
+        if (ratio := score(record.get("score_ratio"), "score_ratio", where)) is None:
+            raise UserError(f"{where}: no score_ratio; it decides whether a pair is taken")
+        if ratio < SHP_RATIO:
+            raise Dropped("score ratio under 2")
+    answers = record["human_ref_A"], record["human_ref_B"]
+    return Fields(record["history"], *(answers if record["labels"] == 1 else answers[::-1]))
+
+
+def for_training(where):
+    """Whether neither the file's name nor its folder says test or validation."""
+    folder, name = os.path.split(where)
+    other = re.search(r"(^|[_-])(test|validation)[._-]", name)
+    return not other and os.path.basename(folder) not in ("test", "validation")
+
+
+def at_most_five(rows):
+    """After HALOs: of each prompt's training pairs 5, drawn at random."""
+    rows, places = list(rows), defaultdict(list)
+    for where, fields in rows:
+        if for_training(where):
+            places[str(fields.prompt)].append(where)
+    taken = [random.Random(0).sample(g, min(SHP_PAIRS, len(g))) for g in places.values()]
+    surplus = set().union(*places.values()).difference(*taken)
+    for where, fields in rows:
         yield where, "over 5 pairs of a prompt" if where in surplus else fields
 
 
-def oasst(rows):
+# ----------------------------------------------------------------------------- oasst1
+
+
+ROLES = {"prompter": "user", "assistant": "assistant"}
+
+
+class Message(NamedTuple):
+    """A node of a tree. parent: None at its root; rank: 0 is the best of its siblings."""
+
+    id: str
+    parent: str | None
+    role: str
+    text: str
+    lang: str
+    rank: float | None
+
+
+def oasst(record, where):
+    """A record of oasst1's flat table -> Message."""
+    values = [record[name] for name in ("message_id", "parent_id", "role", "text")]
+    values.append(record.get("lang") or "en")
+    kinds = (str, str | None, str, str, str)
+    for name, value, kind in zip(Message._fields, values, kinds, strict=False):
+        if not isinstance(value, kind):
+            raise UserError(f"{where}: the message's {name} is {value!r:.40}; expected text")
+    if record["role"] not in ROLES:
+        raise UserError(f"{where}: unknown role {record['role']!r:.40}")
+    rank = record.get("rank")
+    missing = isinstance(rank, float) and math.isnan(rank)  # so pandas writes a null
+    return Message(*values, None if missing else score(rank, "rank", where))
+
+
+def trees(rows):
     """OpenAssistant trees, after HALOs: English; each ranked answer loses against the sibling
     one rank above it; the prompt is the path from the root. Ranked user turns give no pair."""
-    rows = list(rows)
-    message = {r["message_id"]: r for _, r in rows}
-    ranked = {(r["parent_id"], r.get("rank")): r for _, r in rows if r.get("rank") is not None}
-    for where, r in rows:
-        better = None
-        if r["role"] != "assistant":
-            rule = "a user's message"
-        elif r.get("lang", "en") != "en":
-            rule = "not English"
-        elif not isinstance(r.get("rank"), int | float):
-            rule = "no rank"
-        elif r["rank"] == 0:
-            rule = "best of its siblings"
-        else:
-            better, rule = ranked.get((r["parent_id"], r["rank"] - 1)), "no sibling a rank above"
-        path = better and path_to_root(message, r)
-        if better and path is None:
-            rule = "its parent is missing"
-        yield where, Fields(path, better["text"], r["text"]) if path else rule
+    rows, by_id, by_rank = list(rows), {}, {}
+    for _, m in rows:
+        if m.lang == "en":
+            by_id.setdefault(m.id, m)
+            by_rank.setdefault((m.parent, m.role, m.rank), m)
+    for where, m in rows:
+        yield where, loser(m, by_id, by_rank)
 
 
-def path_to_root(message, node):
-    """Messages from the root to the node's parent; None where the tree is broken."""
-    path, roles = [], {"prompter": "user", "assistant": "assistant"}
-    while node["parent_id"] is not None:
-        node = message.get(node["parent_id"])
-        if node is None or len(path) > len(message) or node["role"] not in roles:
+def loser(m, by_id, by_rank):
+    """The pair in which m is the rejected answer, or the rule why there is none."""
+    if m.role != "assistant":
+        return "a user's message"
+    if m.lang != "en":
+        return "not English"
+    if m.rank is None:
+        return "no rank"
+    if m.rank == 0:
+        return "best of its siblings"
+    better = by_rank.get((m.parent, m.role, m.rank - 1))
+    path = path_to_root(by_id, m)
+    if better is None:
+        return "no sibling a rank above"
+    return Fields(path, better.text, m.text) if path else "its parent is missing"
+
+
+def path_to_root(by_id, m):
+    """Messages from the root to the parent of m; None where the tree is broken."""
+    path = []
+    while m.parent is not None:
+        m = by_id.get(m.parent)
+        if m is None or len(path) > len(by_id):
             return None
-        path.append({"role": roles[node["role"]], "content": node["text"]})
+        path.append({"role": ROLES[m.role], "content": m.text})
     return path[::-1]
 
 
@@ -187,32 +256,35 @@ def path_to_root(message, node):
 
 
 class Layout(NamedTuple):
-    """columns: what a record must have; read: record -> Fields; gather: rows -> (where, Fields or
-    the rule that drops the row)."""
+    """columns: what a record must have; read: (record, where) -> Fields. gather, where pairs depend
+    on other records: all (where, what read gave) -> all (where, Fields or the rule that drops it).
+    pairs: False where a record need not hold a rejected answer (supervised training)."""
 
     name: str
     columns: tuple
-    read: Callable | None = None
+    read: Callable
     gather: Callable | None = None
+    pairs: bool = True
 
 
 LAYOUTS = (
-    Layout("oasst1", ("message_id", "parent_id", "text", "role"), gather=oasst),
-    Layout("SHP", ("history", "human_ref_A", "human_ref_B", "labels"), gather=shp),
+    Layout("oasst1", ("message_id", "parent_id", "text", "role"), oasst, trees),
+    Layout("SHP", ("history", "human_ref_A", "human_ref_B", "labels"), shp, at_most_five),
     Layout("UltraFeedback", ("instruction", "completions"), openbmb),
     Layout("argilla", ("instruction", "chosen_response", "rejected_response"), argilla),
     Layout("princeton-nlp", ("prompt", "chosen", "rejected", "all_rm_scores"), princeton),
-    Layout("chosen, rejected", ("chosen",), plain),
-    Layout("messages", ("messages",), messages_only),
+    Layout("chosen, rejected", ("chosen", "rejected"), plain),
+    Layout("chosen", ("chosen",), plain, pairs=False),
+    Layout("messages", ("messages",), messages_only, pairs=False),
 )
 
 
-def recognise(record, where):
+def recognise(record, where, need_rejected=True):
     """The layout of a record by its columns; UserError where none fits."""
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected an object with named columns")
     for layout in LAYOUTS:
-        if all(column in record for column in layout.columns):
+        if all(c in record for c in layout.columns) and (layout.pairs or not need_rejected):
             return layout
     raise UserError(
         f"{where}: columns {sorted(record)}; expected chosen and rejected, with or without prompt"
@@ -222,16 +294,11 @@ def recognise(record, where):
 
 def to_pair(record, where, drops, need_rejected=True):
     """One record -> Pair, or None when dropped (and counted)."""
-    layout = recognise(record, where)
-    if layout.read is None:
+    layout = recognise(record, where, need_rejected)
+    if layout.gather:
         raise UserError(f"{where}: {layout.name} is read as a whole file, not by the row")
-    if need_rejected and layout.columns[0] in ("chosen", "messages") and "rejected" not in record:
-        raise UserError(
-            f"{where}: columns {sorted(record)}; expected chosen and rejected, "
-            "with or without prompt"
-        )
     try:
-        return make_pair(layout.read(record), where, need_rejected)
+        return make_pair(layout.read(record, where), where, need_rejected)
     except Dropped as rule:
         return drops.add(str(rule), where)
 
@@ -251,8 +318,6 @@ def make_pair(fields, where, need_rejected=True):
         raise Dropped("no prompt")
     if not chosen.strip() or (rejected is not None and not rejected.strip()):
         raise Dropped("empty answer")
-    if chosen == rejected:
-        raise Dropped("identical answers")
     if not all(map(is_text, [m["content"] for m in x_w] + [chosen, rejected or ""])):
         raise Dropped("broken text")
     return Pair(x_w, chosen, rejected, where, margin)

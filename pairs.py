@@ -3,12 +3,13 @@
 Where data lies is sources.py, what its columns mean layouts.py.
 """
 
+import sys
 from collections import defaultdict
 
 import numpy as np
 
 from cli import UserError
-from layouts import Dropped, make_pair, recognise, to_pair
+from layouts import Dropped, make_pair, recognise
 from layouts import Pair as Pair
 from sources import parse_sources, records
 
@@ -18,7 +19,7 @@ HOLD_OUT = 2**32 - 1  # the seed's stream for the hold-out, apart from those of 
 class Drops:
     """Records that gave no pair, by rule, with where they stand; and how many were `read`.
 
-    After read_pairs of sources without weights: read = kept + dropped, always.
+    After read_pairs: read = kept + dropped, always; the copies that a weight makes count once.
     """
 
     def __init__(self):
@@ -45,14 +46,13 @@ def read_pairs(source, drops, limit=None, need_rejected=True, bad_rows="stop", r
 
     limit: stop after that many. bad_rows: a row that is broken or of no known layout raises
     UserError ("stop") or is counted in `drops` ("drop"). revision: branch, tag or commit of hub
-    datasets. UserError for a missing or broken file,
-    and where no pair is left.
+    datasets. UserError for a missing or damaged file, and where no pair is left.
     """
     pairs = []
     for part in parse_sources(source, revision):
-        rest = None if limit is None else limit - len(pairs)
+        rest = sys.maxsize if limit is None else max(0, limit - len(pairs))
         found = Reader(drops, need_rejected, bad_rows).pairs(part.files, rest)
-        pairs += weighted(found, part.weight)
+        pairs += weighted(found, part.weight, drops)
     if not pairs:
         raise UserError(f"{source}: no usable pairs; dropped: {drops}")
     return pairs[:limit]
@@ -63,20 +63,20 @@ class Reader:
 
     def __init__(self, drops, need_rejected, bad_rows):
         self.drops, self.need_rejected, self.bad_rows = drops, need_rejected, bad_rows
-        self.gathered = defaultdict(list)  # layout -> rows
+        self.gathered = defaultdict(list)  # layout -> (where, what its `read` gave)
 
     def pairs(self, files, limit):
-        """The pairs of these files, at most `limit` of them."""
-        pairs = []
-        for where, record in self._rows(files):
-            if limit is not None and len(pairs) >= limit:
-                return pairs
+        """The pairs of these files, at most `limit` of them; no row is read beyond those."""
+        pairs, rows = [], self._rows(files)
+        while len(pairs) < limit and (row := next(rows, None)):
             self.drops.read += 1
-            pair = self._guarded(where, lambda: self._one(record, where))  # noqa: B023
-            pairs += [pair] if pair else []
-        for layout, rows in self.gathered.items():
-            pairs += self._many(layout, rows)
-        return pairs[:limit] if limit is not None else pairs
+            pairs += self._kept(*row, self._one)
+        for layout, group in self.gathered.items():
+            for where, found in layout.gather(group):
+                pairs += self._kept(where, found, self._made)
+        for pair in pairs[limit:]:
+            self.drops.add("beyond --limit", pair.where)
+        return pairs[:limit]
 
     def _rows(self, files):
         for file in files:
@@ -86,44 +86,48 @@ class Reader:
         self.drops.read += 1
         self.drops.add("broken row", where)
 
-    def _one(self, record, where):
-        layout = recognise(record, where)
-        if layout.gather:
-            self.gathered[layout].append((where, record))
-            return None
-        return to_pair(record, where, self.drops, self.need_rejected)
-
-    def _many(self, layout, rows):
-        """Pairs of a layout that sees all its rows at once."""
-        for where, found in layout.gather(rows):
-            if isinstance(found, str):
-                self.drops.add(found, where)
-                continue
-            pair = self._guarded(where, lambda: self._made(found, where))  # noqa: B023
-            if pair:
-                yield pair
-
-    def _made(self, fields, where):
+    def _kept(self, where, what, make):
+        """make(what, where) as a list of one, or empty: dropped and counted, or gathered."""
         try:
-            return make_pair(fields, where, self.need_rejected)
+            pair = make(what, where)
         except Dropped as rule:
-            return self.drops.add(str(rule), where)
-
-    def _guarded(self, where, make):
-        """make(), or None for a bad row that --bad_rows drop counts."""
-        try:
-            return make()
+            self.drops.add(str(rule), where)
         except UserError:
             if self.bad_rows == "stop":
                 raise
-            return self.drops.add("broken row", where)
+            self.drops.add("broken row", where)
+        else:
+            return [pair] if pair else []
+        return []
+
+    def _one(self, record, where):
+        layout = recognise(record, where, self.need_rejected)
+        found = layout.read(record, where)
+        if layout.gather:
+            return self.gathered[layout].append((where, found))
+        return self._made(found, where)
+
+    def _made(self, found, where):
+        """found: Fields, or the rule why there are none."""
+        if isinstance(found, str):
+            raise Dropped(found)
+        pair = make_pair(found, where, self.need_rejected)
+        if pair.chosen == pair.rejected:  # prefers nothing; an evaluation may still count the tie
+            raise Dropped("identical answers")
+        return pair
 
 
-def weighted(pairs, weight):
-    """Whole parts of the weight repeat all pairs, its fraction adds a random share, in order."""
+def weighted(pairs, weight, drops):
+    """Whole parts of the weight repeat all pairs, its fraction adds a random share, in order.
+
+    Pairs of which no copy is left are added to `drops`.
+    """
     whole, share = divmod(weight, 1)
     n = round(share * len(pairs))
     drawn = np.random.default_rng((0, len(pairs))).permutation(len(pairs))[:n]
+    if not whole:
+        for i in sorted(set(range(len(pairs))).difference(drawn.tolist())):
+            drops.add("left out by the weight", pairs[i].where)
     return pairs * int(whole) + [pairs[i] for i in sorted(drawn)]
 
 
@@ -132,7 +136,10 @@ def hold_out(pairs, n, seed):
 
     Raises UserError where that would leave nothing to train on.
     """
-    first = list({pair.where: i for i, pair in reversed(list(enumerate(pairs)))}.values())[::-1]
+    first = {}
+    for i, pair in enumerate(pairs):
+        first.setdefault(pair.where, i)
+    first = list(first.values())
     if n >= len(first):
         raise UserError(f"--eval_pairs {n} leaves nothing of {len(first)} pairs to train on")
     order = np.random.default_rng((seed, HOLD_OUT)).permutation(len(first))

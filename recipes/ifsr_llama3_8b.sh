@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # IFSR, Llama-3-8B: the three stages. I: supervised, then instructed refinement (irft); II: preference
 # optimisation with policy and reference conditioned; III: ask with a draft and the instruction.
+# DATA: the paper's four are OpenAssistant/oasst1, HuggingFaceH4/ultrafeedback_binarized (default),
+# stanfordnlp/SHP and Anthropic/hh-rlhf, each read by HALOs' rules (docs/data.md); commas join several.
 # LOSS: ifsr_dpo (default), ifsr_kto, ifsr_cpo, ifsr_orpo, ifsr_simpo.
 set -euo pipefail
 LOSS=${LOSS:-ifsr_dpo}
@@ -10,5 +12,6 @@ run() { torchrun --nproc-per-node "${GPUS:-8}" train.py --data "$DATA" --checkpo
 run --loss sft --model "$MODEL" --lr 1e-6 --epochs 1 --out runs/ifsr-sft
 run --loss irft --model runs/ifsr-sft/final --lr 1e-6 --epochs 1 --out runs/ifsr-irft
 run --loss "$LOSS" --model runs/ifsr-irft/final --epochs 1 --out "runs/$LOSS"
-python generate.py --model "runs/$LOSS/final" --data "$DATA" --limit 500 --mode refine \
+python generate.py --model "runs/$LOSS/final" --limit 500 --mode refine \
+    --data "${QUESTIONS:-HuggingFaceH4/ultrafeedback_binarized:test_prefs}" \
     --out "runs/$LOSS/refined.jsonl"

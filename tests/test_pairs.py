@@ -23,13 +23,14 @@ def reply(text):
 def write(directory, rows, name="pairs.jsonl"):
     """Rows as a file of the kind that its name says; strings are written as they are."""
     file = directory / name
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     if name.endswith(".parquet"):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         pq.write_table(pa.Table.from_pylist(rows), file)
-    elif name.endswith(".json"):
+        return str(file)
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    if name.endswith(".json"):
         file.write_text("[" + ",\n".join(lines) + "]", encoding="utf-8")
     else:
         opened = gzip.open if name.endswith(".gz") else open
