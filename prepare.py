@@ -56,7 +56,7 @@ def prepare(s, template, rule, ranks=None):
 def key_of(s, template, rule):
     """The cache's key: all that decides the tokens. A guard counts by its weights, not its path."""
     sources = parse_sources(s.data, s.data_revision)
-    sources += parse_sources(s.eval_data) if s.eval_data else []
+    sources += parse_sources(s.eval_data, eval_revision(s)) if s.eval_data else []
     choices = {name: getattr(s, name) for name in CHOICES} | dataclasses.asdict(Rules.of(s))
     if s.guard:
         from guard import identity
@@ -85,7 +85,7 @@ def build(s, template, rule, shown=False):
         pairs = clean(pairs, rules, template, cleaned, s.device)
         lines.append(f"cleaned: {len(pairs)} pairs; dropped: {cleaned}")
     if s.eval_data:
-        held = read_pairs(s.eval_data, drops, s.eval_pairs, both, s.bad_rows)
+        held = read_pairs(s.eval_data, drops, s.eval_pairs, both, s.bad_rows, eval_revision(s))
     else:
         n = min(1000, len(pairs) // 10) if s.eval_pairs is None else s.eval_pairs
         pairs, held = hold_out(pairs, n, s.seed)
@@ -93,3 +93,8 @@ def build(s, template, rule, shown=False):
     if held:
         sets["validation"] = dataset(s, template, rule, held)
     return sets, [*lines, *(f"{name}: {data.report()}" for name, data in sets.items())]
+
+
+def eval_revision(s):
+    """The hub revision of --eval_data: its own flag's, else that of --data."""
+    return s.eval_revision or s.data_revision

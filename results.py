@@ -11,7 +11,8 @@ import os
 import pathlib
 
 from cli import UserError
-from pairs import Drops, records
+from pairs import Drops
+from sources import records
 from template import parse_json
 
 
