@@ -409,7 +409,7 @@ def test_world_command(tiny_model_dir, start_dir, command, tmp_path):
 
 
 def test_answers_are_joined_by_prompt(files, tmp_path):
-    settings = evaluate.RewardSettings("rm", str(files[0]), str(files[1]))
+    settings = evaluate.RewardSettings("rm", answers=str(files[0]), against=str(files[1]))
     answers = evaluate.read_answers(settings.answers, "--answers")
     others = evaluate.read_answers(settings.against, "--against")
     assert [a.text for a in evaluate.align(answers, others, "")] == [f"b{i}" for i in range(5)]
