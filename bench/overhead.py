@@ -132,7 +132,9 @@ def measured(m, base, epochs):
 def one_mix(s, mix, model, scratch):
     """(figures, table) of one length mix."""
     data = write_pairs(Path(scratch) / f"{mix}.jsonl", MIXES[mix], s.pairs, model)
-    names = ["dpo", *measuring.chosen(s.only, list(training.CONTENDERS)[1:])]
+    # --context_grad false trains the same tokens at another price each: only timing shows it
+    known = [n for n, f in training.CONTENDERS.items() if f.get("context_grad", s.time)]
+    names = ["dpo", *measuring.chosen(s.only, known[1:])]
     flags = {name: training.CONTENDERS[name] for name in names}
     instruction = common(s).get("instruction", "better")
     counts = {name: tokens(data, model, f, instruction) for name, f in flags.items()}
