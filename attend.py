@@ -199,7 +199,7 @@ def _pieces(row, window, asking, stored):
         if start < end:
             keys = joined(keys)
             at = torch.cat(places)[torch.cat([torch.arange(*run) for run in keys])]
-            mask = _sees(places[-1][start:end, None], at, row.positions, window)
+            mask = _sees(places[-1][start:end, None], at, row, window)
             found.append(Piece((start, end), keys, mask))
     return found
 
@@ -215,9 +215,10 @@ def joined(runs):
     return out
 
 
-def _sees(q, k, positions, window):
-    """(T, 1), (U,) places along one path -> (T, U) bool."""
-    return k <= q if window is None else (k <= q) & (positions[q] - positions[k] < window)
+def _sees(q, k, row, window):
+    """(T, 1), (U,) places in a row -> (T, U) bool: the rule."""
+    mask = (k <= q) & (q < row.until[k])
+    return mask if window is None else mask & (row.positions[q] - row.positions[k] < window)
 
 
 # ----------------------------------------------------------------------------- detached contexts

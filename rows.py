@@ -89,6 +89,9 @@ def trie_size(paths):
     return sum(sizes.values())
 
 
+SHORT = 256  # tokens of a trie from which on cutting it into chains saves time
+
+
 @dataclass
 class Row:
     """Several tries in one sequence.
@@ -116,9 +119,12 @@ class Row:
 
     @property
     def chains(self):
-        """The chains of all tries, in the row's order; see `chains`."""
-        until = self.until.tolist()
-        return [chain for start, end in self.spans for chain in chains(until, start, end)]
+        """The chains of all tries, in the row's order; see `chains`. A short trie stays whole."""
+        until, found = self.until.tolist(), []
+        for start, end in self.spans:
+            short = end - start <= SHORT
+            found += [((start, end), ())] if short else chains(until, start, end)
+        return found
 
     def to(self, device):
         """The same row with its vectors on `device`."""

@@ -13,6 +13,12 @@ from test_model import MODELS, random_paths, trainable
 FAMILIES = ["llama tied", "mistral sliding", "qwen2 sliding from layer 1"]
 
 
+@pytest.fixture(params=[0, 256], autouse=True)
+def short(request, monkeypatch):
+    """Every trie in chains, and every (short) trie as a whole."""
+    monkeypatch.setattr(rows, "SHORT", request.param)
+
+
 def a_row(seed, tries=3, pad_to=0):
     rng = np.random.default_rng(seed)
     made = [rows.lay_out(random_paths(rng)) for _ in range(tries)]
