@@ -66,7 +66,8 @@ class Views:
         self.contexts, self.drops, datasets = contexts, Drops(), {}
         for c in contexts.values():
             if c[1:] not in datasets:
-                rule = losses.recipe("dpo", "instruct", c.bridge)  # uncut: serves all
+                # with instructed prompts; since nothing is cut, it serves the other contexts too
+                rule = losses.recipe("dpo", "instruct", c.bridge)
                 limits = Limits(10**9, 1.0)
                 datasets[c[1:]] = Dataset(
                     pairs, template, rule, limits, c.instruction, c.sep, shown=True

@@ -1,9 +1,10 @@
 """Who sees whom: the attention rules of rows, one callable per layer, (q, k, v) -> y.
 
-A row's one rule, q sees k iff k <= q < until[k], is computed chain by chain: a chain of a trie is a
-run of tokens without a branching, and sees the chains above it whole and itself causally. So no
-mask is as large as a row or a trie, and nothing is computed between branches. On CUDA FlexAttention
-takes the rule as a block mask over the whole row.
+A row's one rule (rows.sees) is computed chain by chain: a chain of a trie is a run of tokens
+without a branching, and sees the chains above it whole and itself causally. So no mask is as large
+as a row, and nothing is computed between the branches of a long trie; a short one is computed
+whole, which costs less than several small calls. On CUDA FlexAttention takes the rule as a block
+mask over the row.
 
 Legend: T tokens (queries), U keys, H heads, K key/value heads, C head width.
 """
@@ -15,6 +16,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from rows import sees
 
 # ----------------------------------------------------------------------------- kernels
 
@@ -166,11 +169,10 @@ def _block_mask(row, window):
     """The attention rule as a FlexAttention block mask over the whole row."""
     until, positions, size = row.until, row.positions, len(row.tokens)
 
-    def sees(b, h, q, k):
-        inside = (k <= q) & (q < until[k])
-        return inside if window is None else inside & (positions[q] - positions[k] < window)
+    def rule(b, h, q, k):
+        return sees(q, k, until, positions, window)
 
-    return create_block_mask(sees, None, None, size, size, device=row.tokens.device)
+    return create_block_mask(rule, None, None, size, size, device=row.tokens.device)
 
 
 def in_pieces(row, c, asking, stored=None):
@@ -199,7 +201,8 @@ def _pieces(row, window, asking, stored):
         if start < end:
             keys = joined(keys)
             at = torch.cat(places)[torch.cat([torch.arange(*run) for run in keys])]
-            mask = _sees(places[-1][start:end, None], at, row, window)
+            q = places[-1][start:end, None]
+            mask = sees(q, at, row.until, row.positions, window)
             found.append(Piece((start, end), keys, mask))
     return found
 
@@ -213,12 +216,6 @@ def joined(runs):
         elif start < end:
             out.append((start, end))
     return out
-
-
-def _sees(q, k, row, window):
-    """(T, 1), (U,) places in a row -> (T, U) bool: the rule."""
-    mask = (k <= q) & (q < row.until[k])
-    return mask if window is None else mask & (row.positions[q] - row.positions[k] < window)
 
 
 # ----------------------------------------------------------------------------- detached contexts

@@ -9,19 +9,19 @@
 
 from dataclasses import dataclass
 
-from cli import UserError
+from cli import UserError, flag
 
 
 @dataclass
 class Rules:
-    """The flags, as above; None or False leaves a rule out."""
+    """The flags, which commands inherit; None or False leaves a rule out."""
 
-    dedup: bool = False
-    max_answer: int | None = None
-    min_answer: int | None = None
-    min_margin: float | None = None
-    guard: str | None = None
-    guard_threshold: float = 0.5
+    dedup: bool = flag(False, "leave out exact duplicates")
+    max_answer: int | None = flag(None, "leave out pairs with an answer over so many tokens")
+    min_answer: int | None = flag(None, "leave out pairs with both answers under so many tokens")
+    min_margin: float | None = flag(None, "leave out pairs with a smaller score difference")
+    guard: str | None = flag(None, "leave out what this Llama-Guard-style model calls unsafe")
+    guard_threshold: float = flag(0.5, "probability of unsafe from which a pair is left out")
 
     @classmethod
     def of(cls, s):

@@ -46,7 +46,8 @@ def parser_of(settings, description):
         allow_abbrev=False,
     )
     hints = typing.get_type_hints(settings)
-    for field in dataclasses.fields(settings):
+    own = settings.__annotations__  # before those that a command inherits
+    for field in sorted(dataclasses.fields(settings), key=lambda field: field.name not in own):
         kind = hints[field.name]
         if field.metadata.get("positional"):
             parser.add_argument(field.name, nargs="*", help=field.metadata["help"])

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from cleaning import Rules, clean
-from cli import UserError, flag, parse
+from cli import UserError, flag, parse, require
 from data import PARTS, Dataset, Limits
 from losses import CONDITIONS, recipe
 from pairs import Drops, read_pairs
@@ -27,7 +27,7 @@ SAMPLE = 1000  # pairs whose path sets are laid out
 
 
 @dataclass
-class Settings:
+class Settings(Rules):
     """Every flag; those that train.py has too mean the same."""
 
     model: str | None = flag(None, "HF directory or hub id: its tokenizer and template")
@@ -43,12 +43,6 @@ class Settings:
     row_tokens: int = flag(8192, "tokens per row")
     batch: int = flag(128, "pairs per optimizer step")
     bad_rows: str = flag("stop", "at a broken row: stop, or drop and count it", ("stop", "drop"))
-    dedup: bool = flag(False, "leave out exact duplicates")
-    max_answer: int | None = flag(None, "leave out pairs with an answer over so many tokens")
-    min_answer: int | None = flag(None, "leave out pairs with both answers under so many tokens")
-    min_margin: float | None = flag(None, "leave out pairs with a smaller score difference")
-    guard: str | None = flag(None, "leave out what this Llama-Guard-style model calls unsafe")
-    guard_threshold: float = flag(0.5, "probability of unsafe from which a pair is left out")
     device: str = flag("auto", "where the guard runs", ("auto", "cpu", "cuda"))
     out: str | None = flag(None, "FILE.json for the figures; the picture goes to FILE.png")
 
@@ -193,9 +187,7 @@ def main(argv=None):
     if words[:1] != ["describe"]:
         raise UserError("python data.py describe --data … --model …; --help lists the flags")
     s = parse(Settings, __doc__.splitlines()[0], words[1:])
-    for name in ("model", "data"):
-        if getattr(s, name) is None:
-            raise UserError(f"--{name} is missing")
+    require(s, "model", "data")
     figures, lengths = describe(s)
     print("\n".join(show(figures)))
     text = json.dumps(figures, indent=1, ensure_ascii=False)

@@ -89,7 +89,7 @@ def trie_size(paths):
     return sum(sizes.values())
 
 
-SHORT = 256  # tokens of a trie from which on cutting it into chains saves time
+SHORT = 256  # tokens; a longer trie is worth cutting into chains
 
 
 @dataclass
@@ -180,13 +180,19 @@ def chains(until, start, end, above=()):
         stop = until[stop]
 
 
+def sees(q, k, until, positions, window=None):
+    """The attention rule for row indices q and k, as tensors that broadcast -> bool.
+
+    window: sliding window in tokens, which counts along the path.
+    """
+    inside = (k <= q) & (q < until[k])
+    return inside if window is None else inside & (positions[q] - positions[k] < window)
+
+
 def visible(until, positions, window=None):
-    """(T, T) bool: the attention rule, as a dense mask. window: sliding window in tokens."""
+    """(T query, T key) bool: the attention rule as a dense mask."""
     index = torch.arange(len(until), device=until.device)
-    mask = (index[None, :] <= index[:, None]) & (index[:, None] < until[None, :])
-    if window is not None:
-        mask &= positions[:, None] - positions[None, :] < window
-    return mask  # (T query, T key)
+    return sees(index[:, None], index[None, :], until, positions, window)
 
 
 # ----------------------------------------------------------------------------- the batch plan

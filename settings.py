@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from cleaning import Rules
 from cli import UserError, flag
 from losses import CONDITIONS
 from metrics import logger_names
@@ -25,7 +26,7 @@ EMBEDDED = {"lr": 3e-4, "batch": 32, "steps": 60, "max_len": 256}
 
 
 @dataclass
-class Settings:
+class Settings(Rules):
     """Every flag. None: decided by the objective, the data or the device, and then printed."""
 
     loss: str = flag("ins_dpo", "objective; the README has the table")
@@ -62,12 +63,6 @@ class Settings:
     draft_cap: float = flag(0.4, "share of max_len that a rejected context answer may take")
     limit: int | None = flag(None, "read only the first N pairs")
     bad_rows: str = flag("stop", "at a broken row: stop, or drop and count it", ("stop", "drop"))
-    dedup: bool = flag(False, "leave out exact duplicates")
-    max_answer: int | None = flag(None, "leave out pairs with an answer over so many tokens")
-    min_answer: int | None = flag(None, "leave out pairs with both answers under so many tokens")
-    min_margin: float | None = flag(None, "leave out pairs with a smaller score difference")
-    guard: str | None = flag(None, "leave out what this Llama-Guard-style model calls unsafe")
-    guard_threshold: float = flag(0.5, "probability of unsafe from which a pair is left out")
     lr: float | None = flag(None, "peak learning rate (default 5e-7)")
     warmup: float = flag(0.1, "share of the steps with rising learning rate")
     final_lr: float = flag(0.1, "share of the peak that the cosine ends at")
@@ -115,14 +110,22 @@ def resolve(s, kind):
         if getattr(s, name) is None and not (length_given and name in ("steps", "epochs")):
             setattr(s, name, value)
     s.dtype = s.dtype or ("bf16" if kind == "cuda" else "fp32")
-    if not s.context_grad:  # rows of ever new lengths: no fixed block mask, no compilation
-        s.attention = "sdpa" if s.attention == "auto" else s.attention
-        s.compile = bool(s.compile)
+    if not s.context_grad:
+        detach_contexts(s)
     s.attention = ("flex" if kind == "cuda" else "sdpa") if s.attention == "auto" else s.attention
     if s.attention == "flex" and kind != "cuda":
         raise UserError("--attention flex: FlexAttention trains on CUDA only; use sdpa")
     s.compile = kind == "cuda" if s.compile is None else s.compile
     return embedded
+
+
+def detach_contexts(s):
+    """What --context_grad false decides: rows of ever new lengths, so nothing is compiled."""
+    if s.attention == "flex" or s.compile:
+        raise UserError("--context_grad false goes with neither --attention flex nor --compile")
+    if s.loss == "reward":
+        raise UserError("--context_grad false: --loss reward has no context; it scores dialogues")
+    s.attention, s.compile = "sdpa", False
 
 
 @contextlib.contextmanager

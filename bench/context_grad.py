@@ -21,6 +21,7 @@ import small_world  # noqa: E402
 import torch  # noqa: E402
 
 from bench.measuring import table, tell  # noqa: E402
+from bench.training import CONTENDERS  # noqa: E402
 from cli import flag, parse, run  # noqa: E402
 from data import Dataset, Limits  # noqa: E402
 from generate import load_model  # noqa: E402
@@ -29,13 +30,8 @@ from pairs import Drops, read_pairs  # noqa: E402
 from rows import build_row  # noqa: E402
 from smollm2 import smollm2_dir  # noqa: E402
 
-FORMS = {
-    "ins_dpo": ("ins_dpo", None, None),
-    "ins_dpo, turn": ("ins_dpo", None, "turn"),
-    "averaged, sep": ("ins_dpo", "averaged", "sep"),
-    "averaged, turn": ("ins_dpo", "averaged", "turn"),
-    "dpo": ("dpo", None, None),
-}
+NAMES = ("ins_dpo", "ins_dpo, turn", "averaged, sep", "averaged, turn", "dpo")
+FORMS = {name: CONTENDERS[name] for name in NAMES}  # as flags
 START, KIND, LR = "start", "separable", 4e-4  # as bench/small_world.py runs dpo
 
 
@@ -66,7 +62,7 @@ def distances(s):
     pairs = read_pairs(s.data, Drops(), s.pairs)
     found = {}
     for name, form in FORMS.items():
-        rule = recipe(*form)
+        rule = recipe(form["loss"], form.get("condition"), form.get("bridge"))
         dataset = Dataset(pairs, template, rule, Limits(1024, 0.4), "better")
         signs = torch.tensor([1.0 if path.target == "chosen" else -1.0 for path in rule.paths])
         lines = []
@@ -82,9 +78,9 @@ def distances(s):
 def win_rates(s):
     """{(form, context_grad): [result of each seed]} of runs in the small world."""
     jobs = {}
-    for name, (loss, condition, bridge) in FORMS.items():
+    for name, form in FORMS.items():
         for grad in (True, False):
-            stages = (small_world.Stage(loss, LR, condition, bridge, context_grad=grad),)
+            stages = (small_world.Stage(**form, lr=LR, context_grad=grad),)
             made = (
                 small_world.Job((name, str(grad)), START, KIND, n, stages) for n in range(s.seeds)
             )

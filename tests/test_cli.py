@@ -3,7 +3,7 @@
 import pytest
 
 from cli import UserError, parse
-from settings import Settings
+from settings import Settings, resolve
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,9 @@ def test_booleans_are_switches_or_take_true_and_false(words, value):
 def test_other_words_are_refused(words):
     with pytest.raises(UserError):
         parse(Settings, "", words.split())
+
+
+@pytest.mark.parametrize("other", [{"compile": True}, {"attention": "flex"}, {"loss": "reward"}])
+def test_context_grad_false_refuses_what_it_cannot_do(other):
+    with pytest.raises(UserError, match="--context_grad false"):
+        resolve(Settings(context_grad=False, **other), "cuda")
