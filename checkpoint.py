@@ -53,6 +53,32 @@ def local_part(tensor):
     return tensor.to_local(), rows_of(len(tensor), *place(tensor))
 
 
+def whole_tensors(model, dtype):
+    """On rank 0 (name, whole CPU tensor) of every parameter; the other ranks send it their rows.
+
+    Every rank iterates to the end. Rank 0 holds one whole tensor at a time, the others none, nor do
+    the ranks of further copies (--shard_group) take part.
+    """
+    rank = dist.get_rank()
+    for name, parameter in model.named_parameters():
+        (local, rows), (_, parts) = local_part(parameter.detach()), place(parameter)
+        local = local.to("cpu", dtype)
+        if rank == 0:
+            yield name, local if parts == 1 else _received(local, rows, parameter.shape, parts)
+        elif rank < parts and len(local):
+            dist.send(local, 0)
+
+
+def _received(local, rows, shape, parts):
+    """The whole of a tensor of which this rank holds some rows and other ranks send the rest."""
+    whole = local.new_empty(shape)
+    whole[rows] = local
+    for other in range(1, parts):
+        if len(theirs := whole[rows_of(len(whole), other, parts)]):
+            dist.recv(theirs, other)
+    return whole
+
+
 def _tensors(model, optimizer):
     """{name: tensor} of everything that training changes, sharded like the parameters."""
     tensors = {}

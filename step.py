@@ -225,8 +225,7 @@ class Run:
         aside = final.with_name(f".{name}")
         raw, _ = weights.read_config(template.directory)
         dtype = getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or "bfloat16")
-        named = self.model.named_parameters()
-        tensors = ((n, p.detach().full_tensor()) for n, p in named)
+        tensors = checkpoint.whole_tensors(self.model, dtype)
         if self.ranks.first:
             config = self.model.config
             shutil.rmtree(aside, ignore_errors=True)
@@ -241,8 +240,7 @@ class Run:
                     f"{final} could not be written: {error}; mend that, then --resume"
                 ) from error
         else:
-            for _ in tensors:  # full_tensor is collective
-                pass
+            list(tensors)  # sends its rows
         dist.barrier()
 
     def save(self, step):

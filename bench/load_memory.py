@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
+import checkpoint  # noqa: E402
 import weights  # noqa: E402
 from bench.checkpoints import published, write_noise  # noqa: E402
 from bench.process_memory import smaps  # noqa: E402
@@ -76,12 +77,11 @@ def load_and_export(directory, dtype):
     check(model, directory)
     out = Path(directory).with_name("export")
     with Peak() as exporting:
-        tensors = ((n, p.detach().full_tensor()) for n, p in model.named_parameters())
+        tensors = checkpoint.whole_tensors(model, torch.bfloat16)
         if ranks.first:
             weights.save(out, model.config, tensors, directory, torch.bfloat16, shard_bytes=10**9)
         else:
-            for _ in tensors:
-                pass
+            list(tensors)
         dist.barrier()
     line = {
         "rank": ranks.rank,
