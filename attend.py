@@ -72,32 +72,38 @@ class Dense:
 
 
 class Piece(NamedTuple):
-    """Neighbouring queries, the runs of keys that they see, and what of those: (T, U) bool."""
+    """Neighbouring queries: which parts of the keys they see, and what of those, (T, U) bool."""
 
-    queries: tuple  # (start, end)
-    keys: list  # of (start, end)
+    parts: list
     mask: torch.Tensor
 
 
 @dataclass
 class Pieces:
-    """Attention piece by piece; pieces cover the queries in order, but for padding behind them."""
+    """Attention piece by piece.
+
+    Pieces cover the queries in order, but for padding behind them. (Keys are split once: every
+    slice of its own would bring a gradient as long as the row.)
+    """
 
     pieces: list
+    key_sizes: list  # tokens of each part of the keys
     scale: float | None = None
     cap: float | None = None
 
     def __call__(self, q, k, v):
-        parts, end = [], 0
-        for (start, end), keys, mask in self.pieces:
-            seen, values = pick(k, keys), pick(v, keys)
-            parts.append(attention(q[:, :, start:end], seen, values, mask, self.scale, self.cap))
-        return torch.cat([*parts, q[:, :, end:]], 2)  # padding: its values reach nobody
+        sizes = [len(piece.mask) for piece in self.pieces]
+        *queries, padding = q.split([*sizes, q.shape[2] - sum(sizes)], 2)
+        keys, values = k.split(self.key_sizes, 2), v.split(self.key_sizes, 2)
+        out = []
+        for x, (parts, mask) in zip(queries, self.pieces, strict=True):
+            seen = (joined([y[part] for part in parts]) for y in (keys, values))
+            out.append(attention(x, *seen, mask, self.scale, self.cap))
+        return torch.cat([*out, padding], 2)  # of padding, values reach nobody
 
 
-def pick(x, runs):
-    """(B, K, T, C) -> (B, K, U, C): the tokens of these runs."""
-    parts = [x[:, :, start:end] for start, end in runs]
+def joined(parts):
+    """Parts of (B, K, T, C) behind each other."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
@@ -181,41 +187,31 @@ def in_pieces(row, c, asking, stored=None):
     Keys are the `stored` tokens of the row, if any, and behind them the asking ones.
     """
     found = {window: _pieces(row, window, asking, stored) for window in set(c.windows)}
-    return [Pieces(found[window], c.scale, c.attn_cap) for window in c.windows]
+    return [Pieces(*found[window], c.scale, c.attn_cap) for window in c.windows]
 
 
 def _pieces(row, window, asking, stored):
-    """One piece per chain that has asking tokens."""
-    kinds = [asking] if stored is None else [stored, asking]
-    places = [kind.nonzero()[:, 0] for kind in kinds]  # in the row, of the tokens of a kind
-    counts = [F.pad(kind.cumsum(0), (1, 0)).tolist() for kind in kinds]  # of them before a token
-    offsets = [0] if stored is None else [0, len(places[0])]
+    """(one piece per chain that has asking tokens, sizes of the parts of the keys).
+
+    Parts are what each chain has of the stored tokens, what it has of the asking ones, padding.
+    """
+    chains, parts = row.chains, []  # of the row, as indices
+    for kind in (asking,) if stored is None else (stored, asking):
+        places = kind.nonzero()[:, 0]
+        before = F.pad(kind.cumsum(0), (1, 0)).tolist()  # of this kind, before a token
+        parts += [places[before[start] : before[end]] for (start, end), _ in chains]
+    padding = places[before[chains[-1][0][1]] :]
+    number, n = {chain: i for i, (chain, _) in enumerate(chains)}, len(chains)
     found = []
-    for chain, above in row.chains:
-        start, end = (counts[-1][i] for i in chain)
-        keys = [
-            (offset + count[a], offset + count[b])
-            for offset, count in zip(offsets, counts, strict=True)
-            for a, b in (*above, chain)
-        ]
-        if start < end:
-            keys = joined(keys)
-            at = torch.cat(places)[torch.cat([torch.arange(*run) for run in keys])]
-            q = places[-1][start:end, None]
-            mask = sees(q, at, row.until, row.positions, window)
-            found.append(Piece((start, end), keys, mask))
-    return found
-
-
-def joined(runs):
-    """Runs (start, end) in order, without empty ones, neighbours made one."""
-    out = []
-    for start, end in runs:
-        if out and out[-1][1] == start:
-            out[-1] = (out[-1][0], end)
-        elif start < end:
-            out.append((start, end))
-    return out
+    for i, (chain, above) in enumerate(chains):
+        if len(queries := parts[i - n]):
+            visible = [number[c] for c in (*above, chain)]
+            seen = [kind + j for kind in range(0, len(parts), n) for j in visible]
+            seen = [j for j in seen if len(parts[j])]
+            keys = torch.cat([parts[j] for j in seen])
+            mask = sees(queries[:, None], keys, row.until, row.positions, window)
+            found.append(Piece(seen, mask))
+    return found, [len(part) for part in (*parts, padding)]
 
 
 # ----------------------------------------------------------------------------- detached contexts

@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
-from bench import measuring, pairs_per_second  # noqa: E402
-from bench.lengths import MIXES  # noqa: E402
+from bench import measuring  # noqa: E402
 from bench.measuring import DTYPES, table  # noqa: E402
+from bench.workload import Workload  # noqa: E402
 from cli import UserError, flag, parse, run  # noqa: E402
 from model import load  # noqa: E402
 from pairs import Drops, read_pairs  # noqa: E402
@@ -31,18 +31,12 @@ from template import Template  # noqa: E402
 
 
 @dataclass
-class Settings:
-    """Flags."""
+class Settings(Workload):
+    """Flags; of the pairs the prompts are asked."""
 
-    model: str | None = flag(None, "HF directory; default: SmolLM2-135M, built by tests/smollm2.py")
-    shape: str | None = flag(None, "instead: noise in a shape of bench/shapes, or small")
-    data: str = flag("../shared/data/hh-harmless-test.jsonl.gz", "pairs whose prompts are asked")
-    mix: str | None = flag(None, "instead: synthetic prompts of this length mix", tuple(MIXES))
-    batches: str = flag("1,16,64", "batch sizes")
     pairs: int = flag(64, "prompts; of a batch of one, an eighth of them")
+    batches: str = flag("1,16,64", "batch sizes")
     max_new_tokens: int = flag(64, "length of an answer that does not end by itself")
-    dtype: str = flag("fp32", "of weights and compute", tuple(DTYPES))
-    device: str = flag("cpu", "where", ("cpu", "cuda"))
     static: bool = flag(False, "also transformers with its static, compiled cache")
     repeat: int = flag(3, "runs of each contender, in turn")
     out: str = flag("bench/out/generation.json", "where the figures go")
@@ -132,7 +126,7 @@ def rows(by_batch):
 
 def main():
     s = parse(Settings, __doc__.splitlines()[0])
-    with pairs_per_second.workload(s) as (directory, data):
+    with s.ready() as (directory, data):
         template = Template(directory)
         prompts, stop_ids = prompts_of(s, template, data), template.end_ids.tolist()[:1]
         contenders = {"here": ours(s, directory, stop_ids)}

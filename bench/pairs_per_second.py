@@ -17,39 +17,27 @@ here, that is, of what plain DPO needs.
 
 import importlib.util
 import sys
-import tempfile
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import measuring, training  # noqa: E402
-from bench.checkpoints import published, write_noise  # noqa: E402
 from bench.flops import Flops  # noqa: E402
-from bench.lengths import MIXES, write_pairs  # noqa: E402
 from bench.measuring import DTYPES, median, percent, table  # noqa: E402
+from bench.workload import Workload  # noqa: E402
 from cli import flag, parse, run  # noqa: E402
-from smollm2 import smollm2_dir  # noqa: E402
 from weights import read_config  # noqa: E402
 
 
 @dataclass
-class Settings:
+class Settings(Workload):
     """Flags of the comparison."""
 
-    model: str | None = flag(None, "HF directory; default: SmolLM2-135M, built by tests/smollm2.py")
-    shape: str | None = flag(None, "instead: noise in a shape of bench/shapes, or small")
-    data: str = flag("../shared/data/hh-harmless-test.jsonl.gz", "preference pairs")
-    mix: str | None = flag(None, "instead: synthetic pairs of this length mix", tuple(MIXES))
     only: str | None = flag(None, 'contenders, as "dpo; ins_dpo"; default: all')
-    pairs: int = flag(32, "pairs of the dataset; about as many are trained on")
     batch: int = flag(16, "pairs per optimizer step")
     micro: int = flag(4, "TRL: pairs per forward")
     warmup: int = flag(1, "steps that are not counted")
-    max_len: int = flag(1024, "tokens of a path")
-    dtype: str = flag("fp32", "compute dtype of all contenders", tuple(DTYPES))
-    device: str = flag("cpu", "where", ("cpu", "cuda"))
     row_tokens: int | None = flag(None, "here: tokens per row; default: train.py's")
     repeat: int = flag(3, "runs of each contender, in turn")
     out: str = flag("bench/out/pairs_per_second.json", "where the figures go")
@@ -58,21 +46,9 @@ class Settings:
 PEER = {
     "TRL dpo, reference precomputed": ["--precompute"],
     "TRL dpo, reference in each step": ["--no-precompute"],
+    "TRL dpo, its defaults": ["--no-precompute", "--no-tuned"],
     "TRL dpo, bf16 weights": ["--precompute", "--dtype", "bf16_pure"],
 }
-
-
-@contextmanager
-def workload(s):
-    """(model directory, pairs file), written where --shape or --mix ask for noise."""
-    with tempfile.TemporaryDirectory() as scratch:
-        model, data = s.model, s.data
-        if model is None and s.shape:
-            model = write_noise(Path(scratch) / "model", published(s.shape))
-        model = model or smollm2_dir(build=True)
-        if s.mix:
-            data = write_pairs(Path(scratch) / "pairs.jsonl", MIXES[s.mix], s.pairs, model)
-        yield model, data
 
 
 def steps(s):
@@ -81,10 +57,8 @@ def steps(s):
 
 def measure_here(s, model, data, flags):
     """Figures of bench/training.py with these flags of train.py."""
-    flags = flags | {"model": model, "data": data, "limit": s.pairs, "batch": s.batch}
-    flags |= {"max_len": s.max_len, "dtype": s.dtype, "device": s.device, "steps": steps(s)}
-    flags |= {"warmup": s.warmup, "row_tokens": s.row_tokens}
-    found = training.in_fresh_process(flags)
+    flags = flags | s.train_flags(model, data) | {"batch": s.batch, "steps": steps(s)}
+    found = training.in_fresh_process(flags | {"warmup": s.warmup, "row_tokens": s.row_tokens})
     kept = ("pairs_per_second", "reference_seconds_per_pair", "tokens_per_pair")
     return {name: found[name] for name in (*kept, "flops_per_pair", "peak_gib")}
 
@@ -138,7 +112,7 @@ def rows(runs):
 
 def main():
     s = parse(Settings, __doc__.splitlines()[0])
-    with workload(s) as (model, data):
+    with s.ready() as (model, data):
         shapes = Flops(read_config(model)[1]).shapes
         size = s.row_tokens or (8192 if s.device == "cuda" else 2048)
         measures = {

@@ -23,26 +23,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E402
 
-from bench import measuring, pairs_per_second, training  # noqa: E402
-from bench.lengths import MIXES  # noqa: E402
-from bench.measuring import DTYPES, percent, table  # noqa: E402
+from bench import measuring, training  # noqa: E402
+from bench.measuring import percent, table  # noqa: E402
+from bench.workload import Workload  # noqa: E402
 from cli import flag, parse, run  # noqa: E402
 
 
 @dataclass
-class Settings:
+class Settings(Workload):
     """Flags."""
 
-    model: str | None = flag(None, "HF directory; default: SmolLM2-135M, built by tests/smollm2.py")
-    shape: str | None = flag(None, "instead: noise in a shape of bench/shapes, or small")
-    data: str = flag("../shared/data/hh-harmless-test.jsonl.gz", "preference pairs")
-    mix: str | None = flag(None, "instead: synthetic pairs of this length mix", tuple(MIXES))
-    only: str | None = flag("dpo; ins_dpo", "what is profiled")
     pairs: int = flag(16, "pairs of the dataset")
     batch: int = flag(16, "pairs of the step")
-    max_len: int = flag(1024, "tokens of a path")
-    dtype: str = flag("fp32", "compute dtype", tuple(DTYPES))
-    device: str = flag("cpu", "where", ("cpu", "cuda"))
+    only: str | None = flag("dpo; ins_dpo", "what is profiled")
     out: str = flag("bench/out/profile_step.json", "where the figures go")
 
 
@@ -161,8 +154,7 @@ def labelled(job):
 
 def measure(s, model, data, flags):
     """{part: seconds} of one step, and `step`, its seconds as a whole."""
-    given = {"max_len": s.max_len, "dtype": s.dtype, "device": s.device, "compile": False}
-    given |= {"model": str(model), "data": str(data), "limit": s.pairs, "batch": s.batch}
+    given = s.train_flags(str(model), str(data)) | {"batch": s.batch, "compile": False}
     settings = training.Settings(steps=1, warmup=1, **flags, **given)
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (s.device == "cuda")
     with training.opened(settings) as (job, clock), labelled(job):
@@ -178,7 +170,7 @@ def measure(s, model, data, flags):
 
 def main():
     s = parse(Settings, __doc__.splitlines()[0])
-    with pairs_per_second.workload(s) as (model, data):
+    with s.ready() as (model, data):
         names = measuring.chosen(s.only, training.CONTENDERS)
         found = {n: measure(s, model, data, training.CONTENDERS[n]) for n in names}
     lines = [[part] for part in (*PARTS, "sum of the parts", "step, seconds")]

@@ -15,26 +15,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import measuring, pairs_per_second, training  # noqa: E402
-from bench.lengths import MIXES  # noqa: E402
-from bench.measuring import DTYPES, median, table  # noqa: E402
+from bench import measuring, training  # noqa: E402
+from bench.measuring import median, table  # noqa: E402
+from bench.workload import Workload  # noqa: E402
 from cli import flag, parse, run  # noqa: E402
 
 
 @dataclass
-class Settings:
+class Settings(Workload):
     """Flags."""
 
-    model: str | None = flag(None, "HF directory; default: SmolLM2-135M, built by tests/smollm2.py")
-    shape: str | None = flag(None, "instead: noise in a shape of bench/shapes, or small")
-    data: str = flag("../shared/data/hh-harmless-test.jsonl.gz", "preference pairs")
-    mix: str | None = flag(None, "instead: synthetic pairs of this length mix", tuple(MIXES))
     loss: str = flag("ins_dpo", "objective")
-    pairs: int = flag(32, "pairs")
     batch: int = flag(16, "pairs per optimizer step")
-    max_len: int = flag(1024, "tokens of a path")
-    dtype: str = flag("fp32", "compute dtype", tuple(DTYPES))
-    device: str = flag("cpu", "where", ("cpu", "cuda"))
     repeat: int = flag(3, "counted runs")
     out: str = flag("bench/out/startup.json", "where the figures go")
 
@@ -45,9 +37,8 @@ PER_PAIR = {"data": "pairs", "reference": "pairs", "first step": "batch", "step"
 
 def measure(s, model, data):
     """Seconds by stage of one process."""
-    flags = {"loss": s.loss, "model": model, "data": data, "limit": s.pairs, "batch": s.batch}
-    flags |= {"max_len": s.max_len, "dtype": s.dtype, "device": s.device, "steps": 1}
-    found = training.in_fresh_process(flags)
+    flags = {"loss": s.loss, "batch": s.batch, "steps": 1}
+    found = training.in_fresh_process(flags | s.train_flags(model, data))
     return {stage: found[f"{stage} seconds"] for stage in STAGES}
 
 
@@ -60,7 +51,7 @@ def rows(s, seconds):
 
 def main():
     s = parse(Settings, __doc__.splitlines()[0])
-    with pairs_per_second.workload(s) as (model, data):
+    with s.ready() as (model, data):
         measure(s, model, data)
         runs = measuring.in_turn({"start-up": lambda: measure(s, model, data)}, s.repeat)
     lines = rows(s, median(runs["start-up"]))

@@ -4,8 +4,9 @@
 
 TRL at its fastest: no activation checkpointing (on by default), no saving, logging or
 reporting, fused AdamW, padding kept small by length-grouped batches and a length-sorted reference
-pass. Padding-free batches need FlashAttention, and this version of TRL has them switched off. On
-a CPU its fused head pushes every position through the vocabulary, prompt and padding included.
+pass; with --no-tuned as it comes. Padding-free batches need FlashAttention, and this version of
+TRL has them switched off. On a CPU its fused head pushes every position through the vocabulary,
+prompt and padding included.
 Pairs are read by nanoPO's own reader, so that both contenders get the same ones.
 
 Wall-clock covers the reference log-probabilities, after one forward to warm up, and the training
@@ -50,18 +51,14 @@ class Settings:
     )
     precompute: bool = flag(True, "reference log-probabilities before training, not in each step")
     max_len: int = flag(1024, "tokens of prompt and answer; the end is cut off")
-    optim: str = flag("adamw_torch_fused", "transformers' name of the optimizer")
+    tuned: bool = flag(True, "no activation checkpointing, batches of alike lengths; no: defaults")
     beta: float = flag(0.1, "DPO's beta")
     lr: float = flag(5e-7, "learning rate")
     seed: int = flag(0, "order of the pairs")
 
 
 def conversational(pairs, tokenizer):
-    """nanoPO pairs -> TRL's explicit conversational rows plus `length`, the shortest first.
-
-    `length` feeds the length-grouped sampler; the sorting helps the reference pass, which TRL runs
-    in the order of the dataset.
-    """
+    """nanoPO pairs -> TRL's explicit conversational rows, plus `length` in tokens."""
     rows = []
     for pair in pairs:
         row = {"prompt": pair.prompt}
@@ -73,7 +70,7 @@ def conversational(pairs, tokenizer):
         ]
         row["length"] = max(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
         rows.append(row)
-    return sorted(rows, key=lambda row: row["length"])
+    return rows
 
 
 def timed_trainer():
@@ -108,11 +105,19 @@ def timed_trainer():
     return Timed
 
 
+TUNED = {  # the rest of DPOConfig's defaults is fast
+    "activation_checkpointing": False,
+    "train_sampling_strategy": "group_by_length",
+    "remove_unused_columns": False,  # it would remove `length` before the sampler looks for it
+}
+
+
 def config(settings, steps, out):
     """The settings as TRL's DPOConfig, everything off that is not training."""
     from trl import DPOConfig
 
     return DPOConfig(
+        **(TUNED if settings.tuned else {}),
         output_dir=out,
         use_cpu=settings.device == "cpu",
         bf16=settings.dtype == "bf16",
@@ -121,11 +126,6 @@ def config(settings, steps, out):
         max_steps=settings.warmup + steps,
         max_length=settings.max_len,
         precompute_ref_log_probs=settings.precompute,
-        train_sampling_strategy="group_by_length",
-        length_column_name="length",
-        remove_unused_columns=False,  # it would remove `length` before the sampler looks for it
-        activation_checkpointing=False,
-        optim=settings.optim,
         learning_rate=settings.lr,
         beta=settings.beta,
         seed=settings.seed,
@@ -155,6 +155,8 @@ def measure(settings):
     loaded = time.perf_counter()
     warm_up(model.to(settings.device), settings)
     rows = conversational(pairs, tokenizer)
+    if settings.tuned:  # TRL runs the reference pass in the order of the dataset
+        rows.sort(key=lambda row: row["length"])
     sorted_by = time.perf_counter()
     with tempfile.TemporaryDirectory() as out:
         trainer = timed_trainer()(

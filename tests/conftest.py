@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
+from cli import run
 from metrics import Metrics
 from smollm2 import smollm2_dir
 from weights import write_json
@@ -65,6 +67,32 @@ def flags(tiny_model_dir, pairs_file, tmp_path):
     """A run of a second: 4 steps of 4 pairs, at a learning rate that moves the weights."""
     return {"model": tiny_model_dir, "data": pairs_file, "out": tmp_path / "out", "batch": 4,
             "steps": 4, "lr": 1e-3, "max_len": 256, "eval_pairs": 4, "eval_every": 100}  # fmt: skip
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """call(module, *words) runs `python MODULE.py WORDS…` in this process."""
+
+    def go(module, *words):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
+        run(module.main)
+
+    return go
+
+
+@pytest.fixture
+def ended(call, capsys):
+    """ended(module, *words): the same -> (stdout, stderr, exit status)."""
+
+    def go(module, *words):
+        status = 0
+        try:
+            call(module, *words)
+        except SystemExit as stop:
+            status = stop.code
+        return *capsys.readouterr(), status
+
+    return go
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """IFSR's analyses equal transformers' on dialogues that its own template renders, path by path."""
 
 import json
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +13,6 @@ import tiny
 from analysis import INSTRUCTED, SHOWN, Views, separated, token_statistics
 from attend import Dense
 from attention import MEASURES, PARTS, Watched, attention_statistics
-from cli import run
 from conftest import PAIRS, write_model
 from generate import load_model
 from pairs import Drops, read_pairs
@@ -78,19 +77,9 @@ def peer(tiny_model_dir):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(ended):
     """command(*words) runs evaluate.py in this process -> (stdout, stderr, exit status)."""
-
-    def go(*words):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
-        status = 0
-        try:
-            run(evaluate.main)
-        except SystemExit as stop:
-            status = stop.code
-        return *capsys.readouterr(), status
-
-    return go
+    return partial(ended, evaluate)
 
 
 # ----------------------------------------------------------------------------- contexts

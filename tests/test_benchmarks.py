@@ -12,7 +12,7 @@ import generate
 from answers import read_answers
 from benchmarks import markdown_counts, read_asks, token_counter, transcript
 from chat_server import ChatServer
-from cli import UserError, run
+from cli import UserError
 from conftest import write_model
 from journal import Journal, Shared, read_lines
 from runs import _start
@@ -63,17 +63,15 @@ def directory(tmp_path_factory):
 
 
 @pytest.fixture
-def answer(directory, tmp_path, monkeypatch):
+def answer(directory, tmp_path, call):
     """answer(form, *flags): generate.py asks the questions of a benchmark in its format."""
 
     def go(form, *flags):
         suffix = "json" if form == "alpaca_eval" else "jsonl"
         data = write(tmp_path / f"{form}_questions.{suffix}", QUESTIONS[form])
         out = tmp_path / f"{form}.{suffix}"
-        argv = ["generate.py", "--model", directory, "--data", data, "--format", form, "--out", out]
-        argv += ["--max_new_tokens", 6, "--name", "ours", *flags]
-        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
-        run(generate.main)
+        words = ["--model", directory, "--data", data, "--format", form, "--out", out]
+        call(generate, *words, "--max_new_tokens", 6, "--name", "ours", *flags)
         return out
 
     return go
@@ -135,15 +133,14 @@ def test_mt_bench_sees_its_first_answer(directory, tmp_path, answer):
     assert alone["answer"] == rows[2]["choices"][0]["turns"][0]
 
 
-def test_mt_bench_refined_at_each_turn(tmp_path, monkeypatch):
+def test_mt_bench_refined_at_each_turn(tmp_path, call):
     """By a server, which can tell what it was asked: both drafts are refined, and kept."""
     data = write(tmp_path / "q.jsonl", QUESTIONS["mt_bench"][:1])
     flags = ["--model", "m", "--data", data, "--format", "mt_bench", "--mode", "refine"]
     said = iter(["draft 1", "answer 1", "draft 2", "answer 2"])
     with ChatServer(lambda messages, body: next(said)) as server:
         flags += ["--endpoint", server.url, "--out", tmp_path / "out.jsonl"]
-        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, flags)])
-        run(generate.main)
+        call(generate, *flags)
     better, first = user("please generate a better response"), user("Say 0.")
     second = [first, assistant("answer 1"), user("Again, please.")]
     assert [body["messages"] for body in server.bodies] == [
@@ -316,12 +313,8 @@ def test_two_processes_write_what_one_does(directory, tmp_path, answer):
         (["--format", "alpaca_eval", "--out", "a.txt"], {}, "a.txt: alpaca_eval reads .json files"),
     ],
 )
-def test_flags_that_make_no_sense(monkeypatch, capsys, pairs_file, flags, env, message):
+def test_flags_that_make_no_sense(monkeypatch, ended, pairs_file, flags, env, message):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    argv = ["generate.py", "--model", "m", "--data", str(pairs_file), *flags]
-    monkeypatch.setattr(sys, "argv", argv)
-    with pytest.raises(SystemExit):
-        run(generate.main)
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    _, error, status = ended(generate, "--model", "m", "--data", pairs_file, *flags)
+    assert status and message in error and error.count("\n") == 1

@@ -14,7 +14,7 @@ import pytest
 
 import generate
 from chat_server import ChatServer
-from cli import UserError, run
+from cli import UserError
 from endpoint import Endpoint, Refused, retry_after, together
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -117,7 +117,7 @@ def test_together_yields_all_that_ended_before_it_raises():
 
 
 @pytest.fixture
-def ask(tmp_path, monkeypatch):
+def ask(tmp_path, monkeypatch, call):
     """ask(server, *flags) runs generate.py with 20 questions against a server."""
     file, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"question {i}?"}) + "\n" for i in range(20)))
@@ -128,10 +128,9 @@ def ask(tmp_path, monkeypatch):
     )
 
     def go(server, *flags):
-        argv = ["generate.py", "--model", "m", "--data", file, "--out", out, "--retries", 3]
-        argv += ["--endpoint", server.url, "--timeout", 0.5, "--concurrency", 3, *flags]
-        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
-        run(generate.main)
+        words = ["--model", "m", "--data", file, "--out", out, "--retries", 3]
+        words += ["--endpoint", server.url, "--timeout", 0.5, "--concurrency", 3]
+        call(generate, *words, *flags)
 
     go.out, go.part = out, tmp_path / "answers.jsonl.part0"
     return go
@@ -261,7 +260,7 @@ def transformers_serve(model):
 
 
 @pytest.mark.slow
-def test_transformers_serve_answers_as_our_sampler(smollm2, tmp_path, monkeypatch):
+def test_transformers_serve_answers_as_our_sampler(smollm2, tmp_path, call):
     """Greedy answers, refined ones too, from a real server and from our own cache."""
     for package in ("transformers", "fastapi", "uvicorn", "openai"):
         pytest.importorskip(package)
@@ -273,9 +272,7 @@ def test_transformers_serve_answers_as_our_sampler(smollm2, tmp_path, monkeypatc
     answers = []
     with transformers_serve(smollm2) as url:
         for i, more in enumerate((["--endpoint", url, "--concurrency", 2], [])):
-            argv = ["generate.py", *flags, "--out", tmp_path / f"{i}.jsonl", *more]
-            monkeypatch.setattr(sys, "argv", list(map(str, argv)))
-            run(generate.main)
+            call(generate, *flags, "--out", tmp_path / f"{i}.jsonl", *more)
             answers.append([(r["draft"], r["answer"]) for r in rows(tmp_path / f"{i}.jsonl")])
     assert answers[0] == answers[1] and all(a and b for a, b in answers[0])
     usage = [r["usage"] for r in rows(tmp_path / "0.jsonl")]

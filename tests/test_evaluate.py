@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import tiny
 from answers import Answer
 from assets import world
 from cache import ScoreCache
-from cli import UserError, run
+from cli import UserError
 from conftest import PAIRS, write_model
 from evaluate import reward_scores, world_probabilities
 from evaluate import score as real
@@ -251,19 +252,9 @@ def test_the_embedded_start():
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(ended):
     """command(*words) runs evaluate.py in this process -> (stdout, stderr, exit status)."""
-
-    def go(*words):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
-        status = 0
-        try:
-            run(evaluate.main)
-        except SystemExit as stop:
-            status = stop.code
-        return *capsys.readouterr(), status
-
-    return go
+    return partial(ended, evaluate)
 
 
 def write_rows(file, rows):

@@ -13,7 +13,7 @@ import torch
 import generate
 import tiny
 from benchmarks import Ask, read_asks
-from cli import UserError, run
+from cli import UserError
 from conftest import write_model
 from data import Dataset, Limits
 from generate import Answers, Job, Stream, stop_ids
@@ -350,15 +350,13 @@ def test_a_bad_prompt_is_named(tmp_path, row, message):
 
 
 @pytest.fixture
-def command(directory, tmp_path, monkeypatch):
+def command(directory, tmp_path, call):
     """command(*flags) runs generate.py in this process."""
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"question {i}?"}) + "\n" for i in range(5)))
 
     def go(*flags):
-        argv = ["generate.py", "--model", str(directory), "--max_new_tokens", "8", *map(str, flags)]
-        monkeypatch.setattr(sys, "argv", argv)
-        run(generate.main)
+        call(generate, "--model", directory, "--max_new_tokens", 8, *flags)
 
     go.data, go.out = file, tmp_path / "deep" / "answers.jsonl"
     return go

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 
 import pytest
 
@@ -10,7 +9,7 @@ import endpoint
 import evaluate
 import generate
 from chat_server import ChatServer
-from cli import UserError, run
+from cli import UserError
 from conftest import write_model
 from judge import COMPARE, GRADE, WINS_OF_B, Prompt, read_grade, read_verdict
 
@@ -30,21 +29,32 @@ def files(tmp_path):
 
 
 @pytest.fixture
-def judge(files, monkeypatch):
+def judge(files, monkeypatch, call):
     """judge(server, *flags) runs `evaluate.py judge` on them."""
     slow = endpoint.Endpoint
     quick = lambda *args: slow(*args, pause=0.01)  # noqa: E731
     monkeypatch.setattr(generate, "Endpoint", quick)
 
     def go(server, *flags):
-        argv = ["evaluate.py", "judge", "--model", "the-judge", "--out", files / "verdicts"]
-        argv += ["--answers", files / "ours.jsonl", "--retries", 3, "--timeout", 0.5]
-        argv += ["--endpoint", server.url] if server else []
-        monkeypatch.setattr(sys, "argv", list(map(str, [*argv, *flags])))
-        run(evaluate.main)
+        words = ["judge", "--model", "the-judge", "--out", files / "verdicts"]
+        words += ["--answers", files / "ours.jsonl", "--retries", 3, "--timeout", 0.5]
+        words += ["--endpoint", server.url] if server else []
+        call(evaluate, *words, *flags)
         return files / "verdicts"
 
     go.files = files
+    return go
+
+
+@pytest.fixture
+def evaluated(call, capsys):
+    """evaluated(*words): what `evaluate.py WORDS` prints."""
+
+    def go(*words):
+        capsys.readouterr()
+        call(evaluate, *words)
+        return capsys.readouterr().out
+
     return go
 
 
@@ -307,7 +317,7 @@ def test_grades_of_both_turns(judge):
         assert text == filled[-1]["content"]
 
 
-def test_pairs_of_both_turns(judge, monkeypatch, capsys):
+def test_pairs_of_both_turns(judge, evaluated):
     """The new model is liked for "good": it wins turn 1 whatever its place, the base turn 2 of 82;
     turn 2 of 81 goes to the one shown last, a tie. As FastChat shows them: (1 + 1 + .5 + 0) / 4."""
     questions = [{"question_id": q, "turns": ["one?", "two?"]} for q in (81, 82)]
@@ -337,9 +347,8 @@ def test_pairs_of_both_turns(judge, monkeypatch, capsys):
     assert "Human: one?\n\nHuman: two?" in asked
     assert "Assistant: ah\n\nHuman: two?\n\nAssistant: oh" in asked
     assert "Assistant: good\n\nHuman: two?\n\nAssistant: hm" in asked
-    capsys.readouterr()
     file = judge.files / "verdicts"
-    told = evaluated(monkeypatch, capsys, "mtbench", "--judgments", file, "--resamples", 20)
+    told = evaluated("mtbench", "--judgments", file, "--resamples", 20)
     assert re.search(r"new against base +4 +0\.62 .* 1\.00 .* 0\.25", told)
     assert re.search(r"base against new +4 +0\.38 ", told)
 
@@ -360,14 +369,7 @@ def test_a_local_judge(judge, tmp_path, capsys):
 # ----------------------------------------------------------------------------- read back
 
 
-def evaluated(monkeypatch, capsys, *argv):
-    """What `evaluate.py …` prints."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, argv)])
-    run(evaluate.main)
-    return capsys.readouterr().out
-
-
-def test_the_leaderboards_read_what_the_judge_wrote(judge, monkeypatch, capsys):
+def test_the_leaderboards_read_what_the_judge_wrote(judge, evaluated):
     """Ours wins questions 0 to 2, ties 3, loses 4 and 5: 58.3% with a tie as half; Arena-Hard's
     strong verdicts weigh three times a tie, so (3 * 3 + 0.5) / (5 * 3 + 1) = 59.4%."""
     with ChatServer(fair) as server:
@@ -376,8 +378,7 @@ def test_the_leaderboards_read_what_the_judge_wrote(judge, monkeypatch, capsys):
         judge(server, *against(judge), "--format", "arena_hard", "--out", arena)
     json_file = judge.files / "annotations.json"
     json_file.write_bytes(file.read_bytes())
-    capsys.readouterr()
     hub = ("--difficulty", "none", "--gamed", "none", "--resamples", 0)
-    assert "58.3" in evaluated(monkeypatch, capsys, "alpaca", "--annotations", json_file, *hub)
-    told = evaluated(monkeypatch, capsys, "arena", "--judgments", arena, "--resamples", 20)
+    assert "58.3" in evaluated("alpaca", "--annotations", json_file, *hub)
+    told = evaluated("arena", "--judgments", arena, "--resamples", 20)
     assert "59.4" in told and "ours" in told

@@ -1,13 +1,12 @@
 """What a run reports is read back, also behind a kill, and drawn beside other runs."""
 
 import json
-import sys
 from types import SimpleNamespace
 
 import pytest
 
 import evaluate
-from cli import UserError, run
+from cli import UserError
 from metrics import Metrics, logger_names, read_metrics
 from settings import Settings
 
@@ -45,14 +44,12 @@ def test_a_resumed_run_goes_on_behind_its_step_also_after_a_torn_line(tmp_path):
     assert kept == [(1, 1.0), (2, 0.5), (3, 1 / 3), (2, None), (4, 9.0)]
 
 
-def test_runs_are_drawn_over_each_other_and_their_ends_tabulated(tmp_path, monkeypatch, capsys):
+def test_runs_are_drawn_over_each_other_and_their_ends_tabulated(tmp_path, call, capsys):
     best = {"step": 2, "eval_loss": 0.25, "eval_accuracy": 0.75, "eval_plain_margin": 0.5}
     a = write(tmp_path / "a", [{"step": 0, "eval_loss": 0.1}, *steps(4, 1.0), best])
     b = write(tmp_path / "b", steps(2, 3.0))
     figure = tmp_path / "figures" / "runs.png"
-    words = ["evaluate.py", "runs", str(a), str(b), "--out", str(figure)]
-    monkeypatch.setattr(sys, "argv", words)
-    run(evaluate.main)
+    call(evaluate, "runs", a, b, "--out", figure)
     table = capsys.readouterr().out
     assert f"| {a} | 4 | 0.2500 | - | 0.2500 | 2 | 0.7500 | - | 0.5000 | 2.0000 |" in table
     assert f"| {b} | 2 | 1.5000 | - | - | - | - | - | - | 2.0000 |" in table

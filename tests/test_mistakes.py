@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -12,22 +11,18 @@ from safetensors.torch import load_file
 import scoring
 import tiny
 import train
-from cli import run
 from conftest import PAIRS, write_model
 from runs import argv, command, lines, losses, train_here
 
 
 @pytest.fixture
-def mistake(monkeypatch, capsys):
+def mistake(ended):
     """Run `train.py FLAGS` in this process; it must exit with 2 and one line, which is returned."""
 
     def run_it(flags, *more):
-        monkeypatch.setattr(sys, "argv", ["train.py", *argv(flags), *more])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            run(train.main)
-        told = capsys.readouterr().err.rpartition("\r")[2]  # what follows the progress bars
-        assert exit.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1
+        _, told, status = ended(train, *argv(flags), *more)
+        told = told.rpartition("\r")[2]  # what follows the progress bars
+        assert status == 2 and told.startswith("error: ") and told.count("\n") == 1
         return told
 
     return run_it
