@@ -85,7 +85,7 @@ def ended(call, capsys):
     """ended(module, *words): the same -> (stdout, stderr, exit status)."""
 
     def go(module, *words):
-        status = 0
+        status, _ = 0, capsys.readouterr()  # what came before
         try:
             call(module, *words)
         except SystemExit as stop:
