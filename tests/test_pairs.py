@@ -174,7 +174,7 @@ def test_a_wrong_row_is_told_in_one_line_with_file_and_row(name, tmp_path):
     "name, content, told",
     [
         ("a.jsonl.gz", b"not gzip", "not readable"),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}' * 99)[:-9], "not readable"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}' * 99, mtime=0)[:-9], "not readable"),
         ("a.parquet", b"not parquet", "not readable as parquet"),
         ("a.jsonl", b'{"prompt": "\xff"}', "not readable: 'utf-8' codec"),
         ("a.json", b'{"prompt": []}', "expected a list of records, found dict"),
