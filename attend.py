@@ -72,10 +72,10 @@ class Dense:
 
 
 class Piece(NamedTuple):
-    """Neighbouring queries: which parts of the keys they see, and what of those, (T, U) bool."""
+    """What some neighbouring queries see."""
 
-    parts: list
-    mask: torch.Tensor
+    parts: list  # numbers of the parts of the keys
+    mask: torch.Tensor  # (T, U) bool: and what of these
 
 
 @dataclass
@@ -99,7 +99,7 @@ class Pieces:
         for x, (parts, mask) in zip(queries, self.pieces, strict=True):
             seen = (joined([y[part] for part in parts]) for y in (keys, values))
             out.append(attention(x, *seen, mask, self.scale, self.cap))
-        return torch.cat([*out, padding], 2)  # of padding, values reach nobody
+        return torch.cat([*out, padding], 2)  # padding's own values reach nobody
 
 
 def joined(parts):
@@ -193,20 +193,21 @@ def in_pieces(row, c, asking, stored=None):
 def _pieces(row, window, asking, stored):
     """(one piece per chain that has asking tokens, sizes of the parts of the keys).
 
-    Parts are what each chain has of the stored tokens, what it has of the asking ones, padding.
+    Parts are what each of n chains has of the stored tokens, then what each has of the asking ones,
+    then padding: all (tokens of the part,) places in the row.
     """
-    chains, parts = row.chains, []  # of the row, as indices
+    chains, parts = row.chains, []
     for kind in (asking,) if stored is None else (stored, asking):
         places = kind.nonzero()[:, 0]
-        before = F.pad(kind.cumsum(0), (1, 0)).tolist()  # of this kind, before a token
+        before = F.pad(kind.cumsum(0), (1, 0)).tolist()  # how many of this kind before a token
         parts += [places[before[start] : before[end]] for (start, end), _ in chains]
-    padding = places[before[chains[-1][0][1]] :]
-    number, n = {chain: i for i, (chain, _) in enumerate(chains)}, len(chains)
+    padding = places[before[row.spans[-1][1]] :]  # asking, behind the last trie
+    n, number = len(chains), {chain: i for i, (chain, _) in enumerate(chains)}
     found = []
     for i, (chain, above) in enumerate(chains):
-        if len(queries := parts[i - n]):
-            visible = [number[c] for c in (*above, chain)]
-            seen = [kind + j for kind in range(0, len(parts), n) for j in visible]
+        if len(queries := parts[i - n]):  # the last n are of the asking tokens
+            path = [number[c] for c in (*above, chain)]
+            seen = [first + j for first in range(0, len(parts), n) for j in path]
             seen = [j for j in seen if len(parts[j])]
             keys = torch.cat([parts[j] for j in seen])
             mask = sees(queries[:, None], keys, row.until, row.positions, window)
