@@ -28,12 +28,12 @@ def soft_cap(x, cap):
 
 
 def attention(q, k, v, mask, scale=None, cap=None):
-    """Attention; spelt out where SDPA cannot (soft cap) or is slow (in bf16 on a CPU, to 1,024).
+    """Attention; spelt out where SDPA cannot (soft cap) or has a slow backward (bf16 on a CPU).
 
     q: (B, H, T, C), k, v: (B, K, U, C), mask: (T, U) or (B, 1, T, U) bool -> (B, H, T, C).
     """
-    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and mask.shape[-1] <= 1024
-    if cap is not None or slow:
+    slow = q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if cap is not None or (slow and mask.shape[-1] <= 1024):
         return spelt_out(q, k, v, mask, scale, cap)
     if q.is_cuda:  # there, no kernel but the one that keeps all scores takes fewer key heads
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
@@ -91,6 +91,7 @@ class Pieces:
     scale: float | None = None
     cap: float | None = None
 
+    @torch.compiler.disable  # pieces are other ones in every row: each would be compiled anew
     def __call__(self, q, k, v):
         sizes = [len(piece.mask) for piece in self.pieces]
         *queries, padding = q.split([*sizes, q.shape[2] - sum(sizes)], 2)

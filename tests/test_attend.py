@@ -103,15 +103,23 @@ def test_a_row_without_pairs_still_reaches_every_parameter(tiny_model_dir):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_under_flex_attention_compile_once_for_all_rows_and_layers(tmp_path):
-    """Forward only: FlexAttention has no backward on a CPU. A recompilation is an error."""
+@pytest.mark.parametrize("kind", ["sdpa", "flex"])
+def test_compiled_blocks_compile_once_for_all_rows_and_layers(kind, tmp_path):
+    """A recompilation is an error. Flex is forward only: it has no backward on a CPU."""
+    torch.compiler.reset()
     model = load(write_model(tmp_path, MODELS["llama tied"] | {"hidden_size": 64}))
-    expected = []
-    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
-        expected = [model(a_row(seed, tries=seed + 1, pad_to=256)) for seed in range(3)]
-        model.attention = "flex"
+    model.requires_grad_(kind == "sdpa")
+    weights = [] if kind == "flex" else list(model.parameters())
+
+    def values(seed):
+        out = model(a_row(seed, tries=seed + 1, pad_to=256))
+        return [out, *(torch.autograd.grad(out.sum(), weights) if weights else ())]
+
+    with torch.set_grad_enabled(kind == "sdpa"):
+        expected = [values(seed) for seed in range(3)]
+        model.attention = kind
         for block in model.blocks:
             block.body = torch.compile(block.body)
-        for seed in range(3):
-            found = model(a_row(seed, tries=seed + 1, pad_to=256))
-            torch.testing.assert_close(found, expected[seed], rtol=1e-4, atol=1e-4)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for seed in range(3):
+                torch.testing.assert_close(values(seed), expected[seed], rtol=1e-4, atol=1e-4)
