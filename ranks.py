@@ -224,12 +224,14 @@ def shard(model, s, ranks):
 
     The root (embedding, final norm, head) stays gathered through forward, so that the chunked head
     does not gather once per chunk. A single rank keeps everything gathered for the whole step.
+    Inputs have the embedding's dtype already; to cast them FSDP would copy the attention rules,
+    and what a copy records is lost.
     """
     compute = torch.bfloat16 if s.dtype == "bf16" else None
     offload = CPUOffloadPolicy(pin_memory=ranks.kind == "cuda")
     options = {
         "mesh": ranks.mesh(s.shard_group),
-        "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
+        "mp_policy": MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False),
         "offload_policy": offload if s.offload else OffloadPolicy(),
         "reshard_after_forward": ranks.world > 1,
     }

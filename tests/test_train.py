@@ -75,6 +75,17 @@ def test_every_condition_composes_with_every_kind_of_objective(
     assert losses(flags["out"]).isfinite().all()
 
 
+@pytest.mark.parametrize("switch", ["context_grad", "checkpoint_activations"])
+@pytest.mark.parametrize("on", [True, False])
+def test_bf16_trains_as_fp32_does(switch, on, flags, no_plots):
+    """Masters and their updates are fp32 in both, so losses differ by bf16's rounding alone."""
+    outs = {dtype: flags["out"] / dtype for dtype in ("fp32", "bf16")}
+    for dtype, out in outs.items():
+        train_here(flags | {switch: on, "dtype": dtype, "out": out})
+    assert losses(outs["fp32"]).std() > 1e-3
+    torch.testing.assert_close(losses(outs["bf16"]), losses(outs["fp32"]), rtol=0.06, atol=0)
+
+
 def test_the_loss_at_step_0_tells_the_kinds_of_reference_apart(flags, no_plots):
     """ln 2 where policy and reference score the same paths; InSPO's reference is plain."""
     first = {}
