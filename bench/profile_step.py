@@ -3,7 +3,7 @@
     python bench/profile_step.py                          # SmolLM2-135M on hh-rlhf, fp32
     python bench/profile_step.py --shape small --mix hh --pairs 8 --batch 8 --dtype bf16
 
-torch.profiler records a step after one to warm up. Every moment belongs to the innermost operation
+torch.profiler records a step after two to warm up. Every moment belongs to the innermost operation
 under way, and that to the part of the model whose forward it is in, or whose forward made the
 gradient that it computes (autograd numbers both alike); so on a CPU the parts sum to the whole
 step. Recording costs time of its own, most of it where operations are small.
@@ -39,6 +39,7 @@ class Settings(Workload):
     out: str = flag("bench/out/profile_step.json", "where the figures go")
 
 
+WARMUP = 2  # steps, after which the heap holds all that a step takes
 PARTS = ("attention: projections", "attention: scores", "MLP", "norms", "embedding", "head")
 PARTS += ("optimizer", "clip", "sharding", "rows", "rest of the model", "host")
 PREFIXES = {  # of what the profiler or FSDP name by themselves -> part
@@ -155,12 +156,13 @@ def labelled(job):
 def measure(s, model, data, flags):
     """{part: seconds} of one step, and `step`, its seconds as a whole."""
     given = s.train_flags(str(model), str(data)) | {"batch": s.batch, "compile": False}
-    settings = training.Settings(steps=1, warmup=1, **flags, **given)
+    settings = training.Settings(steps=1, warmup=WARMUP, **flags, **given)
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (s.device == "cuda")
     with training.opened(settings) as (job, clock), labelled(job):
-        job.step(0, False)
+        for k in range(WARMUP):
+            job.step(k, False)
         with profile(activities=kinds, acc_events=True) as recorded, clock.stage("step"):
-            job.step(1, False)
+            job.step(WARMUP, False)
     spent = attribute(recorded.events(), s.device)
     whole = clock.seconds["step"]
     if s.device == "cuda":
