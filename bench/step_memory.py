@@ -7,8 +7,8 @@ Each point is a step of `ins_dpo` in a process of its own: one row, filled with 
 pairs. *Step* is the peak over what was held before the first step (weights, the reference); the
 optimizer's moments and the gradients are in it, and grow with the vocabulary like the weights.
 Beside it what the logits of the row's scored tokens would take if they were ever all there at once,
-in fp32: the head makes them a chunk at a time. On the CPU memory is resident memory, which the
-allocator gives back late; on CUDA it is what torch has allocated.
+in fp32: the head makes them a chunk at a time. On the CPU memory is resident memory, less what
+the allocator keeps for later; on CUDA it is what torch has allocated.
 """
 
 import sys

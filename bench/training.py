@@ -28,7 +28,7 @@ import torch  # noqa: E402
 import settings  # noqa: E402
 from bench.flops import Flops  # noqa: E402
 from bench.measuring import execute, last_json, synchronize  # noqa: E402
-from bench.process_memory import smaps  # noqa: E402
+from bench.process_memory import kept_bytes, smaps  # noqa: E402
 from cli import flag, parse, run  # noqa: E402
 from losses import recipe  # noqa: E402
 from metrics import peak_memory  # noqa: E402
@@ -76,10 +76,10 @@ class Clock:
 
 
 def held(device):
-    """GiB that this process holds now: of the GPU, else resident."""
+    """GiB that this process holds now: of the GPU, else resident and not freed."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated() / 2**30
-    return smaps()["Rss"] / 2**30
+    return (smaps()["Rss"] - kept_bytes()) / 2**30
 
 
 def set_up(s, ranks, clock):
