@@ -126,13 +126,14 @@ class ScoredLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, label, cap=None):
         logps = torch.empty(len(x), device=x.device)
-        logsumexp = torch.empty_like(logps)
+        logsumexp, logits = torch.empty_like(logps), None
         for part in ScoredLogps._chunks(x, weight):
+            del logits  # of the chunk before, to make room
             logits = soft_cap((x[part] @ weight.T).float(), cap)  # (chunk, V)
             logsumexp[part] = logits.logsumexp(-1)
             logps[part] = logits.gather(-1, label[part, None]).squeeze(-1) - logsumexp[part]
         ctx.save_for_backward(x, weight, label, logsumexp)
-        ctx.cap, ctx.last = cap, logits if len(x) else None
+        ctx.cap, ctx.last = cap, logits
         return logps
 
     @staticmethod
@@ -150,6 +151,7 @@ class ScoredLogps(torch.autograd.Function):
             d = (d if slope is None else d.mul_(slope)).to(x.dtype)
             grad_x[part] = d @ weight
             grad_weight.addmm_(d.T, x[part])
+            del d
         return grad_x, grad_weight, None, None
 
     @staticmethod
