@@ -4,9 +4,9 @@
 
 TRL at its fastest: no activation checkpointing (on by default), no saving, logging or
 reporting, fused AdamW, padding kept small by length-grouped batches and a length-sorted reference
-pass; with --no-tuned as it comes. Padding-free batches need FlashAttention, and this version of
-TRL has them switched off. On a CPU its fused head pushes every position through the vocabulary,
-prompt and padding included.
+pass, on a CPU with freed memory kept as train.py keeps it; with --no-tuned as it comes.
+Padding-free batches need FlashAttention, and this version of TRL has them switched off. On a CPU
+its fused head pushes every position through the vocabulary, prompt and padding included.
 Pairs are read by nanoPO's own reader, so that both contenders get the same ones.
 
 Wall-clock covers the reference log-probabilities, after one forward to warm up, and the training
@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cli import UserError, flag, parse, run  # noqa: E402
 from metrics import peak_memory  # noqa: E402
 from pairs import Drops, read_pairs  # noqa: E402
+from ranks import keep_freed_memory  # noqa: E402
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -144,6 +145,8 @@ def measure(settings):
     import transformers
     import trl
 
+    if settings.tuned and settings.device == "cpu":
+        keep_freed_memory()
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     steps = settings.steps or settings.pairs // settings.batch
