@@ -28,12 +28,13 @@ def soft_cap(x, cap):
 
 
 def attention(q, k, v, mask, scale=None, cap=None):
-    """Attention; spelt out where SDPA cannot (soft cap) or has a slow backward (bf16 on a CPU).
+    """Attention; spelt out where SDPA cannot (soft cap) or has a slow backward: in bf16 on a CPU,
+    up to 1,024 keys (docs/performance.md).
 
     q: (B, H, T, C), k, v: (B, K, U, C), mask: (T, U) or (B, 1, T, U) bool -> (B, H, T, C).
     """
-    slow = q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16
-    if cap is not None or (slow and mask.shape[-1] <= 1024):
+    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and mask.shape[-1] <= 1024
+    if cap is not None or (slow and q.requires_grad):
         return spelt_out(q, k, v, mask, scale, cap)
     if q.is_cuda:  # there, no kernel but the one that keeps all scores takes fewer key heads
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))

@@ -151,7 +151,7 @@ class ScoredLogps(torch.autograd.Function):
             d = (d if slope is None else d.mul_(slope)).to(x.dtype)
             grad_x[part] = d @ weight
             grad_weight.addmm_(d.T, x[part])
-            del d
+            del d  # likewise
         return grad_x, grad_weight, None, None
 
     @staticmethod

@@ -229,9 +229,12 @@ def shard(model, s, ranks):
     """
     compute = torch.bfloat16 if s.dtype == "bf16" else None
     offload = CPUOffloadPolicy(pin_memory=ranks.kind == "cuda")
+    precision = MixedPrecisionPolicy(
+        param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     options = {
         "mesh": ranks.mesh(s.shard_group),
-        "mp_policy": MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False),
+        "mp_policy": precision,
         "offload_policy": offload if s.offload else OffloadPolicy(),
         "reshard_after_forward": ranks.world > 1,
     }

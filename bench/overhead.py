@@ -32,7 +32,7 @@ from pairs import Drops, read_pairs  # noqa: E402
 from template import Template  # noqa: E402
 
 BIG = Config.from_hf(published("llama-3-8b"))
-PRICES = {"context_grad", "compile"}
+PRICES = {"context_grad", "compile"}  # flags that change what a token costs, not which there are
 LIMITS = Limits(max_len=8192, draft_cap=0.4)
 
 
@@ -133,7 +133,7 @@ def measured(m, base, epochs):
 def one_mix(s, mix, model, scratch):
     """(figures, table) of one length mix."""
     data = write_pairs(Path(scratch) / f"{mix}.jsonl", MIXES[mix], s.pairs, model)
-    # others train the same tokens at another price each: only timing shows it
+    # what trains the same tokens at another price shows in timing only
     known = [n for n, f in training.CONTENDERS.items() if s.time or not f.keys() & PRICES]
     names = ["dpo", *measuring.chosen(s.only, known[1:])]
     flags = {name: training.CONTENDERS[name] for name in names}

@@ -4,11 +4,13 @@ No time is asserted. Every command runs here with a tiny model, in this process 
 others.
 """
 
+import ctypes
 import dataclasses
 import json
 import math
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -320,3 +322,14 @@ def test_every_flag_of_every_call_exists():
         options = parser_of(COMMANDS[name].Settings, "")._option_string_actions
         for word in re.findall(r"(?<!\S)--[\w-]+", words):
             assert word in options, f"{name}: {word}"
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="no glibc 2.33 or later")
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_run_keeps_freed_memory_and_the_benchmarks_do_not_count_it_as_held(keep):
+    """256 MB taken and freed, in a process with Ranks and in one without."""
+    program = "import torch; from bench.process_memory import kept_bytes; "
+    program += "from ranks import Ranks; " + "Ranks('cpu'); " * keep
+    program += "x = torch.ones(2**26); del x; print(kept_bytes())"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (int(done.stdout) >= 2**28) is keep, done.stderr

@@ -1,5 +1,7 @@
 """The transformer equals transformers' own, and a row equals its sequences run one by one."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -141,6 +143,22 @@ def test_scored_logps_equal_log_softmax_in_value_and_gradient(per_chunk, monkeyp
         found = torch.autograd.grad(logps, (x, weight), grad, retain_graph=True)
         for a, b in zip(found, wanted, strict=True):
             assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_a_chunk_of_logits_is_gone_before_the_next_is_there(monkeypatch):
+    """In forward and in backward, which begins with the chunk that forward kept."""
+    made = []
+
+    def watched(logits, cap):
+        assert all(other() is None for other in made)
+        made.append(weakref.ref(logits))
+        return logits
+
+    monkeypatch.setattr(model_file, "soft_cap", watched)
+    monkeypatch.setattr(ScoredLogps, "LOGITS", 40)  # two tokens a chunk
+    x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    ScoredLogps.apply(x, weight, torch.arange(5)).sum().backward()
+    assert len(made) == 3 + 2
 
 
 def test_scored_logps_of_bf16_states_are_fp32_and_finite_for_large_logits():
