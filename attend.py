@@ -59,6 +59,8 @@ def spelt_out(q, k, v, mask, scale=None, cap=None):
 
 # ----------------------------------------------------------------------------- rules
 
+eager = torch.compiler.disable  # pieces are other ones in every row: each would be compiled anew
+
 
 @dataclass
 class Dense:
@@ -92,7 +94,7 @@ class Pieces:
     scale: float | None = None
     cap: float | None = None
 
-    @torch.compiler.disable  # pieces are other ones in every row: each would be compiled anew
+    @eager
     def __call__(self, q, k, v):
         sizes = [len(piece.mask) for piece in self.pieces]
         *queries, padding = q.split([*sizes, q.shape[2] - sum(sizes)], 2)
@@ -141,6 +143,7 @@ class Recording:
     rule: Pieces
     kept: torch.Tensor  # (T,) bool
 
+    @eager
     def __call__(self, q, k, v):
         self.keys, self.values = k[:, :, self.kept], v[:, :, self.kept]
         return self.rule(q, k, v)
@@ -153,6 +156,7 @@ class Behind:
     rule: Pieces
     stored: Recording
 
+    @eager
     def __call__(self, q, k, v):
         keys, values = ((self.stored.keys, k), (self.stored.values, v))
         return self.rule(q, torch.cat(keys, 2), torch.cat(values, 2))

@@ -17,7 +17,7 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, appr
 
 
 def rope_table(rope, width, positions, dtype):
-    """cos and sin of every position, (…, T, C), in transformers' half-split layout.
+    """cos and sin of every position, (…, T, C/2).
 
     width: the C dimensions of a head that rotate. Llama 3.1 (rope_type "llama3"): slow frequencies
     are divided by `factor`, fast ones kept, those between blended, so that 8k of pre-training
@@ -33,14 +33,17 @@ def rope_table(rope, width, positions, dtype):
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         freq = keep * freq + (1 - keep) * freq / rope["factor"]
     angles = positions[..., None].float() * freq  # (…, T, C/2)
-    angles = torch.cat([angles, angles], -1)  # (…, T, C)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding. x: (B, H, T, C); cos, sin: (B, T, C)."""
-    a, b = x.chunk(2, -1)
-    return x * cos[:, None] + torch.cat([-b, a], -1) * sin[:, None]
+    """Rotary position embedding. x: (B, H, T, C); cos, sin: (B, T, C/2).
+
+    The pairs that turn are, as in transformers, one number of the first half of a head and the one
+    at its place in the second.
+    """
+    (a, b), cos, sin = x.chunk(2, -1), cos[:, None], sin[:, None]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 class RMSNorm(nn.Module):

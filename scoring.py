@@ -49,11 +49,10 @@ class Scorer:
     def rows(self, dataset, pairs, paths):
         """This rank's share of the rows that hold these pairs; equally many on every rank."""
         packed = pack([dataset.size(i, paths) for i in pairs], self.s.row_tokens, self.ranks.world)
-        fixed = self.s.attention == "flex" or self.s.compile  # one length: one compilation
         for row in packed[self.ranks.rank :: self.ranks.world]:
             numbers = [pairs[j] for j in row]
             tries = [dataset.trie(i, paths) for i in numbers]
-            pad_to = self.s.row_tokens if fixed else 0
+            pad_to = self.s.row_tokens if self.s.attention == "flex" else 0  # compiled once
             yield build_row(tries, row, len(paths), pad_to).to(self.ranks.device)
 
     @torch.no_grad()

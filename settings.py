@@ -120,12 +120,12 @@ def resolve(s, kind):
 
 
 def detach_contexts(s):
-    """What --context_grad false decides: rows of ever new lengths, so nothing is compiled."""
-    if s.attention == "flex" or s.compile:
-        raise UserError("--context_grad false goes with neither --attention flex nor --compile")
+    """What --context_grad false decides: attention piece by piece, since lengths vary."""
+    if s.attention == "flex":
+        raise UserError("--context_grad false does not go with --attention flex")
     if s.loss == "reward":
         raise UserError("--context_grad false: --loss reward has no context; it scores dialogues")
-    s.attention, s.compile = "sdpa", False
+    s.attention = "sdpa"
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ def test_other_words_are_refused(words):
         parse(Settings, "", words.split())
 
 
-@pytest.mark.parametrize("other", [{"compile": True}, {"attention": "flex"}, {"loss": "reward"}])
+@pytest.mark.parametrize("other", [{"attention": "flex"}, {"loss": "reward"}])
 def test_context_grad_false_refuses_what_it_cannot_do(other):
     with pytest.raises(UserError, match="--context_grad false"):
         resolve(Settings(context_grad=False, **other), "cuda")
