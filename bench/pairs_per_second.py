@@ -45,6 +45,7 @@ class Settings(Workload):
 
 PEER = {
     "TRL dpo, reference precomputed": ["--precompute"],
+    "TRL dpo, compiled": ["--precompute", "--compile"],
     "TRL dpo, reference in each step": ["--no-precompute"],
     "TRL dpo, its defaults": ["--no-precompute", "--no-tuned"],
     "TRL dpo, bf16 weights": ["--precompute", "--dtype", "bf16_pure"],

@@ -45,6 +45,11 @@ CONTENDERS = {  # what train.py can be told to do, as flags
     "ins_dpo": {"loss": "ins_dpo"},
     "ins_dpo, context_grad false": {"loss": "ins_dpo", "context_grad": False},
     "ins_dpo, compiled": {"loss": "ins_dpo", "compile": True},
+    "ins_dpo, context_grad false, compiled": {
+        "loss": "ins_dpo",
+        "context_grad": False,
+        "compile": True,
+    },
     "ins_dpo, turn": {"loss": "ins_dpo", "bridge": "turn"},
     "ifsr_dpo": {"loss": "ifsr_dpo"},
     "one_sided": {"loss": "ins_dpo", "condition": "one_sided"},

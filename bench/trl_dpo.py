@@ -53,6 +53,7 @@ class Settings:
     precompute: bool = flag(True, "reference log-probabilities before training, not in each step")
     max_len: int = flag(1024, "tokens of prompt and answer; the end is cut off")
     tuned: bool = flag(True, "no activation checkpointing, batches of alike lengths; no: defaults")
+    compile: bool = flag(False, "torch_compile")
     beta: float = flag(0.1, "DPO's beta")
     lr: float = flag(5e-7, "learning rate")
     seed: int = flag(0, "order of the pairs")
@@ -122,6 +123,7 @@ def config(settings, steps, out):
         output_dir=out,
         use_cpu=settings.device == "cpu",
         bf16=settings.dtype == "bf16",
+        torch_compile=settings.compile,
         per_device_train_batch_size=settings.micro,
         gradient_accumulation_steps=settings.batch // settings.micro,
         max_steps=settings.warmup + steps,
