@@ -12,7 +12,7 @@ the GPU or the resident set. Without TRL its rows are left out, and it says so.
 Utilisation is the model FLOPs of a pair (bench/flops.py: 6 N per trained token, 2 N per reference
 token, visible scores, scored tokens' head) per second over the rate of plain matrix products of
 the model's own shapes, measured between the contenders. TRL's is held against the FLOPs of `dpo`
-here, that is, of what plain DPO needs.
+here, that is, of what plain DPO needs; that of `--context_grad false` against the exact gradient's.
 """
 
 import importlib.util

@@ -86,6 +86,15 @@ def test_bf16_trains_as_fp32_does(switch, on, flags, no_plots):
     torch.testing.assert_close(losses(outs["bf16"]), losses(outs["fp32"]), rtol=0.06, atol=0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("context_grad", [True, False])
+def test_compiled_blocks_train_as_eager_ones_do(context_grad, flags, no_plots):
+    outs = {compiled: flags["out"] / str(compiled) for compiled in (False, True)}
+    for compiled, out in outs.items():
+        train_here(flags | {"compile": compiled, "context_grad": context_grad, "out": out})
+    torch.testing.assert_close(losses(outs[True]), losses(outs[False]), rtol=1e-4, atol=0)
+
+
 def test_the_loss_at_step_0_tells_the_kinds_of_reference_apart(flags, no_plots):
     """ln 2 where policy and reference score the same paths; InSPO's reference is plain."""
     first = {}
