@@ -5,6 +5,7 @@ import dataclasses
 import fcntl
 import os
 import platform
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,9 @@ class Settings(Rules):
     )
     device: str = flag("auto", "where to run", ("auto", "cpu", "cuda"))
     attention: str = flag("auto", "attention kernel; auto: flex on CUDA", ("auto", "sdpa", "flex"))
-    compile: bool | None = flag(None, "compile the blocks; default: on CUDA")
+    compile: bool | None = flag(
+        None, "compile the blocks (faster, for some ten seconds once); default: on CUDA"
+    )
     context_grad: bool = flag(
         True, "false: prompts and context answers run forward only (cheaper, not exact)"
     )
@@ -116,7 +119,16 @@ def resolve(s, kind):
     if s.attention == "flex" and kind != "cuda":
         raise UserError("--attention flex: FlexAttention trains on CUDA only; use sdpa")
     s.compile = kind == "cuda" if s.compile is None else s.compile
+    if s.compile and kind == "cpu":
+        need_compiler()
     return embedded
+
+
+def need_compiler():
+    """UserError where torch.compile would find no C++ compiler."""
+    name = os.environ.get("CXX", "clang++" if platform.system() == "Darwin" else "g++")
+    if shutil.which(name) is None:
+        raise UserError(f"--compile: there is no {name}; install it, or name yours in CXX")
 
 
 def detach_contexts(s):

@@ -27,6 +27,14 @@ def test_other_words_are_refused(words):
         parse(Settings, "", words.split())
 
 
+def test_compile_without_a_compiler_is_refused_before_anything_is_read(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="--compile: there is no no-such-compiler"):
+        resolve(Settings(compile=True), "cpu")
+    resolve(Settings(compile=False), "cpu")
+    resolve(Settings(), "cpu")
+
+
 @pytest.mark.parametrize("other", [{"attention": "flex"}, {"loss": "reward"}])
 def test_context_grad_false_refuses_what_it_cannot_do(other):
     with pytest.raises(UserError, match="--context_grad false"):
