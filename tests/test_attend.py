@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import attend
+import parity
 import rows
 from conftest import write_model
 from model import load
@@ -103,15 +104,24 @@ def test_a_row_without_pairs_still_reaches_every_parameter(tiny_model_dir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sdpa", "without context gradient", "flex"])
-def test_blocks_are_compiled_for_rows_of_any_length_and_all_layers(kind, tmp_path):
+@pytest.mark.parametrize(
+    "kind, family",
+    [
+        ("sdpa", "Llama 3"),
+        ("sdpa", "Gemma 2"),
+        ("sdpa", "Pythia"),
+        ("without context gradient", "Llama 3"),
+        ("flex", "Llama 3"),
+    ],
+)
+def test_blocks_are_compiled_for_rows_of_any_length_and_all_layers(kind, family, tmp_path):
     """Once, and once more where lengths turn out to vary; from then on a recompilation is an error.
 
     Flex has rows of one length, and is forward only: it has no backward on a CPU.
     """
     torch.compiler.reset()
     flex = kind == "flex"
-    model = load(write_model(tmp_path, MODELS["llama tied"] | {"hidden_size": 64}))
+    model = load(write_model(tmp_path, parity.CONFIGS[family]))
     model.requires_grad_(not flex)
     model.context_grad = kind == "sdpa"
     weights = [] if flex else list(model.parameters())
