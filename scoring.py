@@ -52,7 +52,7 @@ class Scorer:
         for row in packed[self.ranks.rank :: self.ranks.world]:
             numbers = [pairs[j] for j in row]
             tries = [dataset.trie(i, paths) for i in numbers]
-            pad_to = self.s.row_tokens if self.s.attention == "flex" else 0  # compiled once
+            pad_to = self.s.row_tokens if self.s.attention == "flex" else 0  # its one length
             yield build_row(tries, row, len(paths), pad_to).to(self.ranks.device)
 
     @torch.no_grad()

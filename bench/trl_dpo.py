@@ -53,7 +53,7 @@ class Settings:
     precompute: bool = flag(True, "reference log-probabilities before training, not in each step")
     max_len: int = flag(1024, "tokens of prompt and answer; the end is cut off")
     tuned: bool = flag(True, "no activation checkpointing, batches of alike lengths; no: defaults")
-    compile: bool = flag(False, "torch_compile")
+    compile: bool = flag(False, "TrainingArguments.torch_compile")
     beta: float = flag(0.1, "DPO's beta")
     lr: float = flag(5e-7, "learning rate")
     seed: int = flag(0, "order of the pairs")

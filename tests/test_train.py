@@ -88,11 +88,14 @@ def test_bf16_trains_as_fp32_does(switch, on, flags, no_plots):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("context_grad", [True, False])
-def test_compiled_blocks_train_as_eager_ones_do(context_grad, flags, no_plots):
+@pytest.mark.parametrize("dtype, rtol", [("fp32", 1e-4), ("bf16", 0.06)])
+def test_compiled_blocks_train_as_eager_ones_do(dtype, rtol, context_grad, flags, no_plots):
+    torch.compiler.reset()
+    flags |= {"context_grad": context_grad, "dtype": dtype}
     outs = {compiled: flags["out"] / str(compiled) for compiled in (False, True)}
     for compiled, out in outs.items():
-        train_here(flags | {"compile": compiled, "context_grad": context_grad, "out": out})
-    torch.testing.assert_close(losses(outs[True]), losses(outs[False]), rtol=1e-4, atol=0)
+        train_here(flags | {"compile": compiled, "out": out})
+    torch.testing.assert_close(losses(outs[True]), losses(outs[False]), rtol=rtol, atol=0)
 
 
 def test_the_loss_at_step_0_tells_the_kinds_of_reference_apart(flags, no_plots):
@@ -218,20 +221,39 @@ def test_sigterm_saves_and_ends_well_and_the_run_resumes_bitwise(whole, tmp_path
     assert_the_same_run(whole, stopped)
 
 
+def train_until(last, flags, monkeypatch):
+    """A run in this process that a signal stops after step `last`."""
+    step = train.Run.step
+
+    def stop_there(self, number, stopping):
+        return step(self, number, stopping or number + 1 == last)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+        patch.setattr(train.Run, "step", stop_there)
+        train_here(flags)
+    assert exit.value.code == 0
+
+
 def test_sigterm_where_a_validation_was_due_skips_no_validation(whole, tmp_path, monkeypatch):
     """The validation of the stopped step is made up for, so best cannot miss its step."""
     stopped = whole | {"out": tmp_path / "stopped"}
-    step = train.Run.step
-
-    def stop_at_12(self, number, stopping):
-        return step(self, number, stopping or number + 1 == 12)
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
-        patch.setattr(train.Run, "step", stop_at_12)
-        train_here(stopped)
-    assert exit.value.code == 0
+    train_until(12, stopped, monkeypatch)
     train_here(stopped | {"resume": True})
     assert_the_same_run(whole, stopped)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_resumes_bitwise(whole, tmp_path, monkeypatch):
+    """Though its blocks, compiled anew, meet other lengths first."""
+    compiled = whole | {"compile": True, "out": tmp_path / "whole"}
+    stopped = compiled | {"out": tmp_path / "stopped"}
+    torch.compiler.reset()
+    train_here(compiled)
+    torch.compiler.reset()
+    train_until(10, stopped, monkeypatch)
+    torch.compiler.reset()
+    train_here(stopped | {"resume": True})
+    assert_the_same_run(compiled, stopped)
 
 
 def test_a_non_finite_step_leaves_the_weights_as_they_were(flags, no_plots, monkeypatch, capsys):
