@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cli import UserError, progress, run
+from hub.template import INSTRUCTIONS, Refused, with_suffix
+from jobs.cli import UserError, progress, run
 from losses import Path
-from pairs import Drops
+from pairs.read import Drops
 from rows import lay_out, trie_size
-from template import INSTRUCTIONS, Refused, with_suffix
 
 # ----------------------------------------------------------------------------- tokenised pairs
 
@@ -278,6 +278,6 @@ def plain_paths(recipe):
 # ----------------------------------------------------------------------------- the command line
 
 if __name__ == "__main__":
-    from describe import main
+    from evals.describe import main
 
     run(main)

@@ -28,31 +28,24 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import alpaca
-import analysis
-import arena
-import attention
-import compare
-import mtbench
-import report
-import rewardbench
-from answers import align, question_ids, read_answers, read_both
-from cache import ScoreCache
-from cli import UserError, flag, parse, require, run
 from data import Dataset, Limits
+from evals import alpaca, arena, attention, compare, mtbench, report, rewardbench
+from evals import context as analysis
+from evals.answers import align, question_ids, read_answers, read_both
+from evals.judge import JudgeSettings, judge
+from evals.results import number, refuse, save, table
+from evals.score_cache import ScoreCache
+from evals.stats import estimate, win_rate
 from generate import load_model
-from judge import JudgeSettings, judge
-from layouts import Pair
+from hub.weights import pin
+from jobs.cli import UserError, flag, parse, require, run
+from jobs.files import ASSETS, read_json
+from jobs.metrics import CompareSettings, compare_runs
 from losses import Path, recipe
-from metrics import CompareSettings, compare_runs
-from pairs import Drops, read_pairs
-from results import number, refuse, save, table
+from pairs.layouts import Pair
+from pairs.read import Drops, read_pairs
 from rows import lay_out
 from scoring import scored_rows
-from settings import ASSETS
-from stats import estimate, win_rate
-from template import read_json
-from weights import pin
 
 # ----------------------------------------------------------------------------- scores from rows
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cli import UserError
+from jobs.cli import UserError
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from tokenizers.decoders import DecodeStream
 
-from benchmarks import FORMATS, Ask, read_asks, refuse_twins, token_counter, write_answers
-from cli import UserError, flag, parse, progress, run
-from endpoint import Endpoint, Refused, public, together
-from journal import Shared, to_line
+from hub.benchmarks import FORMATS, Ask, read_asks, refuse_twins, token_counter, write_answers
+from hub.endpoint import Endpoint, Refused, public, together
+from hub.template import INSTRUCTIONS, Template, with_suffix
+from hub.weights import pin, read_config, resolve
+from jobs.cli import UserError, flag, parse, progress, run
+from jobs.files import Shared, read_json, to_line
 from model import load
 from sampling import Sampling, Sequence, complete
-from template import INSTRUCTIONS, Template, read_json, with_suffix
-from weights import pin, read_config, resolve
 
 # ----------------------------------------------------------------------------- the three modes
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cli import UserError
+from jobs.cli import UserError
 
 
 class LinearHead(nn.Linear):

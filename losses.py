@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import logsigmoid
 
-from cli import UserError
+from jobs.cli import UserError
 
 # ----------------------------------------------------------------------------- objectives
 

@@ -13,10 +13,10 @@ from torch import nn
 
 from attend import Behind, Dense, Recording, in_pieces, row_attention, soft_cap, split
 from heads import REWARDS
+from hub.weights import load_weights, read_config, resolve
 from layers import Block, rope_table
 from rows import visible
 from variants import BLOCKS
-from weights import load_weights, read_config, resolve
 
 
 class Transformer(nn.Module):

@@ -6,11 +6,11 @@ and comes out the same when all of it is mapped from the cache.
 
 import dataclasses
 
-import tokens
-from cleaning import Rules, clean
 from data import Dataset, Limits
-from pairs import Drops, hold_out, read_pairs
-from sources import parse_sources
+from pairs import token_cache as tokens
+from pairs.cleaning import Rules, clean
+from pairs.read import Drops, hold_out, read_pairs
+from pairs.sources import parse_sources
 
 CHOICES = ("data", "eval_data", "eval_pairs", "limit", "bad_rows", "max_len", "draft_cap",
            "score_eos", "instruction", "sep", "seed")  # fmt: skip
@@ -59,7 +59,7 @@ def key_of(s, template, rule):
     sources += parse_sources(s.eval_data, eval_revision(s)) if s.eval_data else []
     choices = {name: getattr(s, name) for name in CHOICES} | dataclasses.asdict(Rules.of(s))
     if s.guard:
-        from guard import identity
+        from pairs.guard import identity
 
         choices["guard"] = identity(s.guard)
     decides = [rule.paths, rule.bridge, rule.objective.head, rule.objective.answers]

@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from checkpoint import flush
-from cli import UserError, progress
-from ranks import Stopped, reshard
+from jobs.checkpoint import flush
+from jobs.cli import UserError, progress
+from jobs.processes import Stopped, reshard
 from rows import build_row, pack
 
 

@@ -12,14 +12,11 @@ from pathlib import Path
 
 import torch
 
-from cleaning import Rules
-from cli import UserError, flag
+from jobs.cli import UserError, flag
+from jobs.files import ASSETS, parse_json, write_json
+from jobs.metrics import logger_names
 from losses import CONDITIONS
-from metrics import logger_names
-from template import parse_json
-from weights import write_json
-
-ASSETS = Path(__file__).parent / "assets"
+from pairs.cleaning import Rules
 
 # InSPO D.1, where a flag is not given; the embedded default brings its own.
 PAPER = {"lr": 5e-7, "batch": 128, "epochs": 3.0, "max_len": 4096}

@@ -15,13 +15,13 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-import checkpoint
-import weights
-from cli import UserError
 from data import plain_paths
+from hub import weights
+from jobs import checkpoint
+from jobs.cli import UserError
+from jobs.metrics import peak_memory
+from jobs.processes import build_model
 from losses import unique
-from metrics import peak_memory
-from ranks import build_model
 from scoring import Reference, Scorer, by_path
 
 

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-import memory
-import weights
-from cli import UserError, parse, progress, run
 from data import plain_paths
+from evals import plan as memory
+from hub import weights
+from hub.template import Template
+from jobs.cli import UserError, parse, progress, run
+from jobs.metrics import Metrics
+from jobs.processes import Ranks, Stopped, build_model
 from losses import recipe, unique
-from metrics import Metrics
 from prepare import prepare
-from ranks import Ranks, Stopped, build_model
 from rows import Plan
 from settings import HYPER, Settings, check_config, open_out, resolve, write_config
 from step import Run
-from template import Template
 
 # ----------------------------------------------------------------------------- set-up
 

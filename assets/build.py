@@ -34,7 +34,7 @@ sys.path.insert(0, str(PROJECT))
 
 from assets import world  # noqa: E402
 from evaluate import load_model, world_probabilities  # noqa: E402
-from template import INSTRUCTIONS  # noqa: E402
+from hub.template import INSTRUCTIONS  # noqa: E402
 
 # ----------------------------------------------------------------------------- tokenizer
 

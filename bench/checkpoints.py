@@ -15,12 +15,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import tiny  # noqa: E402
 import torch  # noqa: E402
 
-import tiny  # noqa: E402
-import weights  # noqa: E402
-from cli import UserError, flag, parse, require, run  # noqa: E402
 from families import Config  # noqa: E402
+from hub import weights  # noqa: E402
+from jobs.cli import UserError, flag, parse, require, run  # noqa: E402
+from jobs.files import write_json  # noqa: E402
 from model import Transformer  # noqa: E402
 
 # Llama-3-8B in small: the same share of the FLOPs in attention, feed-forward and head.
@@ -65,7 +66,7 @@ def write_noise(directory, raw, shard_bytes=10**9):
     """A HF directory of this config.json (a dict); one shard at a time is in memory."""
     with tempfile.TemporaryDirectory() as source:
         tiny.write_tokenizer(Path(source))
-        weights.write_json(Path(source) / "config.json", raw)
+        write_json(Path(source) / "config.json", raw)
         config = Config.from_hf(raw)
         weights.save(directory, config, noise(raw), source, torch.bfloat16, shard_bytes=shard_bytes)
     return Path(directory)

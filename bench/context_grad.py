@@ -19,16 +19,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests")]
 
 import small_world  # noqa: E402
 import torch  # noqa: E402
+from smollm2 import smollm2_dir  # noqa: E402
 
 from bench.measuring import table, tell  # noqa: E402
 from bench.training import CONTENDERS  # noqa: E402
-from cli import flag, parse, run  # noqa: E402
 from data import Dataset, Limits  # noqa: E402
 from generate import load_model  # noqa: E402
+from jobs.cli import flag, parse, run  # noqa: E402
 from losses import recipe  # noqa: E402
-from pairs import Drops, read_pairs  # noqa: E402
+from pairs.read import Drops, read_pairs  # noqa: E402
 from rows import build_row  # noqa: E402
-from smollm2 import smollm2_dir  # noqa: E402
 
 NAMES = ("ins_dpo", "ins_dpo, turn", "averaged, sep", "averaged, turn", "dpo")
 FORMS = {name: CONTENDERS[name] for name in NAMES}  # as flags
@@ -39,7 +39,9 @@ START, KIND, LR = "start", "separable", 4e-4  # as bench/small_world.py runs dpo
 class Settings:
     """Flags."""
 
-    model: str | None = flag(None, "HF directory; default: SmolLM2-135M, built by tests/smollm2.py")
+    model: str | None = flag(
+        None, "HF directory; default: SmolLM2-135M, see tests/tools/smollm2.py"
+    )
     data: str = flag("../shared/data/hh-harmless-test.jsonl.gz", "preference pairs")
     pairs: int = flag(8, "pairs whose gradients are compared")
     seeds: int = flag(5, "runs of each form in the small world; 0: none")

@@ -23,8 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cli import UserError, flag, parse, require, run  # noqa: E402
-from pairs import Drops, read_pairs  # noqa: E402
+from jobs.cli import UserError, flag, parse, require, run  # noqa: E402
+from pairs.read import Drops, read_pairs  # noqa: E402
 
 
 @dataclass
@@ -77,11 +77,11 @@ def write_pairs(file, n, source):
 
 def ours(s):
     """What train.py does before its model: prepare, size every pair, plan and pack an epoch."""
+    from hub.template import Template
     from losses import recipe
     from prepare import prepare
     from rows import Plan, pack
     from settings import Settings as Train
-    from template import Template
 
     start, cpu = time.time(), time.process_time()
     rule = recipe(s.loss)

@@ -23,11 +23,11 @@ import torch  # noqa: E402
 from bench import measuring  # noqa: E402
 from bench.measuring import DTYPES, table  # noqa: E402
 from bench.workload import Workload  # noqa: E402
-from cli import UserError, flag, parse, run  # noqa: E402
+from hub.template import Template  # noqa: E402
+from jobs.cli import UserError, flag, parse, run  # noqa: E402
 from model import load  # noqa: E402
-from pairs import Drops, read_pairs  # noqa: E402
+from pairs.read import Drops, read_pairs  # noqa: E402
 from sampling import Sampling, generate  # noqa: E402
-from template import Template  # noqa: E402
 
 
 @dataclass

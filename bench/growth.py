@@ -20,7 +20,7 @@ from bench import measuring, training  # noqa: E402
 from bench.checkpoints import SMALL, resized, write_noise  # noqa: E402
 from bench.lengths import MIXES, write_pairs  # noqa: E402
 from bench.measuring import median, table  # noqa: E402
-from cli import flag, parse, run  # noqa: E402
+from jobs.cli import flag, parse, run  # noqa: E402
 
 
 @dataclass

@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import flag, parse, require, run  # noqa: E402
-from template import Template  # noqa: E402
+from hub.template import Template  # noqa: E402
+from jobs.cli import flag, parse, require, run  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,11 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-import checkpoint  # noqa: E402
-import weights  # noqa: E402
 from bench.checkpoints import published, write_noise  # noqa: E402
 from bench.process_memory import smaps  # noqa: E402
 from families import hf_name  # noqa: E402
+from hub import weights  # noqa: E402
+from jobs import checkpoint  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -62,8 +62,8 @@ class Peak:
 
 def load_and_export(directory, dtype):
     """What a rank of a run does with its weights, as train.py does it; under torchrun."""
-    from cli import parse
-    from ranks import Ranks, build_model
+    from jobs.cli import parse
+    from jobs.processes import Ranks, build_model
     from settings import Settings
 
     ranks = Ranks("cpu")

@@ -24,12 +24,12 @@ from bench.checkpoints import published, write_noise  # noqa: E402
 from bench.flops import Flops  # noqa: E402
 from bench.lengths import MIXES, write_pairs  # noqa: E402
 from bench.measuring import median, table  # noqa: E402
-from cli import flag, parse, run  # noqa: E402
 from data import Dataset, Limits  # noqa: E402
 from families import Config  # noqa: E402
+from hub.template import Template  # noqa: E402
+from jobs.cli import flag, parse, run  # noqa: E402
 from losses import recipe  # noqa: E402
-from pairs import Drops, read_pairs  # noqa: E402
-from template import Template  # noqa: E402
+from pairs.read import Drops, read_pairs  # noqa: E402
 
 BIG = Config.from_hf(published("llama-3-8b"))
 PRICES = {"context_grad", "compile"}  # flags that change what a token costs, not which there are

@@ -26,8 +26,8 @@ from bench import measuring, training  # noqa: E402
 from bench.flops import Flops  # noqa: E402
 from bench.measuring import DTYPES, median, percent, table  # noqa: E402
 from bench.workload import Workload  # noqa: E402
-from cli import flag, parse, run  # noqa: E402
-from weights import read_config  # noqa: E402
+from hub.weights import read_config  # noqa: E402
+from jobs.cli import flag, parse, run  # noqa: E402
 
 
 @dataclass

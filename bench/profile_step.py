@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E
 from bench import measuring, training  # noqa: E402
 from bench.measuring import percent, table  # noqa: E402
 from bench.workload import Workload  # noqa: E402
-from cli import flag, parse, run  # noqa: E402
+from jobs.cli import flag, parse, run  # noqa: E402
 
 
 @dataclass

@@ -45,10 +45,10 @@ import torch  # noqa: E402
 import train  # noqa: E402
 from assets import world  # noqa: E402
 from assets.build import as_jsonl  # noqa: E402
-from cli import progress  # noqa: E402
 from evaluate import load_model, world_probabilities  # noqa: E402
+from jobs.cli import progress  # noqa: E402
+from jobs.processes import Ranks  # noqa: E402
 from losses import recipe  # noqa: E402
-from ranks import Ranks  # noqa: E402
 from settings import Settings  # noqa: E402
 
 STEPS, BATCH, SEEDS = 24, 12, range(5)

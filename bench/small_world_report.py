@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from weights import write_json
+from jobs.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 JSON = ROOT / "docs" / "small_world.json"

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import measuring, training  # noqa: E402
 from bench.measuring import median, table  # noqa: E402
 from bench.workload import Workload  # noqa: E402
-from cli import flag, parse, run  # noqa: E402
+from jobs.cli import flag, parse, run  # noqa: E402
 
 
 @dataclass

@@ -23,7 +23,7 @@ from bench.checkpoints import published, resized, write_noise  # noqa: E402
 from bench.lengths import write_pairs  # noqa: E402
 from bench.measuring import DTYPES, median, table  # noqa: E402
 from bench.utilisation import filling  # noqa: E402
-from cli import flag, parse, run  # noqa: E402
+from jobs.cli import flag, parse, run  # noqa: E402
 
 
 @dataclass

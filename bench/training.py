@@ -29,13 +29,13 @@ import settings  # noqa: E402
 from bench.flops import Flops  # noqa: E402
 from bench.measuring import execute, last_json, synchronize  # noqa: E402
 from bench.process_memory import kept_bytes, smaps  # noqa: E402
-from cli import flag, parse, run  # noqa: E402
+from hub.template import Template  # noqa: E402
+from jobs.cli import flag, parse, run  # noqa: E402
+from jobs.metrics import peak_memory  # noqa: E402
+from jobs.processes import Ranks, build_model  # noqa: E402
 from losses import recipe  # noqa: E402
-from metrics import peak_memory  # noqa: E402
-from ranks import Ranks, build_model  # noqa: E402
 from rows import Plan  # noqa: E402
 from step import Run  # noqa: E402
-from template import Template  # noqa: E402
 from train import choose_row_tokens, load_data  # noqa: E402
 
 IMPORTED = time.perf_counter()

@@ -25,10 +25,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import UserError, flag, parse, run  # noqa: E402
-from metrics import peak_memory  # noqa: E402
-from pairs import Drops, read_pairs  # noqa: E402
-from ranks import keep_freed_memory  # noqa: E402
+from jobs.cli import UserError, flag, parse, run  # noqa: E402
+from jobs.metrics import peak_memory  # noqa: E402
+from jobs.processes import keep_freed_memory  # noqa: E402
+from pairs.read import Drops, read_pairs  # noqa: E402
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -212,7 +212,9 @@ def warm_up(model, settings):
 def main():
     settings = parse(Settings, __doc__.splitlines()[0])
     if settings.model is None or not Path(settings.model).is_dir():
-        raise UserError(f"--model {settings.model}: no such directory; tests/smollm2.py builds one")
+        raise UserError(
+            f"--model {settings.model}: not there; tests/tools/smollm2.py builds one"
+        )
     if settings.batch % settings.micro:
         raise UserError(f"--batch {settings.batch} is not a multiple of --micro {settings.micro}")
     if settings.pairs < settings.batch:

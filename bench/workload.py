@@ -8,18 +8,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from smollm2 import smollm2_dir  # noqa: E402
+
 from bench.checkpoints import published, write_noise  # noqa: E402
 from bench.lengths import MIXES, write_pairs  # noqa: E402
 from bench.measuring import DTYPES  # noqa: E402
-from cli import flag  # noqa: E402
-from smollm2 import smollm2_dir  # noqa: E402
+from jobs.cli import flag  # noqa: E402
 
 
 @dataclass
 class Workload:
     """Flags that commands inherit."""
 
-    model: str | None = flag(None, "HF directory; default: SmolLM2-135M, built by tests/smollm2.py")
+    model: str | None = flag(
+        None, "HF directory; default: SmolLM2-135M, see tests/tools/smollm2.py"
+    )
     shape: str | None = flag(None, "instead: noise in a shape of bench/shapes, or small")
     data: str = flag("../shared/data/hh-harmless-test.jsonl.gz", "preference pairs")
     mix: str | None = flag(None, "instead: synthetic pairs of this length mix", tuple(MIXES))

@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
-
-import tiny
-from cli import run
-from metrics import Metrics
 from smollm2 import smollm2_dir
-from weights import write_json
+
+from jobs.cli import run
+from jobs.files import write_json
+from jobs.metrics import Metrics
 
 
 def write_model(directory, config=tiny.LLAMA, seed=0):
@@ -105,7 +105,7 @@ def smollm2():
     """The real small chat model, SmolLM2-135M-Instruct, as a Hugging Face directory."""
     directory = smollm2_dir()
     if directory is None:
-        pytest.skip("SmolLM2 is not built: python tests/smollm2.py")
+        pytest.skip("SmolLM2 is not built: python tests/tools/smollm2.py")
     return directory
 
 

@@ -11,14 +11,14 @@ import sys
 import time
 
 import pytest
-
-from cli import UserError, run
-from data import Dataset, Limits
-from losses import recipe
-from pairs import Drops, read_pairs
-from template import SHIELD, Template
 from test_layouts import PUBLISHED
 from test_pairs import GOOD, say, write
+
+from data import Dataset, Limits
+from hub.template import SHIELD, Template
+from jobs.cli import UserError, run
+from losses import recipe
+from pairs.read import Drops, read_pairs
 
 
 def first(name, **changes):

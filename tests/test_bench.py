@@ -34,10 +34,10 @@ from bench import (
     utilisation,
 )
 from bench.flops import Flops
-from cli import UserError, parser_of
+from hub.template import Template
+from jobs.cli import UserError, parser_of
 from model import load
 from rows import build_row, lay_out
-from template import Template
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {
@@ -329,7 +329,7 @@ def test_every_flag_of_every_call_exists():
 def test_a_run_keeps_freed_memory_and_the_benchmarks_do_not_count_it_as_held(keep):
     """256 MB taken and freed, in a process with Ranks and in one without."""
     program = "import torch; from bench.process_memory import kept_bytes; "
-    program += "from ranks import Ranks; " + "Ranks('cpu'); " * keep
+    program += "from jobs.processes import Ranks; " + "Ranks('cpu'); " * keep
     program += "x = torch.ones(2**26); del x; print(kept_bytes())"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert (int(done.stdout) >= 2**28) is keep, done.stderr

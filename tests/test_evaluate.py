@@ -8,23 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 import evaluate
-import rewardbench
-import tiny
-from answers import Answer
 from assets import world
-from cache import ScoreCache
-from cli import UserError
 from conftest import PAIRS, write_model
+from evals import rewardbench
+from evals.answers import Answer
+from evals.score_cache import ScoreCache
+from evals.stats import Estimate, estimate, win_rate
 from evaluate import reward_scores, world_probabilities
 from evaluate import score as real
 from generate import load_model
+from hub.template import Template
+from jobs.cli import UserError
+from jobs.files import ASSETS
 from model import load
-from settings import ASSETS
-from stats import Estimate, estimate, win_rate
-from template import Template
 
 ROOT = Path(__file__).parent.parent
 

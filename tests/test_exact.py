@@ -2,7 +2,7 @@
 
 In fp32 transformers itself is up to 1.3e-4 away from its own fp64 gradient, on some processors.
 
-SmolLM2-135M-Instruct (tests/smollm2.py builds it) and two short pairs of Anthropic's hh-rlhf
+SmolLM2-135M-Instruct (tests/tools/smollm2.py builds it) and two short pairs of Anthropic's hh-rlhf
 (harmless-base, test split, MIT).
 """
 
@@ -11,16 +11,16 @@ import math
 
 import pytest
 import torch
+from runs import lines, train_here
 
 import train
 from data import Dataset, Limits
+from hub.template import INSTRUCTIONS, Template
+from hub.weights import hf_name
 from losses import recipe
 from model import load
-from pairs import Drops, read_pairs
+from pairs.read import Drops, read_pairs
 from rows import build_row
-from runs import lines, train_here
-from template import INSTRUCTIONS, Template
-from weights import hf_name
 
 pytestmark = pytest.mark.slow
 

@@ -8,22 +8,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 import generate
-import tiny
-from benchmarks import Ask, read_asks
-from cli import UserError
 from conftest import write_model
 from data import Dataset, Limits
 from generate import Answers, Job, Stream, stop_ids
+from hub.benchmarks import Ask, read_asks
+from hub.template import Template
+from jobs.cli import UserError
 from losses import Path as LossPath
 from losses import recipe
 from model import load
-from pairs import Pair
+from pairs.read import Pair
 from sampling import Sampling, Sequence, complete, draw, likeliest
 from sampling import generate as sample
-from template import Template
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = {"llama": tiny.LLAMA, "mistral": tiny.MISTRAL, "qwen2": tiny.QWEN2}

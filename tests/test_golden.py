@@ -10,13 +10,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from test_template import CHATML, LLAMA3, MISTRAL, SPECIAL, write
 
 from data import Dataset, Limits
+from hub.template import Template
 from losses import CONDITIONS, recipe
-from pairs import Pair
+from pairs.read import Pair
 from rows import build_row, visible
-from template import Template
-from test_template import CHATML, LLAMA3, MISTRAL, SPECIAL, write
 
 PAGE = Path(__file__).parent.parent / "docs" / "paths.md"
 BOS, RESERVED = "<|begin_of_text|>", "<|reserved_special_token_0|>"

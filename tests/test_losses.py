@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import losses
-from cli import UserError
+from jobs.cli import UserError
 from losses import CONDITIONS, OBJECTIVES, PRESETS, Path, recipe
 
 LN2, LN3 = math.log(2), math.log(3)

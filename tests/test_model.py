@@ -4,15 +4,15 @@ import weakref
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 import attend
 import model as model_file
 import rows
-import tiny
-from cli import UserError
 from conftest import write_model
 from families import Config, hf_name
+from jobs.cli import UserError
 from model import ScoredLogps, load
 
 LLAMA3 = {

@@ -5,12 +5,12 @@ import string
 import numpy as np
 import pytest
 
-from cli import UserError
 from data import Dataset, Limits, plain_paths
+from hub.template import Template
+from jobs.cli import UserError
 from losses import CONDITIONS, Path, recipe, unique
-from pairs import Pair
+from pairs.read import Pair
 from rows import lay_out, trie_size
-from template import Template
 
 ROOMY = Limits(max_len=10_000, draft_cap=1.0)
 

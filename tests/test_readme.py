@@ -8,7 +8,7 @@ import pytest
 
 import evaluate
 import generate
-from cli import parser_of
+from jobs.cli import parser_of
 from losses import OBJECTIVES, PRESETS
 from settings import Settings
 

@@ -14,11 +14,11 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from data import Dataset, Limits
+from hub.template import Template
 from losses import recipe
 from model import load
-from pairs import Pair
+from pairs.read import Pair
 from rows import build_row
-from template import Template
 
 PROMPT, REAL = -1, pytest.param("smollm2", marks=pytest.mark.slow)
 PSI = {"identity": lambda p: p, "logit": lambda p: np.log(p / (1 - p)), "exp": np.exp}

@@ -9,20 +9,20 @@ import time
 from types import SimpleNamespace
 
 import huggingface_hub
+import parity
 import pytest
+import tiny
 import torch
+from runs import command, final, furthest, lines, losses, torchrun, train_here
 from safetensors.torch import load_file
 
-import parity
 import rows
 import scoring
-import tiny
 import train
-from cli import run
 from conftest import write_model
+from jobs.cli import run
 from losses import PRESETS
 from model import load
-from runs import command, final, furthest, lines, losses, torchrun, train_here
 
 STEP = {"step", "epoch", "loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "lr"}
 TIMED = {"seconds", "eval_seconds", "pairs_per_second", "tokens_per_second", "memory_gib"}

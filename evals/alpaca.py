@@ -1,0 +1,274 @@
+"""AlpacaEval 2: win rate and length-controlled win rate from annotation files.
+
+    win rate   100 mean(p - 1) of the preferences p in [1, 2]; 0 stands for a draw, 1.5
+    LC         Dubois et al. 2024 (arXiv 2404.04475). Per model a logistic regression of p - 1,
+               logit = a tanh(delta / std(delta)) + b difficulty + c, delta = len_base - len_model
+               in characters; then 100 mean sigmoid(b difficulty + c): equal lengths, a removed
+
+The rows of two gamed baselines (concise and verbose GPT-4) join the fit with weight 0.1 each and
+without c; the L1 penalty is chosen by grouped 5-fold cross-validation. The interval of LC comes
+from refitting on resampled questions (upstream's standard error is that of the fitted predictions,
+about half of it).
+
+Legend: N questions, M rows of the gamed baselines.
+"""
+
+import csv
+import gzip
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from evals.results import number, refuse, save, table
+from evals.stats import estimate, interval, logistic, sigmoid
+from jobs.cli import UserError, flag, progress, require
+from pairs.read import Drops
+from pairs.sources import records
+
+PENALTIES = 1 / np.logspace(-4, 4, 10)  # scikit-learn's C, as the weight of the L1 norm
+GAMED_WEIGHT = 0.1  # lambda 0.2 over two baselines
+
+
+@dataclass
+class Settings:
+    """Every flag of `evaluate.py alpaca`."""
+
+    annotations: str | None = flag(
+        None, "annotations.json of alpaca_eval, or csv of model,index,preference,len_model,…"
+    )
+    difficulty: str = flag("hub", "csv of index,instruction_difficulty; or hub, or none")
+    gamed: str = flag("hub", "csv with the rows of the gamed baselines; or hub, or none")
+    model: str | None = flag(None, "only this model of the file")
+    resamples: int = flag(1000, "of the bootstrap that refits LC; 0 leaves its interval out")
+    max_missing: float = flag(0.05, "largest share of missing or faulty verdicts")
+    seed: int = flag(0, "of the bootstrap")
+    out: str | None = flag(None, "json file for the numbers")
+
+
+# ----------------------------------------------------------------------------- reading
+
+
+@dataclass
+class Annotations:
+    """The verdicts on one model: four columns of N, by question index."""
+
+    index: list = field(default_factory=list)
+    preference: list = field(default_factory=list)  # in [0, 1], NaN where there is no verdict
+    length: list = field(default_factory=list)  # characters
+    baseline_length: list = field(default_factory=list)
+    drops: Drops = field(default_factory=Drops)
+
+    def add(self, index, preference, lengths, where):
+        """One row; a doubled question is left out, and with a missing verdict counted."""
+        if index in self.index:
+            return self.drops.add("doubled", where)
+        self.index.append(index)
+        self.preference.append(self._verdict(preference, where))
+        self.length.append(lengths[0])
+        self.baseline_length.append(lengths[1])
+
+    def _verdict(self, preference, where):
+        value = number(preference)
+        if preference is None or preference == "":
+            self.drops.add("null", where)
+        elif value is None or not (value == 0 or 1 <= value <= 2):
+            self.drops.add("unparsable", where)
+        else:
+            return 0.5 if value == 0 else value - 1
+        return np.nan
+
+
+def read_annotations(file):
+    """{model: Annotations} of a json, jsonl, csv or csv.gz file; UserError for unknown columns."""
+    models = {}
+    rows = csv_rows(file) if file.endswith((".csv", ".csv.gz")) else records(file)
+    for where, row in rows:
+        try:
+            if "len_model" in row:
+                model, lengths = row["model"], (float(row["len_model"]), float(row["len_baseline"]))
+            else:
+                model, lengths = row["generator_2"], (len(row["output_2"]), len(row["output_1"]))
+            preference = row["preference"]
+            position = len(models[model].index) if model in models else 0
+            index = int(row.get("index", position))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{where}: no annotation ({error}); expected output_1, output_2, generator_2, "
+                "preference, or a csv of model, index, preference, len_model, len_baseline"
+            ) from error
+        models.setdefault(model, Annotations()).add(index, preference, lengths, where)
+    if not models:
+        raise UserError(f"{file}: no annotations")
+    return models
+
+
+def csv_rows(file):
+    """Yield ("file:line", {column: text}) of a csv or csv.gz with a header line."""
+    try:
+        with (gzip.open if file.endswith(".gz") else open)(file, "rt", encoding="utf-8") as f:
+            yield from ((f"{file}:{n}", row) for n, row in enumerate(csv.DictReader(f), 2))
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not readable: {error}") from error
+
+
+def local(source, name):
+    """A file's path; "hub" fetches `name` from the dataset that AlpacaEval publishes."""
+    if source != "hub":
+        return source
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.hf_hub_download("tatsu-lab/alpaca_eval", name, repo_type="dataset")
+    except Exception as error:  # the hub client raises some twenty kinds; all mean: not reachable
+        raise UserError(
+            f"the hub did not serve {name}: give a local file, or none: --difficulty none fits "
+            "without the published difficulties, as custom prompts need"
+        ) from error
+
+
+def read_difficulty(source):
+    """{question index: difficulty}; None where there is none."""
+    if source == "none":
+        return None
+    rows = csv_rows(local(source, "instruction_difficulty.csv"))
+    return {int(row.get("index") or row[""]): float(row["instruction_difficulty"])
+            for _, row in rows}  # fmt: skip
+
+
+def read_gamed(source, difficulty):
+    """Features (M, 3) and preferences (M,) of the gamed baselines: AlpacaEval's df_gamed.csv, or
+    model, index, preference_minus_1, len_model, len_baseline. Empty where there are none."""
+    if source == "none" or difficulty is None:  # they answer AlpacaEval's questions
+        return np.zeros((0, 3)), np.zeros(0)
+    parts, labels = {}, []
+    for _, row in csv_rows(local(source, "df_gamed.csv")):
+        lengths = "len_baseline" in row
+        delta = float(row["len_baseline"]) - float(row["len_model"]) if lengths else None
+        part = parts.setdefault(row["model"], ([], []))
+        part[0].append(delta if lengths else float(row["std_delta_len"]))
+        part[1].append(difficulty[int(row["index"])])
+        labels.append(float(row["preference_minus_1" if lengths else "preference"]))
+    blocks = []
+    for deltas, difficulties in parts.values():
+        scaled = np.array(deltas) / (np.std(deltas, ddof=1) if lengths else 1)
+        blocks.append(np.stack([np.tanh(scaled), difficulties, np.zeros(len(scaled))], 1))
+    return np.concatenate(blocks), np.array(labels)
+
+
+# ----------------------------------------------------------------------------- the fit
+
+
+def features(length, baseline_length, difficulty):
+    """(N, 3): tanh of the scaled difference of lengths, difficulty, 1."""
+    delta = baseline_length - length
+    spread = delta.std(ddof=1) if len(delta) > 1 else 0.0
+    scaled = np.tanh(delta / spread) if spread else np.zeros(len(delta))
+    return np.stack([scaled, difficulty, np.ones(len(delta))], 1)
+
+
+def choose_penalty(x, y, weight, folds=5):
+    """The L1 penalty with the least weighted log-loss on held-out folds.
+
+    Row i from the end belongs to fold i % 5, as in scikit-learn's GroupKFold on groups of one size.
+    With fewer rows than folds it is the weakest.
+    """
+    if len(y) < folds:
+        return PENALTIES[-1]
+    fold, losses = np.arange(len(y))[::-1] % folds, np.zeros(len(PENALTIES))
+    for k in range(folds):
+        train, test, w = fold != k, fold == k, None
+        for n, penalty in enumerate(PENALTIES):  # strongest first: each starts from the last
+            w = logistic(x[train], y[train], weight[train], penalty, w)
+            z = x[test] @ w
+            losses[n] += (weight[test] * (np.logaddexp(0, z) - y[test] * z)).mean()
+    return PENALTIES[losses.argmin()]
+
+
+def length_controlled(x, preference, gamed, penalty=None):
+    """LC in percent, and the penalty: chosen by cross-validation where none is given.
+
+    x: (N, 3) features; preference: (N,) in [0, 1], rows with NaN are predicted but not fitted;
+    gamed: (features (M, 3), preferences (M,)).
+    """
+    known = ~np.isnan(preference)
+    rows = np.concatenate([gamed[0], x[known]])
+    labels = np.concatenate([gamed[1], preference[known]])
+    weight = np.where(np.arange(len(labels)) < len(gamed[1]), GAMED_WEIGHT, 1.0)
+    if penalty is None:
+        penalty = choose_penalty(rows, labels, weight)
+    w = logistic(rows, labels, weight, penalty)
+    return 100 * sigmoid(x[:, 1:] @ w[1:]).mean(), penalty
+
+
+def evaluate_model(annotations, difficulty, gamed, resamples, seed):
+    """One row of the leaderboard -> dict; intervals by resampling questions."""
+    p, *lengths = (
+        np.array(column, dtype=np.float64)
+        for column in (annotations.preference, annotations.length, annotations.baseline_length)
+    )
+    hard = np.array([difficulty[i] if difficulty else 0.0 for i in annotations.index])
+    known = ~np.isnan(p)
+    wins = 100 * p[known]
+    controlled, penalty = length_controlled(features(*lengths, hard), p, gamed)
+    rng, refits = np.random.default_rng(seed), []
+    for _ in range(resamples):  # the penalty stays: choosing it anew costs 50 times as much
+        n = rng.integers(len(p), size=len(p))
+        x = features(lengths[0][n], lengths[1][n], hard[n])
+        refits.append(length_controlled(x, p[n], gamed, penalty)[0])
+    return {
+        "n": int(known.sum()),
+        "win_rate": estimate(wins, seed),
+        "standard_error": float(wins.std(ddof=1) / len(wins) ** 0.5) if len(wins) > 1 else 0.0,
+        "length_controlled_winrate": interval(controlled, refits) if refits else controlled,
+        "penalty": float(penalty),
+        "n_wins": int((wins > 50).sum()),
+        "n_draws": int((wins == 50).sum()),
+        "n_losses": int((wins < 50).sum()),
+        "avg_length": float(np.mean(lengths[0])),
+        "values": {str(i): None if np.isnan(v) else 100 * v
+                   for i, v in zip(annotations.index, p.tolist(), strict=True)},
+    }  # fmt: skip
+
+
+# ----------------------------------------------------------------------------- the command
+
+
+def check(model, annotations, difficulty, max_missing):
+    """Count the questions without a verdict; refuse what cannot be fitted, or lacks too many."""
+    expected = len(difficulty) if difficulty else len(annotations.index)
+    if difficulty:
+        known = set(annotations.index)
+        if unknown := sorted(known - difficulty.keys()):
+            raise UserError(
+                f"{model}: no difficulty for question {unknown[0]}; is a row doubled? "
+                "--difficulty none is for custom prompts"
+            )
+        for i in sorted(difficulty.keys() - known):
+            annotations.drops.add("without a row", f"question {i}")
+    refuse(annotations.drops, expected, max_missing, model)
+    if np.isnan(annotations.preference).all():
+        raise UserError(f"{model}: not one verdict")
+
+
+def alpaca(s):
+    """Print AlpacaEval 2's win rate and length-controlled win rate of every model in a file."""
+    require(s, "annotations")
+    models = read_annotations(s.annotations)
+    if s.model is not None and s.model not in models:
+        raise UserError(f"--model {s.model} is not in {s.annotations}; it has {', '.join(models)}")
+    models = {s.model: models[s.model]} if s.model else models
+    difficulty = read_difficulty(s.difficulty)
+    gamed, results = read_gamed(s.gamed, difficulty), {}
+    for model, annotations in models.items():
+        check(model, annotations, difficulty, s.max_missing)
+    with progress("fit", len(models), "model", len(models) == 1, leave=False) as bar:
+        for model, annotations in models.items():
+            results[model] = evaluate_model(annotations, difficulty, gamed, s.resamples, s.seed)
+            bar.update()
+    print(table([{
+        "model": model, "n": r["n"], "win rate": f"{r['win_rate']:.2f}",
+        "SE": f"{r['standard_error']:.2f}", "LC": f"{r['length_controlled_winrate']:.2f}",
+        "won/drawn/lost": f"{r['n_wins']}/{r['n_draws']}/{r['n_losses']}",
+        "length": f"{r['avg_length']:.0f}",
+    } for model, r in results.items()]))  # fmt: skip
+    save(s.out, {"command": "alpaca", "seed": s.seed, "resamples": s.resamples, "models": results})

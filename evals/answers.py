@@ -1,0 +1,176 @@
+"""Answer files, read as they lie, and joined by what was asked.
+
+A row is of any format that generate.py writes (benchmarks.FORMATS), or a preference pair, whose
+chosen answer is taken. Its `subset`, `category` or `dataset` names the part it belongs to.
+"""
+
+from collections import Counter
+from typing import NamedTuple
+
+from evals.results import rows_of
+from hub.benchmarks import FORMATS, about_of, digest, question_id, read_asks, transcript
+from jobs.cli import UserError
+from pairs.layouts import as_messages, to_pair
+from pairs.read import Drops
+
+CHOSEN = "chosen"  # the name of who gave the chosen answers of pairs
+
+
+class Answer(NamedTuple):
+    """An answer to all that was said before it, and what its file tells of it."""
+
+    prompt: list  # messages
+    text: str
+    about: dict = {}  # the question's ABOUT columns, and which turn is answered; never written to
+    where: str = ""  # "file:row", for errors
+    name: str | None = None  # the model's
+
+    @property
+    def _first(self):
+        """How many messages stand before the model's own first answer."""
+        return len(self.prompt) - 2 * (self.about.get("turn", 1) - 1)
+
+    @property
+    def question(self):
+        """What was asked, without the model's own earlier answers: the same for every model."""
+        return self.prompt[: self._first] + self.prompt[self._first + 1 :: 2]
+
+    @property
+    def said(self):
+        """The answer's text; in a later turn, the dialogue from the model's first answer on."""
+        last = {"role": "assistant", "content": self.text}
+        dialogue = self.prompt[self._first :]
+        return transcript([*dialogue, last]).lstrip("\n") if dialogue else self.text
+
+    @property
+    def subset(self):
+        names = (self.about.get(column) for column in ("subset", "category", "dataset"))
+        return next((name for name in names if isinstance(name, str)), "")
+
+
+# ----------------------------------------------------------------------------- reading
+
+
+def read_answers(file, flag, questions=None):
+    """Answer files in any of the FORMATS, or the chosen answers of pairs -> list of Answer.
+
+    questions: a question file, which tells category and reference by id, and of which an mt_bench
+    file, whose rows hold ids alone, needs the turns. Several turns become one Answer each. Pairs
+    that cannot be used are left out, and reported.
+    """
+    asks = read_asks(questions) if questions else []
+    asks = {question_id({"prompt": ask.prompt} | ask.about): ask for ask in asks}
+    drops = Drops()
+    answers = [
+        one for where, row in rows_of(file, flag) for one in answered(row, where, asks, drops)
+    ]
+    if drops.rules:
+        print(f"{flag} {file}: dropped {drops}")
+    if not answers:
+        raise UserError(f"{flag} {file}: no answers")
+    return answers
+
+
+def answered(row, where, asks, drops):
+    """One row of an answer file -> its Answers, one per turn that was answered here."""
+    about = about_of(row)
+    ask = asks.get(question_id({"prompt": None} | about))
+    try:
+        if "choices" in row:
+            texts, name = row["choices"][0]["turns"], row["model_id"]
+            if ask is None:
+                raise UserError(
+                    f"{where}: give the questions: --questions FILE has no such id; "
+                    "or read the .rows.jsonl beside the file"
+                )
+            prompt, users = ask.prompt, ask.turns
+        else:
+            prompt, text, name = last_answer(row, where, drops)
+            first = len(prompt) - 2 * (row.get("turns", 1) - 1)
+            users = [m["content"] for m in prompt[first + 1 :: 2]]
+            texts = [*(m["content"] for m in prompt[first::2]), text] if prompt else []
+            prompt = prompt[:first]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError
+    except (LookupError, TypeError, ValueError) as error:
+        columns = f"{where}: columns {sorted(row)} are no answer"
+        formats = ", ".join(FORMATS)
+        raise UserError(f"{columns}; expected a row of {formats}, or a pair") from error
+    return turns(prompt, users, texts, (ask.about if ask else {}) | about, where, name)
+
+
+def last_answer(row, where, drops):
+    """(messages, text, model's name) of a row's answer; no messages for a pair without use."""
+    if isinstance(row.get("messages"), list) and "uid" in row:
+        *prompt, last = row["messages"]
+        found = prompt, last["content"]["answer"], row["model"]
+    elif "chosen" in row:
+        pair = to_pair(row, where, drops, need_rejected=False)
+        found = (pair.prompt, pair.chosen, CHOSEN) if pair else ([], "", CHOSEN)
+    elif "answer" in row:
+        found = row["prompt"], row["answer"], row.get("model")
+    else:
+        found = row["instruction"], row["output"], row.get("generator")
+    return as_messages(found[0], where), *found[1:]
+
+
+def turns(prompt, users, texts, about, where, name):
+    """A dialogue of one or more turns, each an Answer behind what was said before it."""
+    found = []
+    for turn, text in enumerate(texts):
+        found.append(Answer(prompt, text, about | {"turn": turn + 1}, where, name))
+        if turn < len(users):
+            said = [("assistant", text), ("user", users[turn])]
+            prompt = prompt + [{"role": who, "content": content} for who, content in said]
+    return found
+
+
+def read_both(file, flag):
+    """A pair file -> (chosen, rejected), two lists of Answer, and the Drops."""
+    chosen, rejected, drops = [], [], Drops()
+    for where, row in rows_of(file, flag):
+        pair = to_pair(row, where, drops)
+        if pair is not None:
+            chosen.append(Answer(pair.prompt, pair.chosen, about_of(row), where, CHOSEN))
+            rejected.append(Answer(pair.prompt, pair.rejected, about_of(row), where, "rejected"))
+    if not chosen:
+        raise UserError(f"{flag} {file}: no usable pairs; dropped: {drops}")
+    return chosen, rejected, drops
+
+
+# ----------------------------------------------------------------------------- joining
+
+
+def question_ids(answers):
+    """A name for each answer's question, equal in every file: a digest, and #k for the k-th."""
+    seen, names = Counter(), []
+    for answer in answers:
+        name = digest(answer.question)[:16]
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return names
+
+
+def align(answers, others, flag):
+    """`others` in the order of `answers`, joined by prompt; `flag` is what errors call others.
+
+    The k-th answer to a prompt meets the k-th in others. UserError where there is none, and where
+    others has more of them, unless they are pairs, whose prompts may come again.
+    """
+    ids, places = question_ids(answers), dict(zip(question_ids(others), others, strict=True))
+    wanted = dict(zip(ids, answers, strict=True))
+    if missing := [wanted[name] for name in ids if name not in places]:
+        lacking = f"{len(missing)} of {len(answers)}"
+        raise UserError(
+            f"{flag} has no answer to the prompt of {missing[0].where}, and so of {lacking}; "
+            "answer them, or take them out"
+        )
+    for name, other in places.items():
+        first = name.partition("#")[0]
+        if name not in wanted and first in wanted and other.name != CHOSEN:
+            times = sum(key.startswith(first) for key in places)
+            raise UserError(
+                f"{other.where}: same prompt as {places[first].where}; "
+                f"{flag} has {times} answers to the prompt of {wanted[first].where}"
+            )
+    return [places[name] for name in ids]

@@ -1,0 +1,271 @@
+"""Arena-Hard: scores from pairwise verdicts on a model and a baseline, raw and style-controlled.
+
+A judge sees each question twice, with the two answers in both orders; its verdict is [[A>>B]],
+[[A>B]], [[A=B]], [[B>A]] or [[B>>A]]. As arena-hard-auto counts them:
+
+    games     the baseline stands as A in the first game and as B in the second
+    score     mean over all games of 1 for a win, 1/2 for a tie, 0; a strong verdict counts thrice
+    control   Bradley-Terry, P(model wins) = sigmoid(skill + style · weights): style holds what
+              differs between the two answers, (a - b) / (a + b) of their tokens, and
+              (a - b) / (a + b + 1) of the headers, lists and bold texts per token, each
+              standardised over all games of all models. Controlled score: sigmoid(skill)
+
+Standardised style has mean 0 over the games that were judged, so with one model the published
+control removes nothing: its games *are* the mean. `equal style` is the same fit read where both
+answers have the same style. Without style the Bradley-Terry fit equals the score.
+
+Intervals: 95%, by the bootstrap over questions (upstream: over games, which come in dependent
+pairs, and 90%). Legend: Q questions, M models, G games, S style columns, R resamples.
+"""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from evals.results import collect, number, refuse, rows_of, save, table
+from evals.stats import Estimate, interval, logistic, ratio_of_sums, resample, sigmoid
+from jobs.cli import UserError, flag, progress, require
+
+STRONG = 3  # how often a strong verdict counts
+VERDICTS = {  # label -> (score of A, weight)
+    "A>>B": (1.0, STRONG),
+    "A>B": (1.0, 1),
+    "A=B": (0.5, 1),
+    "B>A": (0.0, 1),
+    "B>>A": (0.0, STRONG),
+}
+VERDICTS |= {k.translate(str.maketrans("AB><", "BA<>")): v for k, v in VERDICTS.items()}
+STYLE = ("token_len", "header_count", "list_count", "bold_count")
+CONTROLS = {"none": [], "length": [0], "markdown": [1, 2, 3], "both": [0, 1, 2, 3]}
+
+
+@dataclass
+class Settings:
+    """Every flag of `evaluate.py arena`."""
+
+    judgments: str | None = flag(None, "judgment files, a path or glob: jsonl of model, games")
+    control: str = flag("none", "style columns of the Bradley-Terry fit", tuple(CONTROLS))
+    answers: str | None = flag(
+        None, "answer files of all models and the baseline, a glob; for --control"
+    )
+    baseline: str | None = flag(None, "the baseline's name in --answers; for --control")
+    category: str | None = flag(None, "only questions of this category, say hard_prompt")
+    resamples: int = flag(1000, "of the bootstrap over questions")
+    max_missing: float = flag(0.05, "largest share of missing or faulty verdicts of a model")
+    seed: int = flag(0, "of the bootstrap")
+    out: str | None = flag(None, "json file for the numbers")
+
+
+# ----------------------------------------------------------------------------- verdicts
+
+
+def parse_verdict(text):
+    """A judge's text -> the label in its double brackets, or None: none there, or two that differ.
+
+    >>> parse_verdict("Mine is better. My final verdict is: [[A>>B]].")
+    'A>>B'
+    """
+    found = set(re.findall(r"\[\[\s*([AB<>=]+)\s*\]\]", text))
+    return found.pop() if len(found) == 1 and found <= VERDICTS.keys() else None
+
+
+def verdict_of(game):
+    """One game of a judgment file -> ((score of A, weight), None), or (None, what is wrong)."""
+    if not isinstance(game, dict):
+        return None, "incomplete"
+    label, text = game.get("score"), game.get("judgment")
+    text = text.get("answer") if isinstance(text, dict) else text
+    if label is None and not (isinstance(text, str) and text.strip()):
+        return None, "null"
+    label = label if label is not None else parse_verdict(text)
+    found = VERDICTS.get(label) if isinstance(label, str) else None
+    return found, None if found else "unparsable"
+
+
+def read_games(row):
+    """One judgment -> ([(score of the model, weight)] of two games, None), or (None, fault)."""
+    games = row.get("games")
+    games = games if isinstance(games, list) else []
+    if len(games) != 2:
+        return None, "incomplete"
+    (first, fault), (second, other) = map(verdict_of, games)
+    if fault or other:
+        return None, fault or other
+    return [(1 - first[0], first[1]), second], None
+
+
+def read_judgments(pattern, category=None):
+    """{model: {question: games or None}} and {model: Drops} of all files."""
+    models, drops = collect(judgments(pattern, category))
+    if not models:
+        only = f" of category {category}" if category is not None else ""
+        raise UserError(f"--judgments {pattern}: no judgments{only}")
+    return models, drops
+
+
+def judgments(pattern, category):
+    """What results.collect takes, of all files."""
+    for where, row in rows_of(pattern, "--judgments"):
+        question = row.get("uid", row.get("question_id"))
+        if question is None or not isinstance(row.get("model"), str):
+            raise UserError(f"{where}: expected uid or question_id, model and games")
+        if category is None or row.get("category") == category:
+            yield row["model"], str(question), read_games(row), where
+
+
+# ----------------------------------------------------------------------------- style
+
+
+def read_style(pattern, control):
+    """{model: {question: (4,) tokens, headers, lists, bold}} of answer files in Arena-Hard's form.
+
+    Only the columns that `control` asks for must be there, and the tokens.
+    """
+    styles, needed = {}, {0, *CONTROLS[control]}
+    for where, row in rows_of(pattern, "--answers"):
+        meta, question = row.get("metadata"), row.get("uid", row.get("question_id"))
+        meta = meta if isinstance(meta, dict) else {}
+        counts = [count(meta.get(name)) for name in STYLE]
+        if missing := [STYLE[i] for i in sorted(needed) if counts[i] is None]:
+            raise UserError(f"{where}: metadata without {', '.join(missing)}; --control needs it")
+        model = row.get("model", row.get("model_id"))
+        styles.setdefault(model, {})[str(question)] = np.array(
+            [0.0 if c is None else c for c in counts]
+        )
+    return styles
+
+
+def count(value):
+    """A count, or the sum of its kinds ({"h1": 2, "h2": 1} -> 3); None where there is none."""
+    if isinstance(value, dict):
+        value = sum(number(v) or 0 for v in value.values())
+    return number(value)
+
+
+def style_difference(ours, theirs):
+    """(…, 4), (…, 4) counts -> (…, 4): relative difference of tokens and of markdown per token."""
+    a, b = np.maximum(ours[..., :1], 1), np.maximum(theirs[..., :1], 1)  # an empty answer: 1 token
+    length = (a - b) / (a + b)
+    a, b = ours[..., 1:] / a, theirs[..., 1:] / b
+    return np.concatenate([length, (a - b) / (a + b + 1)], -1)
+
+
+def style_of_games(battles, s):
+    """(G, S) standardised style columns that --control selects, and (S,) where style is equal."""
+    styles = read_style(s.answers, s.control)
+    if s.baseline not in styles:
+        raise UserError(f"--baseline {s.baseline}: --answers has {', '.join(map(str, styles))}")
+    sides = []
+    for model, question in zip(battles.model, battles.question, strict=True):
+        for name in (model, s.baseline):
+            if question not in styles.get(name, {}):
+                raise UserError(f"--answers {s.answers}: no answer of {name} to {question}")
+        sides.append((styles[model][question], styles[s.baseline][question]))
+    ours, theirs = np.array(sides).swapaxes(0, 1)
+    columns = style_difference(ours, theirs)[:, CONTROLS[s.control]]
+    mean = np.average(columns, axis=0, weights=battles.weight)
+    spread = np.average((columns - mean) ** 2, axis=0, weights=battles.weight) ** 0.5
+    spread[spread == 0] = 1.0  # a column that never differs says nothing
+    return (columns - mean) / spread, -mean / spread
+
+
+# ----------------------------------------------------------------------------- scores
+
+
+@dataclass
+class Battles:
+    """Every game of every model: five columns of G."""
+
+    model: list
+    question: list
+    score: np.ndarray
+    weight: np.ndarray
+
+    @classmethod
+    def of(cls, models):
+        rows = [
+            (model, question, *game)
+            for model, questions in models.items()
+            for question, games in questions.items()
+            for game in games or ()
+        ]
+        model, question, score, weight = zip(*rows, strict=True)
+        return cls(list(model), list(question), np.array(score), np.array(weight, float))
+
+
+def question_score(games):
+    """Weighted mean of a question's games; None where there is no verdict."""
+    return games and sum(s * w for s, w in games) / sum(w for _, w in games)
+
+
+def raw_score(questions, seed, resamples):
+    """Weighted mean over all games of a model -> Estimate."""
+    games = [g for g in questions.values() if g]
+    wins = [sum(s * w for s, w in pair) for pair in games]
+    return ratio_of_sums(wins, [sum(w for _, w in pair) for pair in games], seed, resamples)
+
+
+def bradley_terry(battles, names, style, equal, seed=0, resamples=0):
+    """Skills of all models against the baseline, whose skill is 0, fitted with the style columns.
+
+    style: (G, S); equal: (S,) the style columns of equal answers. Returns {"controlled": {name:
+    Estimate}, "equal_style": {…}} and the (S,) style weights.
+    """
+    skills = np.array([[m == name for name in names] for m in battles.model], dtype=np.float64)
+    x = np.concatenate([skills, style], 1)  # (G, M + S): the style columns are the last S
+    questions, place = np.unique(battles.question, return_inverse=True)
+
+    def fit(counts, start=None):
+        w = logistic(x, battles.score, battles.weight * counts[place], start=start)
+        skill, pull = w[: len(names)], w[len(names) :]
+        return w, np.stack([sigmoid(skill), sigmoid(skill + equal @ pull)])  # (2, M)
+
+    w, scores = fit(np.ones(len(questions)))
+    refits = []
+    with progress("Bradley-Terry", resamples, "fit", leave=False) as bar:
+        for counts in resample(len(questions), seed, resamples):
+            refits.append(fit(counts, w)[1])
+            bar.update()
+    spans = np.stack(refits or [scores])  # (R, 2, M)
+    views = {
+        view: {name: interval(scores[v, m], spans[:, v, m]) for m, name in enumerate(names)}
+        for v, view in enumerate(("controlled", "equal_style"))
+    }
+    return views, w[len(names) :]
+
+
+# ----------------------------------------------------------------------------- the command
+
+
+def arena(s):
+    """Print Arena-Hard scores of every model in --judgments, and style-controlled ones."""
+    require(s, "judgments", *(["answers", "baseline"] if s.control != "none" else []))
+    models, drops = read_judgments(s.judgments, s.category)
+    for model, questions in models.items():
+        refuse(drops[model], len(questions), s.max_missing, model)
+        if not any(questions.values()):
+            raise UserError(f"{model}: not one verdict")
+    results = {
+        model: {
+            "n": sum(games is not None for games in questions.values()),
+            "score": raw_score(questions, s.seed, s.resamples),
+            "values": {q: question_score(games) for q, games in questions.items()},
+        }
+        for model, questions in models.items()
+    }
+    if s.control != "none":
+        battles = Battles.of(models)
+        columns = style_of_games(battles, s)
+        views, pull = bradley_terry(battles, list(models), *columns, s.seed, s.resamples)
+        for view, scores in views.items():
+            for model, score in scores.items():
+                results[model][view] = score
+        named = zip((STYLE[i] for i in CONTROLS[s.control]), pull.tolist(), strict=True)
+        print("style weights: " + ", ".join(f"{name} {value:+.3f}" for name, value in named))
+    order = sorted(results, key=lambda model: -results[model]["score"].mean)
+    print(table([{"model": model, "n": results[model]["n"]} | {
+        view.replace("_", " "): f"{value:.1%}"
+        for view, value in results[model].items() if isinstance(value, Estimate)
+    } for model in order]))  # fmt: skip
+    save(s.out, {"command": "arena", "seed": s.seed, "control": s.control, "models": results})

@@ -1,0 +1,96 @@
+"""Compare two models question by question: the paired bootstrap.
+
+Both sides are result files that evaluate.py wrote with --out: the same command, the same questions.
+Several files of a side (a glob, or names with commas) are seeds of one model: a question's value
+is their mean, and the means of the seeds are shown beside it. The interval of the difference is
+that of the per-question differences, so what makes a question hard for both cancels.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from evals.results import files_of, number, read_results, refuse, save, table
+from evals.stats import estimate
+from jobs.cli import UserError, flag, require
+from pairs.read import Drops
+
+
+@dataclass
+class Settings:
+    """Every flag of `evaluate.py compare`."""
+
+    a: str | None = flag(None, "result files of one model: a path, a glob, or several with commas")
+    b: str | None = flag(None, "result files of the other")
+    model_a: str | None = flag(None, "which model of the files of --a; default: the first")
+    model_b: str | None = flag(None, "which model of the files of --b; default: the first")
+    max_missing: float = flag(0.05, "largest share of questions that lack a value")
+    seed: int = flag(0, "of the bootstrap")
+    out: str | None = flag(None, "json file for the numbers")
+
+
+def read_side(text, model, name):
+    """Result files of one model -> [{question: value or None}], one per seed, and their command."""
+    seeds, commands = [], set()
+    for file in files_of(text, name):
+        content = read_results(file)
+        models = content["models"]
+        chosen = next(iter(models), None) if model is None else model
+        if chosen not in models:
+            raise UserError(f"{file}: no model {chosen}; it has {', '.join(models) or 'none'}")
+        values = models[chosen].get("values") or {}
+        seeds.append({question: number(value) for question, value in values.items()})
+        commands.add(content.get("command"))
+    return seeds, commands
+
+
+def mean_over_seeds(seeds):
+    """{question: mean}, None where any seed has no value, of all questions of all seeds."""
+    questions = dict.fromkeys(question for seed in seeds for question in seed)
+    columns = {question: [seed.get(question) for seed in seeds] for question in questions}
+    return {q: None if None in v else float(np.mean(v)) for q, v in columns.items()}
+
+
+def paired(ours, theirs, max_missing):
+    """Two {question: value or None} -> questions with both values, (2, N) values, and the Drops."""
+    drops, shared = Drops(), []
+    for question in dict.fromkeys([*ours, *theirs]):
+        lacking = [(k, v) for k, v in (("a", ours), ("b", theirs)) if v.get(question) is None]
+        if lacking:
+            name, values = lacking[0]  # a question counts once
+            drops.add(f"{'null' if question in values else 'missing'} in --{name}", question)
+        else:
+            shared.append(question)
+    refuse(drops, len(ours | theirs), max_missing, "questions")
+    return shared, np.array([[side[q] for q in shared] for side in (ours, theirs)]), drops
+
+
+def compare(s):
+    """Print how two models differ on the same questions, with a paired interval."""
+    require(s, "a", "b")
+    sides = [read_side(s.a, s.model_a, "--a"), read_side(s.b, s.model_b, "--b")]
+    if len(commands := sides[0][1] | sides[1][1]) > 1:
+        raise UserError(f"--a and --b come from different commands: {sorted(map(str, commands))}")
+    shared, values, drops = paired(*(mean_over_seeds(seeds) for seeds, _ in sides), s.max_missing)
+    if not shared:
+        raise UserError(f"--a {s.a} and --b {s.b} share no question")
+    rows, results = [], {"command": "compare", "n": len(shared), "seed": s.seed}
+    for name, side, (seeds, _) in zip("ab", values, sides, strict=True):
+        means = [float(np.mean([seed[q] for q in shared])) for seed in seeds]
+        results[name] = {"mean": estimate(side, s.seed), "seeds": means}
+        rows.append({"side": name, "file": getattr(s, name), "n": len(shared),
+                     "mean": f"{results[name]['mean']:.4f}",
+                     "seeds": " ".join(f"{mean:.4f}" for mean in means)})  # fmt: skip
+    print(table(rows))
+    results |= difference(*values, s.seed)
+    save(s.out, results | {"nulls": {rule: len(where) for rule, where in drops.rules.items()}})
+
+
+def difference(a, b, seed):
+    """Print and return the mean of a - b, (N,) each, and on how many questions which is higher."""
+    gap = estimate(a - b, seed)
+    counts = [int(x) for x in ((a > b).sum(), (a == b).sum(), (a < b).sum())]
+    verdict = "differ" if gap.low > 0 or gap.high < 0 else "do not differ"
+    print(f"a - b {gap:+.4f}: they {verdict} at 95%; a higher/equal/lower on "
+          f"{'/'.join(map(str, counts))} of {len(a)}")  # fmt: skip
+    return {"difference": gap, "a_higher": counts[0], "equal": counts[1], "b_higher": counts[2]}

@@ -1,0 +1,300 @@
+"""Why conditioning works: IFSR's analyses, on any model and pairs.
+
+    context      loss of y+ and variance of its tokens' probabilities, by what stands before it
+                 (IFSR Table 2, and InSPO's separators beside it)
+    next_token   which token comes next in the answer, behind four prompts (IFSR Table 7)
+
+The third, attention over the parts of a prompt (Figure 4), is attention.py's.
+
+In the signs of the paper, y+ is the chosen answer, ỹ the pseudo response (the rejected one), i the
+refining instruction: ↑ for a better, ⁰ for another, ↓ for a worse response. Without ỹ it is a
+suffix of the question, behind ỹ a user turn of its own. Of the paper only the names of these
+quantities were at hand; what is averaged over what here, the functions say.
+
+The token sequences are those of training, and log-probabilities come from the same tries and rows.
+
+Legend: N pairs, P contexts, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import losses
+from data import Dataset, Limits
+from evals.results import save, table
+from evals.stats import estimate
+from generate import load_model
+from jobs.cli import UserError, flag, progress, require
+from pairs.read import Drops, read_pairs
+from rows import lay_out, trie_size
+from scoring import scored_rows
+
+# ----------------------------------------------------------------------------- contexts
+
+
+class Context(NamedTuple):
+    """What stands between the question x and the answer y+."""
+
+    shows: str | None  # as in losses.Path: nothing, "instruct" or the "rejected" answer
+    instruction: str = "better"
+    bridge: str = "turn"
+    sep: str | None = None  # None: the tokenizer's own separator
+
+
+INSTRUCTED = {  # IFSR Table 2
+    "x": Context(None),
+    "x,i↑": Context("instruct"),
+    "x,ỹ,i↑": Context("rejected"),
+    "x,i⁰": Context("instruct", "another"),
+    "x,i↓": Context("instruct", "worse"),
+}
+SHOWN = {"x,ỹ,i⁰": Context("rejected", "another"), "x,ỹ,i↓": Context("rejected", "worse")}
+BARE = Context("rejected", bridge="sep", sep="")  # ỹ without any mark around it
+
+
+class Views:
+    """Pairs, and the chosen answer of each behind several contexts, as paths of one trie.
+
+    Nothing is cut, so that the same tokens are compared everywhere: a pair with a path of more
+    than max_len tokens is left out, and counted.
+    """
+
+    def __init__(self, pairs, template, contexts, max_len):
+        self.contexts, self.drops, datasets = contexts, Drops(), {}
+        for c in contexts.values():
+            if c[1:] not in datasets:
+                # with instructed prompts; since nothing is cut, it serves the other contexts too
+                rule = losses.recipe("dpo", "instruct", c.bridge)
+                limits = Limits(10**9, 1.0)
+                datasets[c[1:]] = Dataset(
+                    pairs, template, rule, limits, c.instruction, c.sep, shown=True
+                )
+        self.datasets = [datasets[c[1:]] for c in contexts.values()]
+        self.kept = [i for i in range(len(self.datasets[0])) if self._fits(i, max_len)]
+        if not self.kept:
+            raise UserError(f"no pair is left: {self.drops}")
+
+    def _fits(self, i, max_len):
+        longest = max(sum(map(len, segments)) for segments, _ in self._paths(i))
+        if longest > max_len:
+            self.drops.add(f"over --max_len {max_len}", self.datasets[0].examples[i].where)
+        return longest <= max_len
+
+    def __len__(self):
+        return len(self.kept)
+
+    def _paths(self, i):
+        """Prompts are cut in two where the instruction sets in, so that a trie holds x once."""
+        examples = [dataset.examples[i] for dataset in self.datasets]
+        common = min(shared(example.prompt, example.instruct) for example in examples)
+        paths = []
+        for c, dataset in zip(self.contexts.values(), self.datasets, strict=True):
+            (prompt, *rest), n = dataset.path(i, losses.Path(c.shows, "chosen"))
+            paths.append(([prompt[:common], prompt[common:], *rest], n))
+        return paths
+
+    def paths(self, n):
+        """[(segments, scored tokens)] of the n-th pair that was kept, one per context."""
+        return self._paths(self.kept[n])
+
+    def where(self):
+        """ "file:row" of every pair that was kept."""
+        return [self.datasets[0].examples[i].where for i in self.kept]
+
+    def spans(self, n):
+        """[{part: (start, end)}] of the n-th pair, one per context: tokens along the path.
+
+        The parts are `first` (where attention that is not needed goes), x, ỹ and i if they are
+        there, with what the template writes around them, and y+.
+        """
+        spans = []
+        for c, dataset, (segments, _) in zip(
+            self.contexts.values(), self.datasets, self.paths(n), strict=True
+        ):
+            example, end = dataset.examples[self.kept[n]], sum(map(len, segments))
+            start = end - len(segments[-1])
+            asked = start if c.shows is None else len(example.prompt)
+            if c.shows == "instruct":  # as far as the prompts with and without it agree
+                asked = shared(example.prompt, example.instruct)
+            shown = asked + (len(example.rejected) if c.shows == "rejected" else 0)
+            bounds = {"first": 1, "x": asked, "ỹ": shown, "i": start, "y+": end}
+            edges = zip([0, *bounds.values()], bounds.items(), strict=False)
+            spans.append({part: (a, b) for a, (part, b) in edges if a < b})
+        return spans
+
+    def report(self):
+        return f"{len(self)} pairs, dropped: {self.drops}"
+
+
+def shared(a, b):
+    """Length of the common prefix of two arrays."""
+    n = min(len(a), len(b))
+    differs = np.flatnonzero(a[:n] != b[:n])
+    return int(differs[0]) if len(differs) else n
+
+
+@dataclass
+class Settings:
+    """The flags that all analyses share."""
+
+    model: str | None = flag(None, "HF directory or hub id")
+    revision: str | None = flag(None, "branch, tag or commit of --model on the hub")
+    data: str | None = flag(None, "jsonl, json, parquet, glob or hub dataset id[:split]")
+    limit: int | None = flag(None, "only the first N pairs")
+    max_len: int = flag(2048, "tokens of every single path; longer pairs are left out")
+    seed: int = flag(0, "of the bootstrap")
+    dtype: str | None = flag(None, "default: bf16 on CUDA, else fp32", ("bf16", "fp32"))
+    device: str = flag("auto", "where to run", ("auto", "cpu", "cuda"))
+    out: str | None = flag(None, "json file for the numbers; a figure goes beside it as png")
+
+
+def open_views(s, template, contexts):
+    """Read --data, say what was left out -> Views."""
+    drops = Drops()
+    pairs = read_pairs(s.data, drops, s.limit)
+    views = Views(pairs, template, contexts, s.max_len)
+    print(f"{s.data}: {len(pairs)} pairs read, dropped: {drops}; compared: {views.report()}")
+    return views
+
+
+# ----------------------------------------------------------------------------- context
+
+
+@dataclass
+class ContextSettings(Settings):
+    """Every flag of `evaluate.py context`."""
+
+    sep: str | None = flag(None, "one more separator to look at")
+    row_tokens: int | None = flag(None, "tokens per row; default: 8192 on CUDA, else 2048")
+
+
+def context(s):
+    """Loss of the chosen answers under what may stand before them, and their spread."""
+    require(s, "model", "data")
+    model, template = load_model(s.model, s.dtype, s.device)
+    contexts = INSTRUCTED | SHOWN | separated(template, s.sep)
+    views = open_views(s, template, contexts)
+    loss, variance = token_statistics(model, views, s.row_tokens)
+    rows, results = [], {"model": s.model, "data": s.data, "n": len(views), "contexts": {}}
+    results["tokens"] = [views.paths(n)[0][1] for n in range(len(views))]
+    for p, name in enumerate(contexts):
+        numbers = {
+            "loss": estimate(loss[:, p], s.seed),
+            "loss - x": estimate(loss[:, p] - loss[:, 0], s.seed),
+            "variance": estimate(variance[:, p], s.seed),
+            "variance - x": estimate(variance[:, p] - variance[:, 0], s.seed),
+        }
+        forms = dict(zip(numbers, (".3f", "+.3f", ".4f", "+.4f"), strict=True))
+        rows.append({"context": name} | {k: f"{v:{forms[k]}}" for k, v in numbers.items()})
+        results["contexts"][name] = numbers | {"losses": loss[:, p].tolist()}
+    print(table(rows))
+    save(s.out, results | {"pairs": views.where()})
+
+
+def separated(template, sep=None):
+    """ỹ between separators (InSPO): the tokenizer's own, a blank line, --sep, and none at all."""
+    texts = dict.fromkeys(t for t in (template.separator(), "\n\n", sep) if t is not None)
+    named = {f"x,sep,ỹ,sep; sep {s!r}": Context("rejected", bridge="sep", sep=s) for s in texts}
+    return named | {"x,ỹ": BARE}
+
+
+def token_statistics(model, views, row_tokens=None):
+    """Of every pair's y+ under every context: mean loss, variance of probability; (N, P) each.
+
+    Over the T tokens of one answer, its end token included, with p_t the probability of token t:
+    -1/T sum log p_t in nats, and 1/T sum p_t^2 - (1/T sum p_t)^2.
+    """
+    sizes = [trie_size(views.paths(n)) for n in range(len(views))]
+    means = torch.zeros(3, len(views), len(views.contexts), dtype=torch.float64)
+
+    def trie(n):
+        return lay_out(views.paths(n))
+
+    n_paths = len(views.contexts)
+    for items, row, logps in scored_rows(model, trie, sizes, n_paths, row_tokens, "contexts"):
+        logps, counts = logps.double(), row.counts().double()
+        values = (-logps, logps.exp(), (2 * logps).exp())
+        for mean, value in zip(means, values, strict=True):
+            mean[items] = (row.sums(value) / counts).cpu()
+    loss, p, p_squared = means.numpy()
+    return loss, (p_squared - p**2).clip(min=0)
+
+
+# ----------------------------------------------------------------------------- next token
+
+
+@dataclass
+class NextTokenSettings(Settings):
+    """Every flag of `evaluate.py next_token`."""
+
+    draft: bool = flag(False, "show ỹ, and bring the instruction in a second turn")
+    prefix: str = flag("", "text that the answer begins with, before the token in question")
+    top: int = flag(10, "tokens in the table")
+    show: int = flag(1, "pairs whose table is printed; --out holds all")
+
+
+def next_token(s):
+    """Distribution of the next token behind x, and behind x with each of three instructions."""
+    require(s, "model", "data")
+    model, template = load_model(s.model, s.dtype, s.device)
+    shows = (None, "rejected" if s.draft else "instruct")
+    contexts = {k: c for k, c in (INSTRUCTED | SHOWN).items() if c.shows in shows}
+    views = open_views(s, template, contexts)
+    prefix = template.encode([s.prefix])[0]
+    pairs, measures = [], []
+    with progress("next token", len(views), "pair", leave=False) as bar:
+        for n, where in enumerate(views.where()):
+            logps = next_logps(model, views, n, prefix)  # (P, V)
+            tops = [likeliest(row, template, s.top) for row in logps]
+            pairs.append({"pair": where, "top": dict(zip(contexts, tops, strict=True))})
+            measures.append(spread(logps))
+            if n < s.show:
+                print(f"\n{where}\n{top_table(pairs[-1]['top'])}")
+            bar.update()
+    results = {"model": s.model, "data": s.data, "n": len(views), "prefix": s.prefix}
+    entropy, distance = np.array(measures).transpose(1, 2, 0)  # (P, N) each
+    results["contexts"] = {
+        name: {"entropy": estimate(entropy[p], s.seed), "distance": estimate(distance[p], s.seed)}
+        for p, name in enumerate(contexts)
+    }
+    rows = [
+        {"prompt": name} | {k: f"{v:.3f}" for k, v in numbers.items()}
+        for name, numbers in results["contexts"].items()
+    ]
+    print(f"\nentropy in nats, total variation distance from x\n{table(rows)}")
+    save(s.out, results | {"pairs": pairs})
+
+
+@torch.no_grad()
+def next_logps(model, views, n, prefix):
+    """(P, V) log-probabilities of the token behind each context of pair n and `prefix`."""
+    rows = []
+    for segments, _ in views.paths(n):
+        ids = np.concatenate([*segments[:-1], prefix]).astype(np.int64)
+        tokens = torch.from_numpy(ids).to(model.embed.weight.device)
+        rows.append(model.logits(tokens[None])[0, -1].float().log_softmax(-1))
+    return torch.stack(rows).cpu()
+
+
+def likeliest(logps, template, top):
+    """(V,) -> [[token's text, probability]], the likeliest first."""
+    values, ids = logps.topk(min(top, len(logps)))
+    texts = [template.decode([i], skip_special=False) for i in ids]
+    return [[text, p] for text, p in zip(texts, values.exp().tolist(), strict=True)]
+
+
+def spread(logps):
+    """(P, V) -> entropy of each row, and its total variation distance from the first: (2, P)."""
+    p = logps.exp()
+    entropy = -(p * logps).nansum(-1)  # 0 log 0 = 0
+    return torch.stack([entropy, (p - p[0]).abs().sum(-1) / 2]).tolist()
+
+
+def top_table(tops):
+    """{context: [[token, probability]]} -> lines, one context per column."""
+    columns = {name: [f"{text!r} {p:.3f}" for text, p in top] for name, top in tops.items()}
+    ranks = range(len(next(iter(columns.values()))))
+    return table([{"": str(r + 1)} | {k: v[r] for k, v in columns.items()} for r in ranks])

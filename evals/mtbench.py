@@ -1,0 +1,159 @@
+"""MT-Bench: mean scores by turn and by category, from single-answer judgments.
+
+A judge scores each of two turns from 1 to 10 and writes [[7]]; the score of a model is the mean
+over all turns of all questions (Zheng et al. 2023, arXiv 2306.05685). FastChat writes one row
+{question_id, model, turn, score, judgment} per turn, and score -1 where the text had none.
+
+Its pairwise judgments {question_id, model_1, model_2, turn, g1_winner, g2_winner} are read too: the
+score of "A against B" is A's share of wins, where a turn is won by who won both games, and else a
+tie, which is half a win (FastChat's win_rate_adjusted).
+
+Intervals: 95%, by the bootstrap over questions, both turns together.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from evals.judge import read_grade
+from evals.results import collect, number, refuse, rows_of, save, table
+from evals.stats import ratio_of_sums
+from jobs.cli import UserError, flag, require
+
+CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem",
+              "humanities")  # fmt: skip
+PAIR = ("model_1", "model_2")
+FIRST = 81  # ten questions per category, 81 to 160
+
+
+@dataclass
+class Settings:
+    """Every flag of `evaluate.py mtbench`."""
+
+    judgments: str | None = flag(
+        None, "judgment files, a path or glob: jsonl of model, turn, score"
+    )
+    questions: str | None = flag(
+        None, "question file with categories; default: MT-Bench's own numbers, 81 to 160"
+    )
+    resamples: int = flag(10_000, "of the bootstrap over questions")
+    max_missing: float = flag(0.05, "largest share of missing or faulty scores of a model")
+    seed: int = flag(0, "of the bootstrap")
+    out: str | None = flag(None, "json file for the numbers")
+
+
+def score_of(row):
+    """One judgment -> (score, None), or (None, what is wrong)."""
+    given, text = row.get("score"), row.get("judgment")
+    score = number(given)
+    if given is None and isinstance(text, str) and text.strip():
+        score = read_grade(text)
+    elif given is None:
+        return None, "null"
+    return (score, None) if score is not None and 0 <= score <= 10 else (None, "unparsable")
+
+
+def share_of(row, us):
+    """One pairwise judgment -> (win, tie or loss of model `us` as 1, 1/2, 0, None), or a fault."""
+    winners = {row["g1_winner"], row.get("g2_winner")}
+    if not winners <= {*PAIR, "tie"}:
+        return None, "null" if None in winners else "unparsable"
+    return 0.5 if "tie" in winners or len(winners) == 2 else float(us in winners), None
+
+
+def read_scores(pattern):
+    """{model: {(question, turn): score or None}} and {model: Drops} of all files."""
+    models, drops = collect(judgments(pattern))
+    if not models:
+        raise UserError(f"--judgments {pattern}: no judgments")
+    return models, drops
+
+
+def judgments(pattern):
+    """What results.collect takes, of all files."""
+    for where, row in rows_of(pattern, "--judgments"):
+        names = [row.get(name) for name in (PAIR if "g1_winner" in row else ("model",))]
+        if not {"question_id", "turn"} <= row.keys() or not all(isinstance(n, str) for n in names):
+            raise UserError(f"{where}: expected question_id, model, turn and score")
+        key = (str(row["question_id"]), row["turn"])
+        if len(names) == 1:
+            yield names[0], key, score_of(row), where
+        else:
+            for us, them in (PAIR, PAIR[::-1]):
+                yield f"{row[us]} against {row[them]}", key, share_of(row, us), where
+
+
+def category_of(questions):
+    """{question: category}: of a question file, or MT-Bench's own."""
+    if questions is None:
+        return {str(FIRST + i): CATEGORIES[i // 10] for i in range(10 * len(CATEGORIES))}
+    rows = rows_of(questions, "--questions")
+    return {str(row.get("question_id")): str(row.get("category", "-")) for _, row in rows}
+
+
+def mean_score(scores, seed, resamples):
+    """{(question, turn): score} -> Estimate of the mean over turns, questions resampled whole."""
+    sums = {}
+    for (question, _), score in scores.items():
+        if score is not None:
+            total, n = sums.get(question, (0.0, 0))
+            sums[question] = (total + score, n + 1)
+    if not sums:
+        return None
+    return ratio_of_sums(*zip(*sums.values(), strict=True), seed, resamples)
+
+
+def evaluate_model(scores, categories, seed, resamples):
+    """Everything the tables show of one model -> dict."""
+
+    def part(keep):
+        return mean_score({k: v for k, v in scores.items() if keep(*k)}, seed, resamples)
+
+    turns = sorted({turn for _, turn in scores})
+    found = dict.fromkeys(categories.get(question, "other") for question, _ in scores)
+    names = sorted(found, key=lambda c: CATEGORIES.index(c) if c in CATEGORIES else 99)
+    by_question = {}
+    for (question, _), score in scores.items():
+        by_question.setdefault(question, []).append(score)
+    return {
+        "n": sum(score is not None for score in scores.values()),
+        "score": part(lambda question, turn: True),
+        "turns": {str(t): part(lambda question, turn, t=t: turn == t) for t in turns},
+        "categories": {
+            c: part(lambda question, turn, c=c: categories.get(question, "other") == c)
+            for c in names
+        },
+        "values": {
+            question: None if None in given else float(np.mean(given))
+            for question, given in by_question.items()
+        },
+    }
+
+
+def mtbench(s):
+    """Print MT-Bench scores of every model in --judgments: overall, by turn, by category."""
+    require(s, "judgments")
+    models, drops = read_scores(s.judgments)
+    categories = category_of(s.questions)
+    for model, scores in models.items():
+        refuse(drops[model], len(scores), s.max_missing, model)
+        if all(score is None for score in scores.values()):
+            raise UserError(f"{model}: not one score")
+    results = {
+        model: evaluate_model(scores, categories, s.seed, s.resamples)
+        for model, scores in models.items()
+    }
+    order = sorted(results, key=lambda model: -results[model]["score"].mean)
+    print(table([
+        {"model": m, "n": results[m]["n"], "score": f"{results[m]['score']:.2f}"}
+        | {f"turn {t}": cell(v) for t, v in results[m]["turns"].items()}
+        for m in order
+    ]))  # fmt: skip
+    print(table([
+        {"model": m} | {c: cell(v) for c, v in results[m]["categories"].items()} for m in order
+    ]))  # fmt: skip
+    save(s.out, {"command": "mtbench", "seed": s.seed, "models": results})
+
+
+def cell(estimate):
+    return f"{estimate.mean:.2f}" if estimate else "-"

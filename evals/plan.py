@@ -1,0 +1,135 @@
+"""What a run will need, before it is started: `python train.py --model DIR --plan`.
+
+Only config.json is read, and the model is built on the meta device: no weights, no GPU, a second.
+
+Legend: T tokens of a row, N GPUs, H heads, C head width.
+"""
+
+import dataclasses
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from hub.weights import read_config, resolve
+from jobs.cli import UserError
+from layers import rope_table
+from model import ScoredLogps, Transformer
+
+GPUS = (1, 4, 8)
+HEADROOM = 0.9  # of a GPU's memory: CUDA, NCCL and fragmentation have the rest
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Parameters of a model, and the bytes that backward needs of one row of T tokens."""
+
+    parameters: int
+    largest_block: int  # parameters
+    root: int  # parameters outside blocks: embedding, final norm, head
+    block: int  # bytes per row and block
+    activations: int  # bytes per row
+    recomputed: int  # bytes per row with --checkpoint_activations
+    head: int  # bytes of a chunk of logits, twice in fp32 and once in the compute dtype
+
+
+def measure(config, tokens, dtype=torch.bfloat16):
+    """Config -> Sizes, of rows of `tokens` tokens computed in `dtype`."""
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype)
+    count = sum(p.numel() for p in model.parameters())
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
+    stream = tokens * config.width * dtype.itemsize  # bytes of the residual stream
+    one = saved_bytes(model.blocks[0], config, tokens, dtype)
+    ends = 4 * stream  # embedding, final norm, scored states, their gradient
+    return Sizes(
+        parameters=count,
+        largest_block=max(blocks),
+        root=count - sum(blocks),
+        block=one,
+        activations=config.n_layers * one + ends,
+        recomputed=config.n_layers * stream + one + ends,
+        head=ScoredLogps.LOGITS * (2 * 4 + dtype.itemsize),
+    )
+
+
+def saved_bytes(block, config, tokens, dtype, device="meta"):
+    """Bytes that autograd keeps for the backward of one block, its parameters left out."""
+    own = {p.untyped_storage()._cdata for p in block.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    x = torch.zeros(1, tokens, config.width, dtype=dtype, device=device, requires_grad=True)
+    positions = torch.arange(tokens, device=device)[None]
+    cos, sin = rope_table(config.rope, config.rotary or config.head_width, positions, dtype)
+    own |= {t.untyped_storage()._cdata for t in (cos, sin)}  # shared by all blocks
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = block.body(x, cos, sin, Kernel.apply)  # alive: so no storage is counted twice
+    return sum(kept.values()) if y.requires_grad else 0
+
+
+class Kernel(torch.autograd.Function):
+    """Stands for a fused attention kernel, which keeps q, k, v, its output and a log-sum-exp."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        y, logsumexp = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, y, logsumexp)
+        return y
+
+
+def per_gpu(sizes, n, dtype=torch.bfloat16):
+    """{what: bytes} on each of n GPUs, as ranks.shard lays a model out.
+
+    fp32 weights, gradients and AdamW's two moments are sharded. Gathered in the compute dtype are,
+    on several GPUs, the root and two blocks (one computes, one is fetched), and in backward their
+    gradients, of which one block's is copied to fp32 to be reduced; on one GPU, everything.
+    """
+    p, block, root = sizes.parameters, sizes.largest_block, sizes.root
+    gathered = (2 * block + root) + (block + root) if n > 1 else p + block
+    reducing = 4 * max(block, root)
+    return {
+        "weights": 4 * -(-p // n),
+        "gradients": 4 * -(-p // n),
+        "optimizer": 8 * -(-p // n),
+        "gathered": gathered * dtype.itemsize + reducing,
+        "head": sizes.head,
+    }
+
+
+def report(config, tokens, gpu_bytes=80 * 10**9):
+    """The lines of --plan: one per number of GPUs, and what of a row fits beside it."""
+    s = measure(config, tokens)
+    gb = 1e9
+    yield (
+        f"{s.parameters:,} parameters; a row of {tokens} tokens keeps {s.activations / gb:.1f} GB "
+        f"for backward, {s.recomputed / gb:.1f} GB with --checkpoint_activations"
+    )
+    names = ("GPUs", *per_gpu(s, 1), "sum", "+ row", "+ recomputed")
+    yield "| " + " | ".join(names) + " |"
+    yield "| --- " * len(names) + "|"
+    for n in GPUS:
+        parts = per_gpu(s, n)
+        total = sum(parts.values())
+        cells = [f"{size / gb:.1f}" for size in (*parts.values(), total)]
+        for row in (s.activations, s.recomputed):
+            fits = total + row <= HEADROOM * gpu_bytes
+            cells.append(f"{(total + row) / gb:.1f}{'' if fits else ' (too much)'}")
+        yield f"| {n} | " + " | ".join(cells) + " |"
+    yield (
+        f"GB per GPU; too much: over {HEADROOM:.0%} of {gpu_bytes / gb:.0f} GB. --offload keeps "
+        "weights, gradients and optimizer in CPU memory"
+    )
+
+
+def show(s):
+    """`train.py --plan`: print the report of --model and --row_tokens (default 8,192)."""
+    if s.model is None:
+        raise UserError("--plan needs --model: a directory with a config.json, or a hub id")
+    _, config = read_config(resolve(s.model))
+    for line in report(config, s.row_tokens or 8192):
+        print(line)

@@ -1,0 +1,1 @@
+"""Published checkpoints and benchmarks in and out: weights, templates, answer files, servers."""

@@ -1,0 +1,154 @@
+"""An OpenAI-compatible chat server as the source of answers: vLLM, `transformers serve`, a vendor.
+
+What passes by itself is waited for: refused and broken connections, timeouts, HTTP 408, 409, 425,
+429 and 5xx, replies that are no reply. The pause doubles from try to try, with jitter, unless the
+server names one (Retry-After). The key is OPENAI_API_KEY of the environment, or a user and password
+in the address (https://user:password@host/v1, basic authentication); neither is ever written.
+"""
+
+import email.utils
+import itertools
+import os
+import random
+import re
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from typing import NamedTuple
+
+from jobs.cli import UserError
+
+TRANSIENT = {408, 409, 425, 429}  # and 5xx
+FATAL = {401, 403, 404, 405}  # a wrong key, model or address: no other request would fare better
+LONGEST_PAUSE = 120.0  # seconds
+
+
+class Refused(Exception):
+    """The server will not answer this one request (HTTP 4xx), however often it is asked."""
+
+
+class Reply(NamedTuple):
+    text: str
+    finished: bool  # it stopped by itself
+    tokens_in: int | None  # as the server counts; None where it does not tell
+    tokens_out: int | None
+
+
+class Endpoint:
+    """A chat server and the model to ask there. Threads may share it."""
+
+    def __init__(self, url, model, timeout=600.0, retries=8, pause=1.0):
+        """url: up to and including /v1; timeout, pause: seconds; retries: further tries."""
+        import httpx2
+
+        base = url.rstrip("/")
+        self.url = base if base.count("/") > 2 else f"{base}/v1"
+        self.name = public(self.url)
+        if not url.startswith(("http://", "https://")):
+            raise UserError(
+                f"--endpoint {public(url)}: give the address, as http://127.0.0.1:8000/v1"
+            )
+        self.model, self.retries, self.pause = model, retries, pause
+        key = os.environ.get("OPENAI_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        limits = httpx2.Limits(max_connections=None)  # `together` bounds them
+        self.client = httpx2.Client(headers=headers, timeout=timeout, limits=limits)
+        self.transport_error = httpx2.RequestError
+        self.dead = threading.Event()  # once a request has failed for good, none is tried again
+
+    def chat(self, messages, **options):
+        """Messages -> Reply. options: temperature, top_p, max_tokens, seed, …, as the API has them.
+
+        Raises Refused for a request that this server rejects, UserError when it cannot be reached.
+        """
+        body = {"model": self.model, "messages": messages, "stream": False} | options
+        fault, after = None, None
+        for attempt in range(self.retries + 1):
+            if attempt and self.dead.wait(self._pause(attempt, after)):
+                break
+            fault, after = None, None
+            try:
+                response = self.client.post(f"{self.url}/chat/completions", json=body)
+            except self.transport_error as error:
+                fault = f"{type(error).__name__} {error}".strip()
+                continue
+            status = response.status_code
+            if status in TRANSIENT or status >= 500:
+                fault, after = f"HTTP {status}", retry_after(response.headers.get("retry-after"))
+                continue
+            if status != 200:
+                self._refuse(status, response.text)
+            try:
+                return to_reply(response.json())
+            except (ValueError, LookupError, TypeError, AttributeError):
+                fault = f"a reply that is none: {response.text[:100]!r}"
+        self.dead.set()
+        raise UserError(
+            f"--endpoint {self.name}: gave up after {attempt + 1} tries ({fault}); "
+            "what has come is kept: the same command goes on from there"
+        )
+
+    def _pause(self, attempt, after):
+        """Seconds before a further try: what the server asked for, else doubling with jitter."""
+        if after is not None:
+            return min(after, LONGEST_PAUSE)
+        return min(self.pause * 2 ** (attempt - 1), LONGEST_PAUSE) * random.uniform(0.5, 1.0)
+
+    def _refuse(self, status, text):
+        said = " ".join(text[:300].split())
+        if status in FATAL or status < 400:
+            self.dead.set()
+            raise UserError(f"--endpoint {self.name}: HTTP {status} for {self.model}: {said}")
+        raise Refused(f"HTTP {status}: {said}")
+
+
+def public(url):
+    """An address as it may be written down or shown: without user and password."""
+    return re.sub(r"^(\w+://)?.*@", r"\1", url)
+
+
+def to_reply(body):
+    """A chat completion as JSON -> Reply; ValueError and the like where it is not one."""
+    choice, usage = body["choices"][0], body.get("usage") or {}
+    text = choice["message"].get("content")
+    if text is not None and not isinstance(text, str):
+        raise ValueError("content is no text")
+    counts = (usage.get(name) for name in ("prompt_tokens", "completion_tokens"))
+    return Reply(text or "", choice.get("finish_reason") == "stop", *counts)
+
+
+def retry_after(value):
+    """The header's seconds from now, from a number or a date; None where it says nothing."""
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+def together(work, items, concurrency):
+    """Yield (item, work(item)) as they end, at most `concurrency` at a time in threads.
+
+    After an error no further item is begun; those on their way are still yielded, and then the
+    first error is raised.
+    """
+    items, error = iter(items), None
+    with ThreadPoolExecutor(concurrency) as pool:
+        running = {pool.submit(work, item): item for item in itertools.islice(items, concurrency)}
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                item = running.pop(future)
+                if future.exception() is None:
+                    yield item, future.result()
+                else:
+                    error = error or future.exception()
+                if error is None:
+                    more = itertools.islice(items, 1)
+                    running |= {pool.submit(work, item): item for item in more}
+    if error is not None:
+        raise error

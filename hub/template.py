@@ -1,0 +1,251 @@
+"""Text to tokens: a checkpoint's tokenizer and chat template, and what follows from them.
+
+Prompt and answer are rendered by the checkpoint's own template and tokenised separately with no
+special tokens added, so that no merge crosses the boundary and no BOS is doubled.
+
+What the template writes is control, what a message says is text: "<|im_end|>" inside an answer
+becomes the ids of its letters, never the end token. (transformers' apply_chat_template makes it the
+control token: such a row ends a turn that it does not end.) `render` puts a mark, SHIELD, into such
+text, and `encode` reads marked text by a copy of the tokenizer in which control tokens have names
+that no text holds. Text without a special token's name goes the plain way.
+"""
+
+import json
+import re
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import numpy as np
+import tokenizers
+
+from hub.bounds import bounded
+from jobs.cli import UserError
+from jobs.files import read_json
+
+INSTRUCTIONS = {  # IFSR's refining instructions (section 3.1, Table 6)
+    "better": "please generate a better response",
+    "another": "please generate another response",
+    "worse": "please generate a worse response",
+}
+LONGEST = 10**7  # characters of a rendered dialogue
+SHIELD = "\ufdd0"  # a noncharacter of Unicode: marks the text of a special token inside a message
+PROBE = "qzx-answer-qzx"  # stands for an answer when the template is asked what it puts around one
+
+# For base models, after HALOs' legacy form: a role line, the text, and the end token after answers.
+FALLBACK_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '\\n<|' + m['role'] + '|>\\n' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n<|assistant|>\\n' }}{% endif %}"
+)
+
+# For models that were published without a template, by model_type: OASST's reward models read
+# <|prompter|>Q<|endoftext|><|assistant|>A<|endoftext|>.
+PUBLISHED_TEMPLATES = {
+    "gpt_neox_reward_model": "{% for m in messages %}"
+    "{{ '<|prompter|>' if m['role'] == 'user' else '<|' + m['role'] + '|>' }}"
+    "{{ m['content'] + '<|endoftext|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+}
+
+
+class Refused(UserError):
+    """The template refuses a dialogue (a system turn, turns that do not alternate, …)."""
+
+    def __init__(self, directory, reason):
+        super().__init__(f"{directory}: the chat template refuses: {reason}")
+        self.reason = reason
+
+
+class GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}…{% endgeneration %}` renders its body, as in transformers."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class Template:
+    """A checkpoint's tokenizer and chat template, with transformers' semantics (sandboxed jinja2).
+
+    Derived once, from a probe dialogue:
+        end    the end-of-turn text that closes an answer ("<|im_end|>", "<|eot_id|>", …)
+        fallback   True when the checkpoint has no template of its own
+    """
+
+    def __init__(self, directory):
+        self.directory = Path(directory)
+        file = self.directory / "tokenizer.json"
+        if not file.exists():
+            raise UserError(f"{directory}: no tokenizer.json; save the tokenizer in its fast form")
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # what tokenizers raises is nothing more special
+            raise UserError(f"{file}: not readable as a tokenizer: {error}") from error
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        self._control = sorted((t.content for t in added if t.special), key=len, reverse=True)
+        self._named = re.compile("|".join(map(re.escape, self._control)) or r"(?!)")
+        settings = read_json(self.directory / "tokenizer_config.json")
+        tokens = {k: v for k, v in settings.items() if k.endswith("_token")}
+        text = {k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items()}
+        self.special = {k: v or "" for k, v in ({"bos_token": "", "eos_token": ""} | text).items()}
+        source = self._find(settings)
+        self.fallback = source is None
+        self.source = source or FALLBACK_TEMPLATE
+        self._template = self._compile()
+        probe = self.render([_message("user", "u"), _message("assistant", PROBE)])
+        self.end = probe.rpartition(PROBE)[2].strip() or self.special["eos_token"]
+        if not self.end:
+            raise UserError(
+                f"{directory}: no end of turn; name an eos_token in tokenizer_config.json"
+            )
+        self.end_ids = self.encode([self.end])[0]
+
+    def _find(self, settings):
+        """chat_template.jinja wins over tokenizer_config.json, whose value may be a list.
+
+        None where the checkpoint has none and none is known of its kind.
+        """
+        file = self.directory / "chat_template.jinja"
+        if file.exists():
+            return file.read_text(encoding="utf-8")
+        value = settings.get("chat_template")
+        if isinstance(value, list):
+            value = {t["name"]: t["template"] for t in value}.get("default")
+        kind = read_json(self.directory / "config.json").get("model_type")
+        return value or PUBLISHED_TEMPLATES.get(kind)
+
+    def _compile(self):
+        def raise_exception(message):
+            raise jinja2.TemplateError(message)
+
+        def strftime_now(form):
+            return datetime.now().strftime(form)
+
+        env = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[jinja2.ext.loopcontrols, GenerationTag],
+        )
+        env.filters["tojson"] = lambda x, **options: json.dumps(
+            x, **{"ensure_ascii": False} | options
+        )
+        env.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+        try:
+            with bounded():  # constants are folded, however large
+                return env.from_string(self.source)
+        except Exception as error:  # RecursionError, MemoryError, …
+            raise UserError(f"{self.directory}: the chat template is broken: {error}") from error
+
+    def render(self, messages, generation=False):
+        """Messages -> text; generation=True opens the assistant's reply.
+
+
+        Byte for byte what transformers renders, but for SHIELD inside the text of special tokens
+        that messages hold. A template comes from strangers: its time, memory and output are
+        bounded. Raises UserError where the template refuses the messages.
+        """
+        messages = [m | {"content": self._shield(m["content"])} for m in messages]
+        try:
+            with bounded():
+                text = self._template.render(
+                    messages=messages,
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=generation,
+                    **self.special,
+                )
+            if len(text) > LONGEST:
+                raise ValueError(f"its text is longer than {LONGEST} characters")
+            return text
+        except Exception as error:  # a template is a program: TypeError, OverflowError, its own …
+            raise Refused(self.directory, " ".join(str(error).split())) from error
+
+    def _shield(self, text):
+        """Mark the names of special tokens in what a message says, behind their first letter."""
+        return self._named.sub(lambda m: m[0][0] + SHIELD + m[0][1:], text)
+
+    def answer(self, messages, text, closed=True, prompt=None):
+        """The text of an answer as the template writes it behind the rendered prompt.
+
+        Ends with `end` if closed, and with whatever white space the template puts after it if not.
+        prompt: `messages` as rendered, where that is at hand.
+        """
+        prompt = self.render(messages, generation=True) if prompt is None else prompt
+        whole = self.render([*messages, {"role": "assistant", "content": text}])
+        if not whole.startswith(prompt):  # a template that rewrites what came before
+            return self._shield(text).strip() + self.end
+        answer = whole[len(prompt) :]
+        if self.end not in answer:  # a template without an end of turn
+            answer += self.end
+        return answer[: answer.rindex(self.end) + len(self.end)] if closed else answer
+
+    def turn(self, instruction):
+        """What stands between a closed answer and the next reply when the user asks for another."""
+        turns = [("user", "u"), ("assistant", PROBE), ("user", instruction)]
+        text = self.render([_message(*turn) for turn in turns], generation=True)
+        return text.partition(PROBE)[2].lstrip().removeprefix(self.end)
+
+    def encode(self, texts):
+        """Texts -> list of (n,) int32 arrays, no special tokens added."""
+        texts = list(texts)
+        encoded = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        ids = [np.array(e.ids, dtype=np.int32) for e in encoded]
+        for i, text in enumerate(texts):
+            if SHIELD in text:
+                ids[i] = self._encode_marked(text)
+        return ids
+
+    def lengths(self, texts):
+        """Tokens of each text, as a message says it."""
+        return [len(ids) for ids in self.encode(map(self._shield, texts))]
+
+    def _encode_marked(self, text):
+        """Ids of a rendering in which marked names of special tokens are text, others control."""
+        text = self._named.sub(lambda m: SHIELD + m[0], text)
+        text = re.sub(f"{SHIELD}(?!{self._named.pattern})", "", text)
+        return np.array(self._literal.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    @cached_property
+    def _literal(self):
+        """The tokenizer with SHIELD in front of every special token's name."""
+        spec = json.loads(self.tokenizer.to_str())
+        named = {name: SHIELD + name for name in self._control}
+        for token in spec["added_tokens"]:
+            token["content"] = named.get(token["content"], token["content"])
+        model = spec["model"]
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {named.get(t, t): i for t, i in model["vocab"].items()}
+        else:  # Unigram: [piece, score]
+            model["vocab"] = [[named.get(t, t), score] for t, score in model["vocab"]]
+        if "unk_token" in model:
+            model["unk_token"] = named.get(model["unk_token"], model["unk_token"])
+        return tokenizers.Tokenizer.from_str(json.dumps(spec))
+
+    def decode(self, ids, skip_special=True):
+        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def separator(self):
+        """InSPO's separator: a reserved special token that nothing else uses, else a blank line."""
+        reserved = re.compile(r"reserved_special_token|^<unused|^<extra_id|^<\|?reserved")
+        added = self.tokenizer.get_added_tokens_decoder()
+        named = (added[i].content for i in sorted(added))
+        return next((t for t in named if reserved.search(t) and t != self.end), "\n\n")
+
+
+def _message(role, content):
+    return {"role": role, "content": content}
+
+
+def with_suffix(messages, instruction):
+    """IFSR's (x, i): the instruction as a suffix of the last user turn."""
+    last = messages[-1]
+    return [*messages[:-1], last | {"content": f"{last['content']}\n{instruction}"}]

@@ -1,0 +1,1 @@
+"""What a long run needs: command line, processes, checkpoints, metrics, run directory."""

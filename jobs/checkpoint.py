@@ -1,0 +1,302 @@
+"""What a run needs to go on: sharded weights and optimizer state, checksummed, published whole.
+
+    OUT/checkpoints/step-N/rank-R.safetensors   the rows of every tensor that rank R holds
+                           state.json           step, best validation loss, whose it is, checksums
+
+A checkpoint is copied in memory at once and written by a thread while training goes on: aside,
+flushed to disk, and renamed when all ranks are done, so a directory named step-N is whole. Older
+ones go only then. It is read by row ranges, so another number of ranks may go on from it.
+Everything is safetensors and JSON: nothing in a checkpoint can run code.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+from jobs.cli import UserError
+from jobs.files import write_json
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per parameter
+
+
+def rows_of(n, rank, world):
+    """Rows of an n-row tensor that FSDP2 gives to a rank: equal chunks, the last ones shorter."""
+    chunk = -(-n // world)
+    return slice(min(rank * chunk, n), min((rank + 1) * chunk, n))
+
+
+def place(tensor):
+    """(part, parts) of a DTensor: which of the equal shards this rank holds, and of how many.
+
+    On a 2-D mesh (--shard_group) the shards lie along one dimension, their copies on the other.
+    """
+    for dim, placement in enumerate(tensor.placements):
+        if placement.is_shard():
+            return tensor.device_mesh.get_local_rank(dim), tensor.device_mesh.size(dim)
+    return 0, 1
+
+
+def local_part(tensor):
+    """(the local tensor, which rows of the whole it is), for a DTensor sharded by rows."""
+    if not isinstance(tensor, DTensor):
+        return tensor, slice(0, len(tensor))
+    return tensor.to_local(), rows_of(len(tensor), *place(tensor))
+
+
+def whole_tensors(model, dtype):
+    """On rank 0 (name, whole CPU tensor) of every parameter; the other ranks send it their rows.
+
+    Every rank iterates to the end. Rank 0 holds one whole tensor at a time, the others none, nor do
+    the ranks of further copies (--shard_group) take part.
+    """
+    rank = dist.get_rank()
+    for name, parameter in model.named_parameters():
+        (local, rows), (_, parts) = local_part(parameter.detach()), place(parameter)
+        local = local.to("cpu", dtype)
+        if rank == 0:
+            yield name, local if parts == 1 else _received(local, rows, parameter.shape, parts)
+        elif rank < parts and len(local):
+            dist.send(local, 0)
+
+
+def _received(local, rows, shape, parts):
+    """The whole of a tensor of which this rank holds some rows and other ranks send the rest."""
+    whole = local.new_empty(shape)
+    whole[rows] = local
+    for other in range(1, parts):
+        if len(theirs := whole[rows_of(len(whole), other, parts)]):
+            dist.recv(theirs, other)
+    return whole
+
+
+def _tensors(model, optimizer):
+    """{name: tensor} of everything that training changes, sharded like the parameters."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensors[f"weight/{name}"] = parameter.detach()
+        for moment in MOMENTS:
+            tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment]
+    return tensors
+
+
+# ----------------------------------------------------------------------------- writing
+
+
+class Saver:
+    """Writes checkpoints of all ranks into `directory`, in the background, one at a time.
+
+    owner: JSON-able dict of what a checkpoint belongs to (`resume` compares it); keep: how many of
+    the newest stay, beside the one of the best validation loss.
+    """
+
+    def __init__(self, directory, owner, keep, say=print):
+        self.directory, self.owner, self.keep, self.say = Path(directory), owner, keep, say
+        self.group = dist.new_group(backend="gloo")  # the thread's own, apart from training's
+        self.thread, self.fault = None, None
+
+    def save(self, model, optimizer, state):
+        """Copy everything, then write OUT/checkpoints/step-N while the caller goes on.
+
+        state: JSON-able dict with `step` (optimizer steps done) and whatever else must survive.
+        """
+        self._join()
+        tensors = _tensors(model, optimizer)
+        part, parts = place(next(model.parameters()))
+        copy = {n: local_part(t)[0].to("cpu", copy=True) for n, t in tensors.items()}
+        writes = dist.get_rank() < parts  # the ranks of the first copy, where there are several
+        state = state | {"world": parts, "owner": self.owner}
+        args = (copy if writes else None, part, state)
+        self.thread = threading.Thread(target=self._write, args=args, daemon=True)
+        self.thread.start()
+
+    def wait(self):
+        """Return when the last checkpoint is published; UserError if it could not be written."""
+        self._join()
+        if self.fault:
+            raise UserError(f"{self.fault}; free some space, then --resume")
+
+    def _join(self):
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def _write(self, tensors, part, state):
+        """The thread: every rank writes its part, and rank 0 publishes when all are whole."""
+        step, first = state["step"], dist.get_rank() == 0
+        aside = self.directory / f".step-{step}"
+        try:
+            if first:
+                self._agree(lambda: _empty(aside))
+            else:
+                self._agree(lambda: None)
+            checksums = self._agree(lambda: _write_part(aside, part, tensors))
+            whole = state | {"sha256": [c for c in checksums if c]}
+            self._agree((lambda: self._publish(aside, whole)) if first else (lambda: None))
+            self.fault = None
+        except UserError as error:
+            self.fault = f"checkpoint step-{step} was not written: {error}"
+            if first:
+                shutil.rmtree(aside, ignore_errors=True)
+                self.say(f"{self.fault}; training goes on, the next save tries again")
+        except RuntimeError as error:  # another rank is gone: the training loop will tell
+            self.fault = f"checkpoint step-{step} was not written: {error}"
+
+    def _agree(self, make):
+        """[make() of every rank]; the fault of any rank is raised on all of them."""
+        box = [None, None]
+        try:
+            box[0] = make()
+        except (OSError, SafetensorError) as error:
+            box[1] = str(error)
+        boxes = [None] * dist.get_world_size()
+        dist.all_gather_object(boxes, box, self.group)
+        for _, fault in boxes:
+            if fault:
+                raise UserError(fault)
+        return [made for made, _ in boxes]
+
+    def _publish(self, aside, state):
+        """Rename what is whole to its name; then, and only then, remove what is too old."""
+        write_json(aside / "state.json", state)
+        flush(aside / "state.json")
+        final = aside.with_name(aside.name.removeprefix("."))
+        replace(aside, final)
+        best = f"step-{state.get('best_step')}"
+        for old in saved(self.directory)[self.keep :]:
+            if old.name != best:
+                shutil.rmtree(old)
+
+
+def _empty(directory):
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+
+
+def _write_part(aside, part, tensors):
+    """Write this rank's file and flush it to disk -> its checksum, or None for a mere copy."""
+    if tensors is None:
+        return None
+    file = aside / f"rank-{part}.safetensors"
+    save_file({n: t.contiguous() for n, t in tensors.items()}, file)
+    flush(file)
+    return checksum(file)
+
+
+def replace(aside, final):
+    """Give a whole directory its name. One that stands there goes only when the new one is in."""
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    flush(aside)
+    if final.exists():
+        os.rename(final, old)
+    os.rename(aside, final)
+    flush(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def flush(path):
+    """fsync of a file or directory: after it, a power cut cannot lose what was written."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksum(file):
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+# ----------------------------------------------------------------------------- reading
+
+
+def saved(directory):
+    """Published checkpoints, newest first."""
+    found = [p for p in Path(directory).glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+    return sorted(found, key=lambda p: -int(p.name.split("-")[1]))
+
+
+def newest(directory, owner=None, say=print):
+    """(path, state) of the newest checkpoint that is whole and `owner`'s, or None.
+
+    Says in one line each why it passes over another.
+    """
+    for path in saved(directory):
+        fault, state = _read_state(path, owner)
+        if fault is None:
+            return path, state
+        say(f"{path}: {fault}; trying the one before")
+    return None
+
+
+def _read_state(path, owner):
+    """(what is wrong with a checkpoint as every rank agrees, or None; its state)."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    fault = state = None
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        fault = _foreign(state, owner)
+        for r in range(rank, state["world"] if fault is None else 0, world):  # a share each
+            fault = fault or _damage(path / f"rank-{r}.safetensors", state["sha256"][r])
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        fault = f"state.json is not readable ({error})"
+    faults = [None] * world
+    dist.all_gather_object(faults, fault)
+    return next((f for f in faults if f), None), state
+
+
+def _foreign(state, owner):
+    """How a checkpoint shows that another run wrote it, or None."""
+    for name, value in (owner or {}).items():
+        found = state["owner"].get(name)
+        if found != value:
+            return f"belongs to another {name} ({found}, not {value})"
+    return None
+
+
+def _damage(file, expected):
+    """What is wrong with one file, or None."""
+    if file.is_symlink() or not file.exists():
+        return f"{file.name} is {'a link' if file.is_symlink() else 'missing'}"
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except SafetensorError:
+        return f"{file.name} is truncated or no safetensors file"
+    return None if checksum(file) == expected else f"{file.name} does not match its checksum"
+
+
+def load(path, state, model, optimizer):
+    """Fill weights and optimizer state from a checkpoint of any number of ranks."""
+    files = [safe_open(path / f"rank-{r}.safetensors", "pt") for r in range(state["world"])]
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(state["step"]), device=parameter.device),
+                **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
+            }
+    with torch.no_grad():
+        for name, tensor in _tensors(model, optimizer).items():
+            part, rows = local_part(tensor)
+            _read_rows(files, name, len(tensor), part, rows)
+
+
+def _read_rows(files, name, n, part, rows):
+    """Copy rows of an n-row tensor from the files of the ranks that hold them."""
+    for r, file in enumerate(files):
+        held = rows_of(n, r, len(files))
+        start, stop = max(rows.start, held.start), min(rows.stop, held.stop)
+        if start < stop:
+            piece = file.get_slice(name)[start - held.start : stop - held.start]
+            part[start - rows.start : stop - rows.start].copy_(piece)

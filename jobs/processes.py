@@ -1,0 +1,250 @@
+"""The processes of a run: what they say, share and tell each other, and how the model is sharded.
+
+The same code runs as one process and under torchrun, on CPU (gloo) and CUDA (nccl); FSDP2 shards
+over all processes, or with --shard_group over groups of them that hold copies of each other.
+"""
+
+import ctypes
+import dataclasses
+import os
+import signal
+import sys
+import threading
+import time
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from tqdm import tqdm
+
+from hub.weights import load_weights, read_config
+from jobs.checkpoint import local_part
+from jobs.cli import UserError
+from model import Transformer
+
+
+class Stopped(Exception):
+    """SIGTERM or SIGINT: raised where nothing of the run would be lost, or at the next save."""
+
+
+class Ranks:
+    """The processes of this run: rank, world, device; and what they say and share.
+
+    As a context manager it tells failures: the first rank to fail leaves its message in the store,
+    and the others end with it within seconds, wherever they are, instead of waiting for ever.
+    """
+
+    def __init__(self, device):
+        cuda = torch.cuda.is_available()
+        if device == "cuda" and not cuda:
+            raise UserError("--device cuda: no CUDA device is available")
+        self.kind = ("cuda" if cuda else "cpu") if device == "auto" else device
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        self.device = torch.device("cuda", local) if self.kind == "cuda" else torch.device("cpu")
+        if self.kind == "cuda":
+            torch.cuda.set_device(self.device)
+        else:
+            keep_freed_memory()
+            if (processes := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1:
+                # torchrun leaves each of several processes a single thread
+                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+        backend = "cuda:nccl,cpu:gloo" if self.kind == "cuda" else "gloo"
+        self.store, rank, world = dist.HashStore(), 0, 1
+        if "RANK" in os.environ:
+            store, rank, world = next(dist.rendezvous("env://"))
+            # the launcher's store outlives a restart: what the dead ranks left must not be read
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            self.store = dist.PrefixStore(f"attempt-{attempt}", store)
+        dist.init_process_group(backend, store=self.store, rank=rank, world_size=world)
+        self.rank, self.world, self.node_first = rank, world, local == 0
+        self.stopping, self.deferred, self.ending = False, False, threading.Event()
+
+    def __enter__(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._signalled)
+        if self.world > 1:
+            threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.ending.set()
+        if isinstance(error, Stopped) or (error and self.stopping and not self.deferred):
+            self.say("stopped by a signal while no step was under way: nothing was lost")
+            sys.stdout.flush()
+            os._exit(0)  # the others stop by the same signal: no collective would be answered
+        if self.world == 1 or error is None or isinstance(error, SystemExit):
+            dist.destroy_process_group()
+        else:
+            self._tell(error)
+
+    # -- signals and failures
+
+    def _signalled(self, number, frame):
+        """Remember the signal: the run saves after its current step. Before any, just end."""
+        self.stopping = True
+        if not self.deferred:
+            raise Stopped
+
+    def agree_to_stop(self):
+        """Whether any rank caught a signal; the same answer on all of them."""
+        return self.sum(torch.tensor(float(self.stopping), device=self.device)).item() > 0
+
+    def _tell(self, error):
+        """Leave this rank's message in the store, unless another failed before it."""
+        message = " ".join(str(error).split()) or type(error).__name__
+        text = f"rank {self.rank}: {message}"
+        if lost_contact(error):
+            time.sleep(1.0)  # the rank that failed may be about to say why
+            text = f"rank {self.rank} lost contact with another, which was killed or cut off; "
+            text += "--resume goes on from the last checkpoint"
+        try:
+            told = self.store.compare_set("failure", "", text).decode()
+        except RuntimeError:  # the store went with its host
+            told = text
+        if isinstance(error, UserError):
+            error.told = told != text and told.partition(": ")[2] == message
+        elif told != text or lost_contact(error):
+            self._end(told)
+
+    def _watch(self):
+        """The thread that ends this rank when another has failed; a launcher that is gone stops it.
+
+        A rank that waits in a collective cannot end by itself: nccl would wait for minutes.
+        """
+        while not self.ending.wait(0.5):
+            try:
+                if self.store.check(["failure"]):
+                    told = self.store.get("failure").decode()
+                    if not self.ending.wait(2.0):  # it may come upon the same error by itself
+                        self._end(told)
+            except RuntimeError:  # the launcher holds the store: without it, save and end
+                self.stopping = True
+                return
+
+    def _end(self, told):
+        if self.node_first:
+            print(f"error: {told}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    # -- what they say and share
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+    def say(self, text):
+        """Print once, above the progress bar."""
+        if self.first:
+            tqdm.write(text)
+
+    def share(self, make):
+        """What rank 0 makes, on every rank; an error of rank 0 is raised on every rank."""
+        box = [None, None]
+        if self.first:
+            try:
+                box[0] = make()
+            except (UserError, OSError) as error:
+                box[1] = str(error)
+        dist.broadcast_object_list(box)
+        if box[1] is not None:
+            raise UserError(box[1])
+        return box[0]
+
+    def sum(self, tensor):
+        """Sum over ranks, in place."""
+        dist.all_reduce(tensor)
+        return tensor
+
+    def most(self, value):
+        """The largest of the ranks' values."""
+        tensor = torch.tensor(float(value), device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.item()
+
+    def mesh(self, shard_group=None):
+        """Device mesh of the shards; 2-D, (copies, shards), where groups of ranks hold copies."""
+        if shard_group in (None, self.world):
+            return init_device_mesh(self.kind, (self.world,))
+        if shard_group < 1 or self.world % shard_group:
+            raise UserError(f"--shard_group {shard_group} does not divide {self.world} processes")
+        shape, names = (self.world // shard_group, shard_group), ("copy", "shard")
+        return init_device_mesh(self.kind, shape, mesh_dim_names=names)
+
+
+def keep_freed_memory():
+    """On a CPU, let glibc keep what a step frees for the next one; elsewhere nothing happens.
+
+    By default gigabytes go back to the system in every step, and come back page by page: up to a
+    third of a step's time (docs/performance.md).
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        trim_threshold, mmap_max = -1, -4  # their numbers in malloc.h
+        libc.mallopt(trim_threshold, -1)  # the heap never shrinks
+        libc.mallopt(mmap_max, 0)  # and large tensors are part of it
+
+
+def lost_contact(error):
+    """Whether an error of torch.distributed means that another process is gone."""
+    signs = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "timed out")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    )
+
+
+def build_model(s, ranks, source, head):
+    """Build on meta, shard, and let each rank read only its slices."""
+    _, config = read_config(source)
+    if head == "logps" and config.head != head:
+        raise UserError(
+            f"--model {source} is a reward model; --loss {s.loss} needs a language model"
+        )
+    with torch.device("meta"):
+        model = Transformer(dataclasses.replace(config, head=head))
+    model.attention, model.context_grad = s.attention, s.context_grad
+    for block in model.blocks:
+        block.recompute = s.checkpoint_activations
+        if s.compile:
+            block.body = torch.compile(block.body)
+    shard(model, s, ranks)
+    model.to_empty(device="cpu" if s.offload else ranks.device)
+    load_weights(model, source, local_part)
+    return model
+
+
+def shard(model, s, ranks):
+    """FSDP2: fp32 shards and reductions, compute in --dtype; one unit per block, one for the rest.
+
+    The root (embedding, final norm, head) stays gathered through forward, so that the chunked head
+    does not gather once per chunk. A single rank keeps everything gathered for the whole step.
+    Inputs have the embedding's dtype already; to cast them FSDP would copy the attention rules,
+    and what a copy records is lost.
+    """
+    compute = torch.bfloat16 if s.dtype == "bf16" else None
+    offload = CPUOffloadPolicy(pin_memory=ranks.kind == "cuda")
+    precision = MixedPrecisionPolicy(
+        param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    options = {
+        "mesh": ranks.mesh(s.shard_group),
+        "mp_policy": precision,
+        "offload_policy": offload if s.offload else OffloadPolicy(),
+        "reshard_after_forward": ranks.world > 1,
+    }
+    for block in model.blocks:
+        fully_shard(block, **options)
+    fully_shard(model, **options | {"reshard_after_forward": False})
+
+
+def reshard(model):
+    """Give the gathered parameters back, after forward passes that no backward followed."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -1,0 +1,1 @@
+"""Preference data as it lies: where it is, what its columns mean, cleaning, safety filter."""

@@ -1,0 +1,392 @@
+"""The layouts of published preference data, recognised by their columns: one record -> one pair.
+
+`LAYOUTS` is the table: the first row whose columns a record has. Its `read` gives the fields of a
+pair as they lie, raises `Dropped` with the rule where there is no pair, and UserError where a value
+is not what the layout says. What fields may hold (text, messages, hh-rlhf transcripts, whole
+dialogues) is worked out once, in `make_pair`. Two layouts look at all records of a source before
+they know their pairs: SHP (a cap per prompt) and oasst1 (trees). docs/data.md has the rules.
+"""
+
+import hashlib
+import math
+import os
+import random
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from hub.template import SHIELD
+from jobs.cli import UserError
+
+
+@dataclass
+class Pair:
+    """prompt: messages up to the answer; chosen, rejected: texts; where: "file:row" for errors;
+    margin: score of chosen minus score of rejected, where the data has scores."""
+
+    prompt: list
+    chosen: str
+    rejected: str | None
+    where: str
+    margin: float | None = None
+
+
+class Fields(NamedTuple):
+    """The parts of a pair as they lie. prompt None: it stands inside the answers."""
+
+    prompt: object
+    chosen: object
+    rejected: object
+    margin: float | None = None
+
+
+class Dropped(Exception):
+    """This record gives no pair; the message is the rule that says why."""
+
+
+# ----------------------------------------------------------------------------- one record, one pair
+
+
+def plain(record, where):
+    """prompt (or question, or instruction and input; with a `system` text), chosen, rejected."""
+    names = ("prompt", "question", "instruction", "input")
+    prompt = next((record[name] for name in names if record.get(name) is not None), None)
+    task, details = record.get("instruction"), record.get("input")
+    if prompt is task and isinstance(task, str) and isinstance(details, str) and details:
+        prompt = f"{task}\n{details}"
+    if isinstance(prompt, str) and isinstance(record.get("system"), str) and record["system"]:
+        turns = (("system", record["system"]), ("user", prompt))
+        prompt = [{"role": role, "content": text} for role, text in turns]
+    return Fields(prompt, record["chosen"], record.get("rejected"), score_margin(record, where))
+
+
+def princeton(record, where):
+    """chosen is the best and rejected the worst of the generations under a reward model."""
+    scores = record["all_rm_scores"]
+    if scores is not None and not isinstance(scores, list):
+        raise UserError(f"{where}: all_rm_scores is {scores!r:.40}; expected a list of numbers")
+    scores = [score(s, "all_rm_scores", where) for s in scores or ()]
+    margin = max(scores) - min(scores) if scores and None not in scores else None
+    return Fields(record["prompt"], record["chosen"], record["rejected"], margin)
+
+
+def argilla(record, where):
+    answers = record["chosen_response"], record["rejected_response"]
+    return Fields(record["instruction"], *answers, score_margin(record, where))
+
+
+def openbmb(record, where):
+    """The best completion against a random one with a lower score, drawn by the instruction."""
+    instruction, completions = record["instruction"], record["completions"]
+    if not isinstance(instruction, str):
+        raise UserError(f"{where}: instruction is {instruction!r:.40}; expected text")
+    if not isinstance(completions, list) or not all(isinstance(c, dict) for c in completions):
+        raise UserError(f"{where}: completions is {completions!r:.40}; expected a list of objects")
+    rated = [(rating(c), c.get("response")) for c in completions]
+    rated = [(value, text) for value, text in rated if value is not None]
+    best = max(rated, key=lambda r: r[0], default=None)
+    lower = [r for r in rated if r[0] < best[0]]
+    if not lower:
+        raise Dropped("no lower-rated completion")
+    digest = hashlib.sha256(instruction.encode("utf-8", "replace")).digest()
+    worse = lower[int.from_bytes(digest[:8]) % len(lower)]
+    return Fields(instruction, best[1], worse[1], best[0] - worse[0])
+
+
+def rating(completion):
+    """A completion's overall score, else the mean of its aspects' ratings, else None."""
+    if (overall := number(completion.get("overall_score"))) is not None:
+        return overall
+    aspects = completion.get("annotations")
+    aspects = list(aspects.values()) if isinstance(aspects, dict) else []
+    ratings = [number(a.get("Rating")) for a in aspects if isinstance(a, dict)]
+    ratings = [r for r in ratings if r is not None]
+    return sum(ratings) / len(ratings) if ratings else None
+
+
+def number(value):
+    """A finite number, or a text of one -> float; else None ("N/A" occurs)."""
+    try:
+        value = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def score(value, name, where):
+    """The value of a score column -> float, or None for null. UserError for all else, also NaN: its
+    margin would pass every comparison."""
+    found = number(value)
+    if value is not None and found is None:
+        raise UserError(f"{where}: {name} is {value!r:.40}; expected a finite number or null")
+    return found
+
+
+SCORES = ("score_{}", "{}_score", "{}_avg_rating", "{}_rating", "{}-rating", "rating_{}")
+
+
+def score_margin(record, where):
+    """Score of chosen minus that of rejected, under any of the published names; else None."""
+    for form in SCORES:
+        names = form.format("chosen"), form.format("rejected")
+        w, l = (score(record.get(name), name, where) for name in names)
+        if w is not None and l is not None:
+            return w - l
+    return None
+
+
+def messages_only(record, where):
+    """A finished dialogue: its last message is the target (supervised training)."""
+    return Fields(None, record["messages"], None)
+
+
+# ----------------------------------------------------------------------------- SHP
+
+SHP_RATIO, SHP_PAIRS = 2.0, 5
+
+
+def shp(record, where):
+    """Stanford Human Preferences: labels 1, A is better. After HALOs, a training pair needs a score
+    ratio of at least 2."""
+    if record["labels"] not in (0, 1):
+        raise UserError(f"{where}: labels is {record['labels']!r:.40}; expected 0 or 1")
+    if for_training(where):
+        if (ratio := score(record.get("score_ratio"), "score_ratio", where)) is None:
+            raise UserError(f"{where}: no score_ratio; it decides whether a pair is taken")
+        if ratio < SHP_RATIO:
+            raise Dropped("score ratio under 2")
+    answers = record["human_ref_A"], record["human_ref_B"]
+    return Fields(record["history"], *(answers if record["labels"] == 1 else answers[::-1]))
+
+
+def for_training(where):
+    """Whether neither the file's name nor its folder says test or validation."""
+    folder, name = os.path.split(where)
+    other = re.search(r"(^|[_-])(test|validation)[._-]", name)
+    return not other and os.path.basename(folder) not in ("test", "validation")
+
+
+def at_most_five(rows):
+    """After HALOs: of each prompt's training pairs 5, drawn at random."""
+    rows, places = list(rows), defaultdict(list)
+    for where, fields in rows:
+        if for_training(where):
+            places[str(fields.prompt)].append(where)
+    taken = [random.Random(0).sample(g, min(SHP_PAIRS, len(g))) for g in places.values()]
+    surplus = set().union(*places.values()).difference(*taken)
+    for where, fields in rows:
+        yield where, "over 5 pairs of a prompt" if where in surplus else fields
+
+
+# ----------------------------------------------------------------------------- oasst1
+
+
+ROLES = {"prompter": "user", "assistant": "assistant"}
+
+
+class Message(NamedTuple):
+    """A node of a tree. parent: None at its root; rank: 0 is the best of its siblings."""
+
+    id: str
+    parent: str | None
+    role: str
+    text: str
+    lang: str
+    rank: float | None
+
+
+def oasst(record, where):
+    """A record of oasst1's flat table -> Message."""
+    values = [record[name] for name in ("message_id", "parent_id", "role", "text")]
+    values.append(record.get("lang") or "en")
+    kinds = (str, str | None, str, str, str)
+    for name, value, kind in zip(Message._fields, values, kinds, strict=False):
+        if not isinstance(value, kind):
+            raise UserError(f"{where}: the message's {name} is {value!r:.40}; expected text")
+    if record["role"] not in ROLES:
+        raise UserError(f"{where}: unknown role {record['role']!r:.40}")
+    rank = record.get("rank")
+    missing = isinstance(rank, float) and math.isnan(rank)  # so pandas writes a null
+    return Message(*values, None if missing else score(rank, "rank", where))
+
+
+def trees(rows):
+    """OpenAssistant trees, after HALOs: English; each ranked answer loses against the sibling
+    one rank above it; the prompt is the path from the root. Ranked user turns give no pair."""
+    rows, by_id, by_rank = list(rows), {}, {}
+    for _, m in rows:
+        if m.lang == "en":
+            by_id.setdefault(m.id, m)
+            by_rank.setdefault((m.parent, m.role, m.rank), m)
+    for where, m in rows:
+        yield where, loser(m, by_id, by_rank)
+
+
+def loser(m, by_id, by_rank):
+    """The pair in which m is the rejected answer, or the rule why there is none."""
+    if m.role != "assistant":
+        return "a user's message"
+    if m.lang != "en":
+        return "not English"
+    if m.rank is None:
+        return "no rank"
+    if m.rank == 0:
+        return "best of its siblings"
+    better = by_rank.get((m.parent, m.role, m.rank - 1))
+    path = path_to_root(by_id, m)
+    if better is None:
+        return "no sibling a rank above"
+    return Fields(path, better.text, m.text) if path else "its parent is missing"
+
+
+def path_to_root(by_id, m):
+    """Messages from the root to the parent of m; None where the tree is broken."""
+    path = []
+    while m.parent is not None:
+        m = by_id.get(m.parent)
+        if m is None or len(path) > len(by_id):
+            return None
+        path.append({"role": ROLES[m.role], "content": m.text})
+    return path[::-1]
+
+
+# ----------------------------------------------------------------------------- the table
+
+
+class Layout(NamedTuple):
+    """columns: what a record must have; read: (record, where) -> Fields. gather, where pairs depend
+    on other records: all (where, what read gave) -> all (where, Fields or the rule that drops it).
+    pairs: False where a record need not hold a rejected answer (supervised training)."""
+
+    name: str
+    columns: tuple
+    read: Callable
+    gather: Callable | None = None
+    pairs: bool = True
+
+
+LAYOUTS = (
+    Layout("oasst1", ("message_id", "parent_id", "text", "role"), oasst, trees),
+    Layout("SHP", ("history", "human_ref_A", "human_ref_B", "labels"), shp, at_most_five),
+    Layout("UltraFeedback", ("instruction", "completions"), openbmb),
+    Layout("argilla", ("instruction", "chosen_response", "rejected_response"), argilla),
+    Layout("princeton-nlp", ("prompt", "chosen", "rejected", "all_rm_scores"), princeton),
+    Layout("chosen, rejected", ("chosen", "rejected"), plain),
+    Layout("chosen", ("chosen",), plain, pairs=False),
+    Layout("messages", ("messages",), messages_only, pairs=False),
+)
+
+
+def recognise(record, where, need_rejected=True):
+    """The layout of a record by its columns; UserError where none fits."""
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected an object with named columns")
+    for layout in LAYOUTS:
+        if all(c in record for c in layout.columns) and (layout.pairs or not need_rejected):
+            return layout
+    raise UserError(
+        f"{where}: columns {sorted(record)}; expected chosen and rejected, with or without prompt"
+        ", or another layout of docs/data.md"
+    )
+
+
+def to_pair(record, where, drops, need_rejected=True):
+    """One record -> Pair, or None when dropped (and counted)."""
+    layout = recognise(record, where, need_rejected)
+    if layout.gather:
+        raise UserError(f"{where}: {layout.name} is read as a whole file, not by the row")
+    try:
+        return make_pair(layout.read(record, where), where, need_rejected)
+    except Dropped as rule:
+        return drops.add(str(rule), where)
+
+
+def make_pair(fields, where, need_rejected=True):
+    """Fields as they lie -> Pair. Raises Dropped with the rule, or UserError for wrong types."""
+    prompt, chosen, rejected, margin = fields
+    if chosen is None or (rejected is None and need_rejected):
+        raise Dropped("empty answer")
+    if isinstance(chosen, str) and prompt is None and not is_hh(chosen):
+        prompt, chosen, rejected = common_prefix(chosen, rejected, where)
+    x_w, chosen = dialogue(prompt, chosen, where)
+    x_l, rejected = dialogue(prompt, rejected, where) if rejected is not None else (x_w, None)
+    if x_w != x_l:
+        raise Dropped("prompts differ")
+    if not any(message["content"].strip() for message in x_w):
+        raise Dropped("no prompt")
+    if not chosen.strip() or (rejected is not None and not rejected.strip()):
+        raise Dropped("empty answer")
+    if not all(map(is_text, [m["content"] for m in x_w] + [chosen, rejected or ""])):
+        raise Dropped("broken text")
+    return Pair(x_w, chosen, rejected, where, margin)
+
+
+def is_text(text):
+    """No lone surrogate, which no tokenizer takes, no NUL, and not the mark of template.py."""
+    if "\0" in text or SHIELD in text:
+        return False
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+# ----------------------------------------------------------------------------- dialogues
+
+
+def dialogue(prompt, answer, where):
+    """(prompt, answer) in any layout -> (prompt messages, answer text)."""
+    if isinstance(answer, str):
+        if prompt is None:
+            messages = parse_hh(answer)
+            if not messages or messages[-1]["role"] != "assistant":
+                raise UserError(f"{where}: the dialogue does not end with an answer")
+        else:
+            return as_messages(prompt, where), answer
+    else:
+        messages = as_messages(answer, where)
+        if not messages or messages[-1]["role"] != "assistant":
+            raise UserError(f"{where}: the last message must be the assistant's answer")
+        if len(messages) == 1 and prompt is not None:
+            messages = as_messages(prompt, where) + messages
+    return messages[:-1], messages[-1]["content"]
+
+
+def as_messages(value, where):
+    """A string is one user turn; a list must hold {role, content} with string contents."""
+    if isinstance(value, str):
+        messages = parse_hh(value) if is_hh(value) else [{"role": "user", "content": value}]
+        opened = messages[-1:] == [{"role": "assistant", "content": ""}]  # "…\n\nAssistant:"
+        return messages[:-1] if opened else messages
+    if not isinstance(value, list):
+        raise UserError(f"{where}: expected text or messages, found {type(value).__name__}")
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise UserError(f"{where}: a message needs a role and a text content: {message!r:.80}")
+        if message.get("role") not in ("system", "user", "assistant"):
+            raise UserError(f"{where}: unknown role {message.get('role')!r}")
+    return [{"role": m["role"], "content": m["content"]} for m in value]
+
+
+def is_hh(text):
+    return text.startswith("\n\nHuman:")
+
+
+def parse_hh(text):
+    """Anthropic's hh-rlhf transcript -> messages."""
+    parts = re.split(r"\n\n(Human|Assistant):", text)[1:]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": roles[who], "content": content.strip()} for who, content in turns]
+
+
+def common_prefix(chosen, rejected, where):
+    """Two whole texts -> (prompt, chosen, rejected), split at the last white space they share."""
+    if not isinstance(rejected, str):
+        raise UserError(f"{where}: without `prompt`, a `chosen` text needs a `rejected` text")
+    shared = os.path.commonprefix([chosen, rejected])
+    cut = max(shared.rfind(" "), shared.rfind("\n")) + 1
+    return chosen[:cut].rstrip(), chosen[cut:], rejected[cut:]

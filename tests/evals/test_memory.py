@@ -1,0 +1,93 @@
+"""--plan counts parameters as published, and bytes as autograd keeps them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import parity
+import pytest
+import torch
+
+from evals import plan as memory
+from families import Config
+from hub.weights import read_config
+from jobs.cli import UserError
+from model import Transformer
+from settings import Settings
+
+ROOT = Path(__file__).parents[2]
+SHAPES = ROOT / "bench" / "shapes"
+PUBLISHED = {  # parameters as the model cards' safetensors count them
+    "llama-3-8b": 8_030_261_248,
+    "mistral-7b-v0.2": 7_241_732_096,
+    "gemma-2-9b": 9_241_705_984,
+    "pythia-2.8b": 2_775_208_960,
+    "qwen2-7b": 7_615_616_512,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+}
+
+
+def test_every_shape_has_its_published_number_of_parameters():
+    assert {file.name for file in SHAPES.iterdir()} == set(PUBLISHED)
+    for name, expected in PUBLISHED.items():
+        _, config = read_config(SHAPES / name)
+        with torch.device("meta"):
+            assert sum(p.numel() for p in Transformer(config).parameters()) == expected, name
+
+
+@pytest.mark.parametrize("name", ["Llama 3", "Qwen3", "Gemma 2", "Pythia"])
+def test_activations_on_meta_are_those_of_real_tensors(name):
+    config = Config.from_hf(parity.CONFIGS[name])
+    block = Transformer(config).blocks[0]
+    real = memory.saved_bytes(block, config, 50, torch.float32, "cpu")
+    sizes = memory.measure(config, 50, torch.float32)
+    assert sizes.block == pytest.approx(real, rel=0.01)
+    assert sizes.block > 50 * 4 * (3 * config.width + config.ffn), "at least inputs and products"
+
+
+def test_activations_of_a_linear_layer_by_hand():
+    """y = relu(x W) keeps x (5 x 3) and y (5 x 2) in fp32, and not W; an empty rope."""
+
+    class Toy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 2, bias=False)
+
+        def body(self, x, cos, sin, attend):
+            return self.linear(x).relu()
+
+    config = Config.from_hf(parity.CONFIGS["Llama 3"] | {"hidden_size": 3, "head_dim": 2})
+    assert memory.saved_bytes(Toy(), config, 5, torch.float32, "cpu") == 4 * (15 + 10)
+
+
+def test_states_are_shared_among_gpus_and_gathered_ones_are_not():
+    sizes = memory.Sizes(800, 10, 100, 1, 5000, 1000, 7)
+    alone, eight = memory.per_gpu(sizes, 1), memory.per_gpu(sizes, 8)
+    assert [alone[k] for k in ("weights", "gradients", "optimizer")] == [3200, 3200, 6400]
+    assert [eight[k] for k in ("weights", "gradients", "optimizer")] == [400, 400, 800]
+    assert alone["gathered"] == 2 * (800 + 10) + 4 * 100
+    assert eight["gathered"] == 2 * (2 * 10 + 100 + 10 + 100) + 4 * 100
+
+
+def test_the_report_says_what_is_too_much():
+    _, config = read_config(SHAPES / "llama-3-8b")
+    first, *lines, last = memory.report(config, 8192)
+    assert first.startswith("8,030,261,248 parameters")
+    assert "too much" in lines[2] and "too much" not in lines[4].rpartition("|")[0].split("|")[-1]
+    assert "80 GB" in last
+    assert sum("too much" in line for line in memory.report(config, 64, 10**12)) == 1, "the legend"
+
+
+def test_plan_is_a_flag_of_train(tmp_path):
+    with pytest.raises(UserError, match="--plan needs --model"):
+        memory.show(Settings())
+    words = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--plan",
+        "--model",
+        str(SHAPES / "llama-3-8b"),
+    ]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0 and "| 8 |" in done.stdout and not list(tmp_path.iterdir())

@@ -1,0 +1,385 @@
+"""Text is rendered as transformers renders it, and cut at the template's own seams."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+
+from data import Dataset, Limits
+from hub import template as template_file
+from hub.bounds import bounded
+from hub.template import Template, with_suffix
+from jobs.cli import UserError
+from losses import recipe
+from pairs.read import Pair
+
+# The public formats, in our own words: who speaks, what closes a turn, what is refused.
+CHATML = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' }}\n"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+SMOLLM = (
+    "{% if messages[0].role != 'system' %}"
+    "{{ '<|im_start|>system\\nBe nice<|im_end|>\\n' }}{% endif %}"
+)
+LLAMA3 = (
+    "{% for m in messages %}"
+    "{% set head = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' %}"
+    "{% set text = head + m['content'] | trim + '<|eot_id|>' %}"
+    "{{ bos_token + text if loop.first else text }}{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+MISTRAL = """{{ bos_token }}
+{%- for m in messages %}
+    {%- if (m.role == 'user') != (loop.index0 is even) %}
+        {{- raise_exception('roles must alternate user, assistant, user, …') }}
+    {%- endif %}
+    {%- if m.role == 'user' %}
+        {{- '[INST] ' + m.content + ' [/INST]' }}
+    {%- else %}
+        {{- ' ' + m.content + eos_token }}
+    {%- endif %}
+{%- endfor %}"""
+ZEPHYR = """{% for m in messages %}
+{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token }}
+{% if loop.last and add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}
+{% endfor %}"""
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('there is no system role') }}{% endif %}"
+    "{% for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}"
+    "{{ '<start_of_turn>' + role + '\\n' + m['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+)
+MODERN = (  # what newer templates use: namespaces, loop controls, generation blocks, tools, dates
+    "{%- set ns = namespace(n=0) %}{% if tools is not none %}{{ tools | tojson }}{% endif %}"
+    "{{- 'Year ' + strftime_now('%Y') + '\\n' }}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
+    "{% if m.role == 'system' %}{{ m | tojson(indent=2, sort_keys=true) }}{% continue %}{% endif %}"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ ns.n }}: {{ m.content }}\n{% endif %}{% endfor %}"
+)
+END = {
+    "chatml": (CHATML, "<|im_end|>"),
+    "smollm": (SMOLLM + CHATML, "<|im_end|>"),
+    "llama 3": (LLAMA3, "<|eot_id|>"),
+    "mistral": (MISTRAL, "</s>"),
+    "mistral, first": (
+        MISTRAL.replace("' ' + m.content + eos_token", "m.content + eos_token + ' '"),
+        "</s>",
+    ),
+    "zephyr": (ZEPHYR, "</s>"),
+    "gemma": (GEMMA, "<end_of_turn>"),
+    "modern": (MODERN, "<|im_end|>"),
+}
+SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>",
+           "<|eot_id|>", "<start_of_turn>", "<end_of_turn>"]  # fmt: skip
+
+
+def write(directory, template, special=SPECIAL, **settings):
+    """A directory with a byte-level tokenizer (one merge, "a" + "b") and a chat template."""
+    directory.mkdir(exist_ok=True)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: i for i, letter in enumerate([*letters, "ab"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    bos = [("<s>", tokenizer.token_to_id("<s>"))]  # put in front, unless told not to
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=bos)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template} | settings
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return directory
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make(template, ...) -> Template of a checkpoint that has this chat template."""
+    return lambda template, *args, **settings: Template(
+        write(tmp_path, template, *args, **settings)
+    )
+
+
+def say(*texts, system=None):
+    """Texts by turns of user and assistant -> messages."""
+    roles = ("user", "assistant") * len(texts)
+    turns = [{"role": r, "content": c} for r, c in zip(roles, texts, strict=False)]
+    return [{"role": "system", "content": system}] * (system is not None) + turns
+
+
+DIALOGUES = [
+    say("Hi"),
+    say(" Hi, \n", "Hello! "),
+    say("1 < 2 & é\u2028?", "Yes\n\nindeed", "And \"3\"?"),
+    say("a", "b", "c", "d"),
+    say("Hi", "Hello", system="Be brief & 'kind', s'il vous plaît"),
+]  # fmt: skip
+
+
+# ----------------------------------------------------------------------------- as transformers
+
+
+def check_against_transformers(directory):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    ours = Template(directory)
+    refused = 0
+    for messages in DIALOGUES:
+        for generation in (False, True):
+            options = {"add_generation_prompt": generation}
+            try:
+                text = theirs.apply_chat_template(messages, tokenize=False, **options)
+            except Exception:  # raised by the template, and then by ours too
+                refused += 1
+                with pytest.raises(UserError, match="the chat template refuses"):
+                    ours.render(messages, generation)
+                continue
+            assert ours.render(messages, generation) == text
+            ids = theirs.apply_chat_template(messages, tokenize=True, **options)["input_ids"]
+            assert ours.encode([text])[0].tolist() == ids
+    return refused
+
+
+@pytest.mark.parametrize("name", END)
+def test_rendering_equals_transformers_byte_for_byte(name, tmp_path):
+    refused = check_against_transformers(write(tmp_path, END[name][0]))
+    assert refused == (2 if name in ("mistral", "mistral, first", "gemma") else 0)  # a system turn
+
+
+def test_a_real_checkpoint_renders_as_in_transformers(smollm2):
+    assert check_against_transformers(smollm2) == 0
+
+
+def test_the_file_wins_over_the_configuration_as_in_transformers(tmp_path):
+    directory = write(tmp_path, ZEPHYR)
+    (directory / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
+    check_against_transformers(directory)
+    assert Template(directory).source == CHATML
+
+
+def test_of_several_templates_the_default_is_taken(make):
+    named = [{"name": "rag", "template": ZEPHYR}, {"name": "default", "template": CHATML}]
+    assert make(named).source == CHATML
+
+
+def test_special_tokens_may_be_written_out(make):
+    eos = {"__type": "AddedToken", "content": "<|eot_id|>", "special": True}
+    template = make(MISTRAL, bos_token=None, eos_token=eos)
+    assert template.render(say("Hi", "Yo")) == "[INST] Hi [/INST] Yo<|eot_id|>"
+    assert template.end == "<|eot_id|>"
+
+
+# ----------------------------------------------------------------------------- seams
+
+
+@pytest.mark.parametrize("name", END)
+def test_the_end_of_turn_is_found(name, make):
+    """What closes an answer, without the newline or space that some templates put behind it."""
+    template, end = make(END[name][0]), END[name][1]
+    assert template.end == end
+    assert template.decode(template.end_ids, skip_special=False) == end
+    answer = template.answer(say("Hi"), "Hello")
+    assert answer.strip() == "Hello" + end and answer.endswith(end)
+
+
+@pytest.mark.parametrize("name", [name for name in END if name != "modern"])  # it numbers turns
+@pytest.mark.parametrize("answer", ["Hello", "Say <|im_end|>", "two\n\nlines ", ""])
+def test_prompt_answer_turn_and_answer_join_to_the_whole_dialogue(name, answer, make):
+    template, first = make(END[name][0]), say("Hi")
+    second = [*first, *say("", answer)[1:], *say("Again")]
+    prompt = template.render(first, generation=True)
+    joined = prompt + template.answer(first, answer) + template.turn("Again")
+    assert joined == template.render(second, generation=True)
+    joined += template.answer(second, "Bye", closed=False)
+    assert joined == template.render([*second, *say("", "Bye")[1:]])
+
+
+def test_a_turn_by_eye(make):
+    """IFSR's refining turn: what follows the rejected answer's end token."""
+    better = "please generate a better response"
+    chatml = f"\n<|im_start|>user\n{better}<|im_end|>\n<|im_start|>assistant\n"
+    assert make(CHATML).turn(better) == chatml
+    assert make(MISTRAL).turn(better) == f"[INST] {better} [/INST]"
+
+
+def test_the_instruction_becomes_a_suffix_of_the_question():
+    messages = say("Hi", "Hello", "Why?", system="Be brief")
+    assert with_suffix(messages, "better") == say("Hi", "Hello", "Why?\nbetter", system="Be brief")
+    assert messages[-1]["content"] == "Why?"
+
+
+def test_no_merge_crosses_from_prompt_to_answer(make):
+    """The tokenizer joins "ab"; a prompt's last "a" and an answer's first "b" stay apart."""
+    template = make("{% for m in messages %}{{ m.content }}{% endfor %}")
+    prompt, answer = template.encode(
+        [template.render(say("a"), True), template.answer(say("a"), "b")]
+    )
+    assert np.concatenate([prompt, answer]).tolist() != template.encode(["ab</s>"])[0].tolist()
+    assert template.decode(prompt) == "a" and template.decode(answer) == "b"
+
+
+def test_no_bos_is_doubled(make):
+    """The template writes it, and the tokenizer would put another in front of every text."""
+    template = make(LLAMA3)
+    prompt, answer = template.encode([template.render(say("Hi"), True), "Hello"])
+    (bos,) = template.encode(["<s>"])[0]
+    assert prompt.tolist().count(bos) == 1 and bos not in answer
+
+
+def test_a_template_without_an_end_of_turn_ends_answers_with_the_eos_token(make):
+    template = make("{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}")
+    assert template.answer(say("Hi"), "Hello") == "assistant: Hello </s>"
+    with pytest.raises(UserError, match="no end of turn; name an eos_token"):
+        make(template.source, eos_token=None)
+
+
+def test_an_answer_stands_alone_where_the_template_rewrites_the_prompt(make):
+    """Thinking templates open the reply with what the finished answer does not show."""
+    template = make(CHATML.replace("assistant\\n", "assistant\\n<think></think>"))
+    assert template.answer(say("Hi"), " Hello ") == "Hello<|im_end|>"
+
+
+def test_base_models_get_the_documented_fallback(make):
+    template = make(None)
+    assert template.fallback and not make(CHATML).fallback
+    prompt = template.render(say("Hi"), generation=True)
+    assert prompt == "<s>\n<|user|>\nHi\n<|assistant|>\n"
+    assert template.answer(say("Hi"), "Hello") == "Hello</s>"
+    assert template.turn("Again") == "\n<|user|>\nAgain\n<|assistant|>\n"
+
+
+# ----------------------------------------------------------------------------- separators
+
+
+@pytest.mark.parametrize(
+    "tokens, chosen",
+    [
+        ([], "\n\n"),
+        (["<|begin_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"],
+         "<|reserved_special_token_0|>"),
+        (["<unused0>", "<unused1>"], "<unused0>"),
+        (["<|reserved_1|>"], "<|reserved_1|>"),
+    ],
+)  # fmt: skip
+def test_the_separator_is_the_first_reserved_token_or_a_blank_line(tokens, chosen, make):
+    assert make(CHATML, SPECIAL + tokens).separator() == chosen
+
+
+def test_a_reserved_token_that_ends_answers_is_no_separator(make):
+    template = make(MISTRAL, [*SPECIAL, "<unused0>", "<unused1>"], eos_token="<unused0>")
+    assert template.separator() == "<unused1>"
+
+
+def test_a_separator_that_ends_generation_is_refused(make):
+    pairs, limits = [Pair(say("Hi"), "Yes", "No", "f:1")], Limits(100, 0.4)
+    with pytest.raises(UserError, match="--sep '<|im_end|>' holds the token that ends generation"):
+        Dataset(pairs, make(CHATML), recipe("ins_dpo"), limits, "better", sep="<|im_end|>")
+
+
+# ----------------------------------------------------------------------------- strangers' templates
+
+
+@pytest.mark.parametrize("broken", ["{% for m in messages %}", "{{ m | nofilter }}", "{% foo %}"])
+def test_a_broken_template_is_told(broken, make):
+    with pytest.raises(UserError, match="the chat template is broken"):
+        make(broken)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ raise_exception.__globals__['json'] }}",
+        "{{ ''.__class__.__base__.__subclasses__() }}",
+        "{{ messages.append('more') }}",
+        "{{ messages[0].update(role='system') }}",
+        "{% for i in range(10 ** 9) %}{% endfor %}",
+    ],
+)
+def test_the_sandbox_lets_a_template_reach_nothing_but_its_messages(attack, make):
+    with pytest.raises(UserError, match="the chat template refuses"):
+        make(attack + CHATML)
+
+
+@pytest.mark.parametrize("wrong", ["{{ 1 + 'a' }}", "{{ 1 / 0 }}", "{{ messages[9].content }}"])
+def test_a_template_that_fails_is_told_in_one_line(wrong, make):
+    with pytest.raises(UserError, match="the chat template refuses") as error:
+        make(wrong + CHATML)
+    assert "\n" not in str(error.value)
+
+
+def test_a_directory_without_a_fast_tokenizer_is_told(tmp_path):
+    with pytest.raises(UserError, match="no tokenizer.json; save the tokenizer in its fast form"):
+        Template(tmp_path)
+
+
+def test_broken_settings_are_told(tmp_path):
+    (write(tmp_path, CHATML) / "tokenizer_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match="tokenizer_config.json: broken JSON"):
+        Template(tmp_path)
+
+
+def test_a_broken_tokenizer_is_told(tmp_path):
+    (write(tmp_path, CHATML) / "tokenizer.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match="tokenizer.json: not readable as a tokenizer"):
+        Template(tmp_path)
+
+
+# ----------------------------------------------------------------------------- hostile templates
+
+HOSTILE = {
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "calls": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+    "{{ f(40) }}",
+    "constant": "{{ 'a' * 10 ** 12 }}",
+    "text": "{{ bos_token.ljust(10 ** 12) }}",
+    "doubling": "{% set n = namespace(x='aaaaaaaa') %}"
+    "{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "number": "{% set n = 10 %}{{ n ** (n ** n) }}",
+    "output": "{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}",
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "nesting": "{{ " + "(" * 5000 + ")" * 5000 + " }}",
+    "attributes": "{{ messages.__class__.__mro__[-1].__subclasses__() }}",
+    "files": "{% include '/etc/passwd' %}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_template_is_stopped_in_one_line(name, tmp_path, monkeypatch):
+    """Within a fifth of a second and 256 MB here; five seconds and 512 MB otherwise."""
+    monkeypatch.setattr(template_file, "bounded", lambda: bounded(0.2, 2**28))
+    directory = tiny.build(tmp_path, template=HOSTILE[name])
+    start = time.time()
+    with pytest.raises(UserError, match="the chat template") as caught:
+        Template(directory).render([{"role": "user", "content": "u"}])
+        raise AssertionError("it was rendered")
+    assert str(directory) in str(caught.value) and time.time() - start < 3
+
+
+def test_the_bounds_are_lifted_again():
+    with pytest.raises(TimeoutError), bounded(0.05):
+        while True:
+            pass
+    # in a process of its own: this one may hold so much freed memory that nothing new is mapped
+    program = (
+        "from hub.bounds import bounded\n"
+        "try:\n    with bounded(nbytes=2**26):\n        bytearray(2**28)\n"
+        "except MemoryError as error:\n    print(error)\n"
+        "print(len(bytearray(2**28)) == 2**28)"
+    )
+    root = Path(__file__).parents[2]
+    told = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    assert told.stdout.splitlines() == ["it takes more than 64 MB of memory", "True"], told.stderr
+    time.sleep(0.1)  # no alarm is left

@@ -1,0 +1,41 @@
+"""Flags are the fields of a dataclass."""
+
+import pytest
+
+from jobs.cli import UserError, parse
+from settings import Settings, resolve
+
+
+@pytest.mark.parametrize(
+    "words, value",
+    [
+        ("", True),
+        ("--context_grad", True),
+        ("--no-context_grad", False),
+        ("--context_grad false", False),
+        ("--context_grad=False", False),
+        ("--context_grad TRUE --loss dpo", True),
+    ],
+)
+def test_booleans_are_switches_or_take_true_and_false(words, value):
+    assert parse(Settings, "", words.split()).context_grad is value
+
+
+@pytest.mark.parametrize("words", ["--context_grad maybe", "--loss false true", "false"])
+def test_other_words_are_refused(words):
+    with pytest.raises(UserError):
+        parse(Settings, "", words.split())
+
+
+def test_compile_without_a_compiler_is_refused_before_anything_is_read(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="--compile: there is no no-such-compiler"):
+        resolve(Settings(compile=True), "cpu")
+    resolve(Settings(compile=False), "cpu")
+    resolve(Settings(), "cpu")
+
+
+@pytest.mark.parametrize("other", [{"attention": "flex"}, {"loss": "reward"}])
+def test_context_grad_false_refuses_what_it_cannot_do(other):
+    with pytest.raises(UserError, match="--context_grad false"):
+        resolve(Settings(context_grad=False, **other), "cuda")

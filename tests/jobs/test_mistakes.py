@@ -1,0 +1,116 @@
+"""A user's mistakes are told in one line that names the cure, and leave OUT as it was."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+from runs import argv, command, lines, losses, train_here
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import scoring
+import train
+from conftest import PAIRS, write_model
+
+
+@pytest.fixture
+def mistake(ended):
+    """Run `train.py FLAGS` in this process; it must exit with 2 and one line, which is returned."""
+
+    def run_it(flags, *more):
+        _, told, status = ended(train, *argv(flags), *more)
+        told = told.rpartition("\r")[2]  # what follows the progress bars
+        assert status == 2 and told.startswith("error: ") and told.count("\n") == 1
+        return told
+
+    return run_it
+
+
+def test_mistakes_in_flags(flags, mistake):
+    assert "--loss nope: unknown objective; choose from dpo" in mistake(flags | {"loss": "nope"})
+    told = mistake(flags | {"loss": "ins_dpo", "gamma": 1.0})
+    assert "--gamma does not apply to --loss ins_dpo; its flags are: --beta" in told
+    assert "--betta" in mistake(flags, "--betta", "1")
+    assert "--lr" in mistake(flags, "--lr", "fast")
+    assert "cuda" in mistake(flags | {"device": "cuda"}) or torch.cuda.is_available()
+
+
+def test_mistakes_in_the_data(flags, mistake, tmp_path):
+    missing = tmp_path / "none.jsonl"
+    assert f"--data {missing}: no such file" in mistake(flags | {"data": missing})
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(json.dumps(PAIRS[0]) + "\n" + '{"prompt": "half a\n')
+    assert f"{broken}:2: broken JSON" in mistake(flags | {"data": broken})
+    broken.write_text(json.dumps({"question": "?", "answer": "!"}) + "\n")
+    assert f"{broken}:1: columns ['answer', 'question']" in mistake(flags | {"data": broken})
+    assert "--eval_pairs 24 leaves nothing" in mistake(flags | {"eval_pairs": 24})
+    assert "--row_tokens 64: the longest pair takes" in mistake(flags | {"row_tokens": 64})
+
+
+def test_mistakes_in_the_model(flags, mistake, tmp_path, tiny_model_dir):
+    assert "--model nowhere: no such directory" in mistake(flags | {"model": "nowhere"})
+    copy = shutil.copytree(tiny_model_dir, tmp_path / "copy")
+    (copy / "model.safetensors").unlink()
+    assert "no model.safetensors; weights must be" in mistake(flags | {"model": copy})
+    (copy / "tokenizer.json").unlink()
+    flags |= {"out": tmp_path / "another"}
+    assert "no tokenizer.json" in mistake(flags | {"model": copy})
+    ref = {"ref_model": "nowhere", "loss": "dpo"}
+    assert "--ref_model nowhere: no such directory" in mistake(flags | ref)
+
+
+def test_a_failed_start_can_be_corrected_in_the_same_out(flags, mistake, no_plots, tmp_path):
+    """Nothing of it claims OUT, however far it came: the last one fails after the set-up."""
+    flags |= {"loss": "dpo", "steps": 2}
+    bare = shutil.copytree(flags["model"], tmp_path / "bare")
+    (bare / "model.safetensors").unlink()
+    judge = write_model(tmp_path / "judge", tiny.REWARD)
+    for name, source in (("model", "nowhere"), ("model", bare), ("ref_model", judge)):
+        assert str(source) in mistake(flags | {name: source})
+        assert (flags["out"]).is_dir() and not (flags["out"] / "config.json").exists()
+    train_here(flags | {"lr": 1e-4})
+    assert len(lines(flags["out"])) == 2 and len(lines(flags["out"], "reference_pairs")) == 1
+    (flags["out"] / "config.json").unlink()  # what holds checkpoints is no place for another run
+    assert "holds a run; add --resume" in mistake(flags)
+
+
+def test_a_reference_that_is_not_the_start_ends_the_run_before_step_1(flags, mistake, no_plots):
+    """A cache with the right key and checksum, but other values than the policy has."""
+    flags |= {"loss": "dpo", "steps": 1}
+    done = flags | {"out": flags["out"] / "done"}
+    train_here(done)
+    file, wrong = done["out"] / "reference.safetensors", flags["out"] / "reference.safetensors"
+    with safe_open(file, "pt") as cached:
+        key = cached.metadata()["key"]
+    values = {name: tensor - 1.0 for name, tensor in load_file(file).items()}
+    scoring.write_reference(values, wrong, key)
+    told = mistake(flags)
+    assert "step 0: policy and reference differ by" in told and str(wrong) in told
+    assert not (flags["out"] / "metrics.jsonl").exists()
+    wrong.unlink()  # as the message says
+    train_here(flags)
+    assert losses(flags["out"]) == losses(done["out"])
+
+
+def test_a_run_directory_is_neither_reused_nor_resumed_with_other_settings(flags, mistake):
+    flags |= {"loss": "simpo"}
+    train_here(flags)
+    kept = (flags["out"] / "metrics.jsonl").read_text()
+    assert "holds a run; add --resume" in mistake(flags)
+    config = flags["out"] / "config.json"
+    whole = config.read_text()
+    config.write_text("{}")
+    assert f"{config}: holds no settings" in mistake(flags | {"resume": True})
+    config.write_text(whole)
+    told = mistake(flags | {"resume": True, "lr": 1e-4})
+    assert "--lr is 0.0001, but" in told and "has 0.001" in told
+    assert (flags["out"] / "metrics.jsonl").read_text() == kept
+
+
+def test_the_command_tells_a_mistake_in_one_line(flags):
+    process = command(flags | {"loss": "nope"})
+    out, err = process.communicate()
+    assert process.returncode == 2 and out == ""
+    assert err.startswith("error: --loss nope") and err.count("\n") == 1

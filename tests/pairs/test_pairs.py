@@ -1,0 +1,271 @@
+"""Pairs are read as they lie; what is left out is counted, what is wrong is told by its row."""
+
+import gzip
+import json
+
+import pytest
+
+from jobs.cli import UserError
+from pairs.read import Drops, Pair, hold_out, read_pairs
+
+
+def say(*texts, system=None):
+    """Texts by turns of user and assistant -> messages."""
+    roles = ("user", "assistant") * len(texts)
+    turns = [{"role": r, "content": c} for r, c in zip(roles, texts, strict=False)]
+    return [{"role": "system", "content": system}] * (system is not None) + turns
+
+
+def reply(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def write(directory, rows, name="pairs.jsonl"):
+    """Rows as a file of the kind that its name says; strings are written as they are."""
+    file = directory / name
+    if name.endswith(".parquet"):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(rows), file)
+        return str(file)
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    if name.endswith(".json"):
+        file.write_text("[" + ",\n".join(lines) + "]", encoding="utf-8")
+    else:
+        opened = gzip.open if name.endswith(".gz") else open
+        with opened(file, "wt", encoding="utf-8") as f:
+            f.write("\n".join(lines) + "\n")
+    return str(file)
+
+
+def read(directory, *rows, **options):
+    """([(prompt, chosen, rejected)], drops as text) of these rows."""
+    drops = Drops()
+    pairs = read_pairs(write(directory, rows), drops, **options)
+    return [(p.prompt, p.chosen, p.rejected) for p in pairs], drops
+
+
+# ----------------------------------------------------------------------------- layouts
+
+Q, MORE = say("Why?"), say("Hi", "Hello", "Why?")
+HH = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant: "
+ULTRA = {  # HuggingFaceH4/ultrafeedback_binarized: whole dialogues beside the prompt
+    "prompt": "Why?",
+    "prompt_id": "f0",
+    "chosen": say("Why?", "So."),
+    "rejected": say("Why?", "No."),
+    "messages": say("Why?", "So."),
+    "score_chosen": 8.0,
+}
+LAYOUTS = {
+    "explicit strings": ({"prompt": "Why?", "chosen": "So.", "rejected": "No."}, Q),
+    "explicit messages": (
+        {"prompt": MORE, "chosen": reply("So."), "rejected": reply("No.")},
+        MORE,
+    ),
+    "messages and strings": ({"prompt": MORE, "chosen": "So.", "rejected": "No."}, MORE),
+    "implicit messages": ({"chosen": [*MORE, *reply("So.")],
+                           "rejected": [*MORE, *reply("No.")]}, MORE),
+    "implicit strings": ({"chosen": "Why? So.", "rejected": "Why? No."}, Q),
+    "hh-rlhf": ({"chosen": HH + "So.", "rejected": HH + "No."}, MORE),
+    "hh-rlhf prompt": ({"prompt": HH[:-13], "chosen": "So.", "rejected": "No."}, MORE),
+    "ultrafeedback": (ULTRA, Q),
+    "system": ({"prompt": say("Why?", system="Be brief"), "chosen": "So.", "rejected": "No."},
+               say("Why?", system="Be brief")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "parquet"])
+def test_every_layout_in_every_kind_of_file(name, kind, tmp_path):
+    record, prompt = LAYOUTS[name]
+    file = write(tmp_path, [record, record], f"pairs.{kind}")
+    first, second = read_pairs(file, Drops())
+    assert first == Pair(prompt, "So.", "No.", f"{file}:1")
+    assert second.where == f"{file}:2"
+
+
+def test_implicit_strings_part_at_the_last_white_space_they_share(tmp_path):
+    """ "It is s" is common too, but no prompt ends within a word."""
+    row = {"chosen": "Q: why?\nA: It is so.", "rejected": "Q: why?\nA: It is simple."}
+    assert read(tmp_path, row)[0] == [(say("Q: why?\nA: It is"), "so.", "simple.")]
+
+
+def test_targets_alone_will_do_where_no_rejected_answer_is_scored(tmp_path):
+    rows = {"prompt": "Why?", "chosen": "So."}, {"messages": [*MORE, *reply("So.")]}
+    pairs, _ = read(tmp_path, *rows, need_rejected=False)
+    assert pairs == [(Q, "So.", None), (MORE, "So.", None)]
+
+
+def test_the_test_split_of_hh_rlhf(hh_file):
+    """Pairs whose dialogues differ before the last answer, and empty answers, are left out; counted
+    here by string surgery on the raw lines."""
+    with gzip.open(hh_file, "rt", encoding="utf-8") as f:
+        rows = [json.loads(line) for line in f]
+    split = [[row[a].rpartition("\n\nAssistant:") for a in ("chosen", "rejected")] for row in rows]
+    differ = sum(w[0] != l[0] for w, l in split)
+    empty = sum(w[0] == l[0] and not (w[2].strip() and l[2].strip()) for w, l in split)
+    drops = Drops()
+    pairs = read_pairs(str(hh_file), drops)
+    assert {rule: len(where) for rule, where in drops.rules.items()} == {
+        "prompts differ": differ, "empty answer": empty}  # fmt: skip
+    assert len(pairs) == len(rows) - differ - empty == 2303
+    assert all(p.prompt[0]["role"] == p.prompt[-1]["role"] == "user" for p in pairs)
+
+
+# ----------------------------------------------------------------------------- drops and errors
+
+GOOD = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
+
+
+def test_what_is_dropped_is_counted_by_rule_and_place(tmp_path):
+    differ = {"chosen": say("Why?", "So."), "rejected": say("Why", "No.")}
+    empty, silent = GOOD | {"rejected": " \n"}, GOOD | {"prompt": " "}
+    apart = {"chosen": "Nothing shared.", "rejected": "At all."}
+    hollow = GOOD | {"chosen": ""}
+    pairs, drops = read(tmp_path, GOOD, differ, empty, silent, hollow, apart, empty)
+    assert len(pairs) == 1
+    f = tmp_path / "pairs.jsonl"
+    assert str(drops) == (
+        f"1 prompts differ ({f}:2); 3 empty answer ({f}:3, {f}:5, …); 2 no prompt ({f}:4, {f}:6)"
+    )
+
+
+def test_a_limit_reads_no_further(tmp_path):
+    assert len(read(tmp_path, GOOD, GOOD, GOOD, "broken", limit=2)[0]) == 2
+
+
+def test_blank_lines_are_nothing_and_odd_line_separators_are_text(tmp_path):
+    odd = json.dumps(GOOD | {"chosen": "a\u2028b\x85c"}, ensure_ascii=False)
+    pairs, _ = read(tmp_path, "", odd, "  ", GOOD)
+    assert [chosen for _, chosen, _ in pairs] == ["a\u2028b\x85c", "So."]
+
+
+WRONG = {
+    "broken JSON": ('{"prompt": ', "broken JSON .*; mend or delete the row"),
+    "not an object": ("[1]", "expected an object with named columns"),
+    "no chosen": ({"prompt": "a", "answer": "b"}, r"columns \['answer', 'prompt'\]; expected"),
+    "no rejected": ({"prompt": "a", "chosen": "b"}, "expected chosen and rejected"),
+    "a number": (GOOD | {"prompt": 7}, "expected text or messages, found int"),
+    "text against messages": ({"chosen": "a b", "rejected": say("a", "c")}, "needs a `rejected`"),
+    "a strange role": (
+        GOOD | {"prompt": [{"role": "tool", "content": "x"}]},
+        "unknown role 'tool'",
+    ),
+    "no content": (GOOD | {"prompt": [{"role": "user"}]}, "a message needs a role and a text"),
+    "pictures": (GOOD | {"prompt": [{"role": "user", "content": [{}]}]}, "and a text content"),
+    "no answer": ({"chosen": say("a"), "rejected": say("a")}, "must be the assistant's answer"),
+    "no messages": ({"chosen": [], "rejected": []}, "must be the assistant's answer"),
+    "an hh question": ({"chosen": HH[:-13], "rejected": HH}, "does not end with an answer"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_row_is_told_in_one_line_with_file_and_row(name, tmp_path):
+    row, told = WRONG[name]
+    with pytest.raises(UserError, match=told) as error:
+        read(tmp_path, GOOD, row)
+    assert str(error.value).startswith(f"{tmp_path / 'pairs.jsonl'}:2: ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, content, told",
+    [
+        ("a.jsonl.gz", b"not gzip", "not readable"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}' * 99, mtime=0)[:-9], "not readable"),
+        ("a.parquet", b"not parquet", "not readable as parquet"),
+        ("a.jsonl", b'{"prompt": "\xff"}', "not readable: 'utf-8' codec"),
+        ("a.json", b'{"prompt": []}', "expected a list of records, found dict"),
+        ("a.json", b'[{"chosen": "a"},\n{"chosen": "b"}', "broken JSON"),
+        ("a.jsonl", b"", "no usable pairs; dropped: none"),
+    ],
+)
+def test_a_wrong_file_is_told_in_one_line(name, content, told, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=told) as error:
+        read_pairs(str(tmp_path / name), Drops())
+    assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["missing.jsonl", "some/missing.jsonl", "*.jsonl", "", "."])
+def test_a_missing_file_is_told_with_the_cure(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"--data .*: no such file; give a path, a glob or a hub"):
+        read_pairs(source, Drops())
+
+
+def test_a_glob_reads_its_files_in_order(tmp_path):
+    for name in ("b.jsonl", "a.jsonl"):
+        write(tmp_path, [GOOD | {"chosen": name}], name)
+    (tmp_path / "c.jsonl").mkdir()
+    pairs = read_pairs(str(tmp_path / "*.jsonl"), Drops())
+    assert [p.chosen for p in pairs] == ["a.jsonl", "b.jsonl"]
+
+
+# ----------------------------------------------------------------------------- the hub
+
+REVISION = "0123abc"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub with one dataset, `lab/pairs`, of five files; every file names itself as the answer."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    files = ["README.md", "data/train_prefs-0.jsonl", "data/train_prefs-1.jsonl",
+             "data/train_sft-0.jsonl", "data/test_prefs-0.jsonl", "data/train-0.jsonl"]  # fmt: skip
+
+    def list_repo_files(self, name, repo_type, revision):
+        assert (name, repo_type, revision) == ("lab/pairs", "dataset", REVISION)
+        return files
+
+    def download(name, file, repo_type, revision):
+        assert (name, repo_type, revision) == ("lab/pairs", "dataset", REVISION)
+        return write(tmp_path, [GOOD | {"chosen": file}], file.replace("/", "_"))
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_repo_files)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return files
+
+
+@pytest.mark.parametrize(
+    "source, files",
+    [
+        ("lab/pairs", ["data/train_prefs-0.jsonl", "data/train_prefs-1.jsonl"]),
+        ("lab/pairs:test_prefs", ["data/test_prefs-0.jsonl"]),
+        ("lab/pairs:train_sft", ["data/train_sft-0.jsonl"]),
+    ],
+)
+def test_a_hub_id_reads_one_split(source, files, hub):
+    assert [p.chosen for p in read_pairs(source, Drops(), revision=REVISION)] == files
+
+
+def test_a_hub_dataset_without_preference_splits_reads_train(hub):
+    hub[:] = ["harmless-base/train.jsonl", "harmless-base/test.jsonl", "helpful-base/train.jsonl",
+              "retrain.jsonl", "train_sft.jsonl"]  # fmt: skip
+    pairs = read_pairs("lab/pairs", Drops(), revision=REVISION)
+    assert [p.chosen for p in pairs] == ["harmless-base/train.jsonl", "helpful-base/train.jsonl"]
+
+
+def test_an_unknown_split_is_told_and_so_is_an_unreachable_hub(hub, monkeypatch):
+    with pytest.raises(UserError, match="--data lab/pairs: no files of split dev among"):
+        read_pairs("lab/pairs:dev", Drops(), revision=REVISION)
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: 1 / 0)
+    with pytest.raises(UserError, match="not a file, and the hub did not serve it: division"):
+        read_pairs("lab/pairs", Drops(), revision=REVISION)
+
+
+# ----------------------------------------------------------------------------- the hold-out
+
+
+def test_the_hold_out_is_disjoint_complete_and_seeded():
+    pairs = [Pair(Q, str(i), "", f"f:{i}") for i in range(50)]
+    train, held = hold_out(pairs, 10, seed=0)
+    assert len(held) == 10
+    assert sorted(train + held, key=lambda p: int(p.chosen)) == pairs
+    assert hold_out(pairs, 10, seed=0) == (train, held)
+    assert hold_out(pairs, 10, seed=1)[1] != held
+    assert hold_out(pairs, 0, seed=0) == (pairs, [])
+    with pytest.raises(UserError, match="--eval_pairs 50 leaves nothing of 50 pairs"):
+        hold_out(pairs, 50, seed=0)

@@ -1,0 +1,219 @@
+"""`--data`: files, globs, folders, hub ids with splits, several with weights; the hub's cache."""
+
+import gzip
+import json
+from collections import Counter
+
+import pytest
+from test_pairs import GOOD, write
+
+from jobs.cli import UserError
+from pairs.read import Drops, hold_out, read_pairs
+from pairs.sources import data_files, of_split, parse_sources, records
+
+
+def names(directory, files):
+    return [file.removeprefix(f"{directory}/") for file in files]
+
+
+def touch(directory, *files):
+    """Files of one pair, whose chosen answer is the file's path."""
+    for file in files:
+        (directory / file).parent.mkdir(parents=True, exist_ok=True)
+        write(directory, [GOOD | {"chosen": file}], file)
+
+
+# ----------------------------------------------------------------------------- local
+
+
+def test_a_folder_gives_what_a_hub_dataset_of_its_names_would(tmp_path):
+    """train_prefs, else train, else all files where no name tells a split; two levels down."""
+    flat, hub, deep = (tmp_path / name for name in ("flat", "hub", "deep"))
+    touch(flat, "b.jsonl", "a.parquet", "c.json", "d.json.gz", "e.jsonl.gz")
+    (flat / "notes.txt").write_text("x")
+    (flat / "dataset_infos.json").write_text("{}")
+    assert names(flat, data_files(str(flat))) == [
+        "a.parquet", "b.jsonl", "c.json", "d.json.gz", "e.jsonl.gz"]  # fmt: skip
+    touch(hub, "data/train_prefs-0.jsonl", "data/train_sft-0.jsonl", "data/test_prefs-0.jsonl")
+    assert names(hub, data_files(str(hub))) == ["data/train_prefs-0.jsonl"]
+    assert names(hub, data_files(f"{hub}:test_prefs")) == ["data/test_prefs-0.jsonl"]
+    touch(deep, "a/b/train.jsonl", "a/b/c/train.jsonl", "a/b/test.jsonl")
+    assert names(deep, data_files(f"{deep}/")) == ["a/b/train.jsonl"]
+    assert names(deep, data_files(f"{deep}:b/test")) == ["a/b/test.jsonl"]
+
+
+def test_a_folder_without_data_is_told_with_what_it_holds(tmp_path):
+    with pytest.raises(UserError, match=r"the folder holds no files of split train_prefs or train"):
+        data_files(str(tmp_path))
+    touch(tmp_path, "test.jsonl")
+    with pytest.raises(UserError, match=r"of split dev among \['test.jsonl'\]"):
+        data_files(f"{tmp_path}:dev")
+
+
+def test_a_split_is_a_whole_word_of_a_name_and_a_config_a_whole_folder():
+    files = ["all/train-00000-of-00001.parquet", "small/train-00000-of-00001.parquet",
+             "small/retrain.parquet", "small/train_sft-0.parquet", "small/test.parquet",
+             "small/train.txt"]  # fmt: skip
+    assert of_split(files, "train") == files[:2]
+    assert of_split(files, "small/train") == files[1:2]
+    assert of_split(files, "mall/train") == []
+    assert of_split(files, "test") == ["small/test.parquet"]
+    assert of_split(["evol_instruct.jsonl", "flan.jsonl", "README.md"]) == [
+        "evol_instruct.jsonl", "flan.jsonl"]  # fmt: skip
+    assert of_split(["test.jsonl", "flan.jsonl"]) == []
+
+
+# ----------------------------------------------------------------------------- several, weights
+
+
+def test_sources_are_joined_by_commas_in_their_order(tmp_path):
+    touch(tmp_path, "a.jsonl", "b.jsonl", "c/train.jsonl")
+    pairs = read_pairs(f"{tmp_path}/b.jsonl,{tmp_path}/c,{tmp_path}/[a].jsonl", Drops())
+    assert [p.chosen for p in pairs] == ["b.jsonl", "c/train.jsonl", "a.jsonl"]
+
+
+def test_a_weight_repeats_all_pairs_and_draws_a_share(tmp_path):
+    file = write(tmp_path, [GOOD | {"chosen": str(i)} for i in range(8)])
+    for weight, copies in ((1, 8), (2, 16), (0.25, 2), (2.5, 20), (3.0, 24)):
+        drops = Drops()
+        pairs = read_pairs(f"{file}@{weight}", drops)
+        counts = Counter(p.chosen for p in pairs)
+        assert len(pairs) == copies and drops.read == 8 == len(counts) + drops.total
+        assert max(counts.values()) - min(counts.values(), default=0) <= 1
+    quarter = [p.chosen for p in read_pairs(f"{file}@.25", Drops())]
+    assert quarter == sorted(quarter) == [p.chosen for p in read_pairs(f"{file}@.25", Drops())]
+
+
+def test_copies_of_a_pair_never_stand_on_both_sides_of_the_hold_out(tmp_path):
+    file = write(tmp_path, [GOOD | {"chosen": str(i)} for i in range(8)])
+    train, held = hold_out(read_pairs(f"{file}@2.5", Drops()), 3, seed=0)
+    assert len(held) == len({p.where for p in held}) == 3
+    assert not {p.where for p in held} & {p.where for p in train}
+    assert len({p.where for p in train}) == 5
+
+
+@pytest.mark.parametrize("weight", ["0", "0.0", "-1", "x", "1e3", "nan", ""])
+def test_a_weight_that_is_none_is_told(weight, tmp_path):
+    file = write(tmp_path, [GOOD])
+    with pytest.raises(UserError, match="the weight behind @ must be a number above 0"):
+        read_pairs(f"{file}@{weight}", Drops())
+
+
+def test_a_file_name_may_hold_commas_and_at_signs(tmp_path):
+    file = write(tmp_path, [GOOD], "a,b@2.jsonl")
+    assert [s.files for s in parse_sources(file)] == [[file]]
+    assert len(read_pairs(file, Drops())) == 1
+
+
+def test_the_limit_counts_what_it_leaves_of_rows_that_had_to_be_read(tmp_path):
+    """Over two sources; and of a layout whose rows are all read before the first pair is known."""
+    from test_layouts import TREE
+
+    a, b = (write(tmp_path, [GOOD] * 3, name) for name in ("a.jsonl", "b.jsonl"))
+    drops = Drops()
+    assert len(read_pairs(f"{a},{b}", drops, limit=4)) == 4
+    assert drops.read == 4 and not drops.total
+    tree, drops = write(tmp_path, TREE, "tree.jsonl"), Drops()
+    assert len(read_pairs(tree, drops, limit=1)) == 1
+    assert drops.read == len(TREE) == 1 + drops.total
+    assert len(drops.rules["beyond --limit"]) == 2
+
+
+# ----------------------------------------------------------------------------- the hub
+
+COMMIT = "0" * 39 + "1"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """fill(repo, *files): huggingface_hub's own cache as a download leaves it, and no network."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def fill(repo, *files, refs=("main",)):
+        root = tmp_path / f"datasets--{repo.replace('/', '--')}"
+        (root / "refs").mkdir(parents=True)
+        for ref in refs:
+            (root / "refs" / ref).write_text(COMMIT)
+        for n, file in enumerate(files):
+            blob, link = root / "blobs" / f"{n:040x}", root / "snapshots" / COMMIT / file
+            blob.parent.mkdir(exist_ok=True)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            blob.write_text(json.dumps(GOOD | {"chosen": file}) + "\n")
+            link.symlink_to(blob)
+
+    return fill
+
+
+def chosen(source, **options):
+    return [p.chosen for p in read_pairs(source, Drops(), **options)]
+
+
+def test_what_the_hub_once_gave_is_read_without_it(cache, capsys):
+    cache("lab/one", "data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl",
+          "data/test-00000-of-00001.jsonl", "small/train.jsonl")  # fmt: skip
+    expected = ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"]
+    assert chosen("lab/one") == [*expected, "small/train.jsonl"]
+    told = capsys.readouterr().err
+    assert told.startswith("lab/one: the hub is out of reach; reading what is cached: ")
+    assert "train-00001-of-00002.jsonl" in told and told.count("\n") == 1
+    assert chosen("lab/one:test") == ["data/test-00000-of-00001.jsonl"]
+    assert chosen("lab/one:small/train") == ["small/train.jsonl"]
+    assert chosen("lab/one:data/train@2,lab/one:test") == [
+        *expected, *expected, "data/test-00000-of-00001.jsonl"]  # fmt: skip
+
+
+def test_a_revision_is_found_in_the_cache_and_another_is_not(cache):
+    cache("lab/two", "train.jsonl", refs=("main", "v1"))
+    assert chosen("lab/two", revision="v1") == chosen("lab/two", revision=COMMIT) == ["train.jsonl"]
+    with pytest.raises(UserError, match="--data lab/two: not a file, and the hub did not serve it"):
+        chosen("lab/two", revision="v2")
+
+
+def test_a_half_fetched_split_is_not_read_for_the_whole(cache):
+    """Two configurations with equal numbers of shards, one of them incomplete."""
+    cache("lab/three", "a/train-00000-of-00002.jsonl", "a/train-00001-of-00002.jsonl",
+          "b/train-00001-of-00002.jsonl")  # fmt: skip
+    with pytest.raises(UserError, match="the hub did not serve it"):
+        chosen("lab/three")
+    with pytest.raises(UserError, match="the hub did not serve it"):
+        chosen("lab/three:b/train")
+    assert len(chosen("lab/three:a/train")) == 2
+
+
+def test_a_dataset_whose_files_name_no_split_is_read_whole(monkeypatch, tmp_path):
+    """openbmb/UltraFeedback: one file per origin of the questions."""
+    hub = pytest.importorskip("huggingface_hub")
+    files = ["README.md", "flan.jsonl", "evol_instruct.jsonl", ".gitattributes"]
+    monkeypatch.setattr(hub.HfApi, "list_repo_files", lambda *_, **__: files)
+    monkeypatch.setattr(hub, "hf_hub_download", lambda name, file, **_: f"/cache/{file}")
+    (source,) = parse_sources("openbmb/UltraFeedback")
+    assert source.files == ["/cache/evol_instruct.jsonl", "/cache/flan.jsonl"]
+
+
+# ----------------------------------------------------------------------------- records
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "a.parquet"])
+def test_every_kind_of_file_gives_the_same_rows(name, tmp_path):
+    rows = [GOOD | {"chosen": f"Häß {i}"} for i in range(3)]
+    file = tmp_path / name
+    if name == "a.json.gz":
+        file.write_bytes(gzip.compress(json.dumps(rows).encode()))
+    else:
+        write(tmp_path, rows, name)
+    assert list(records(str(file))) == [(f"{file}:{i}", row) for i, row in enumerate(rows, 1)]
+
+
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf", b"\n \n"])
+def test_a_json_file_may_hold_a_record_per_line(start, tmp_path):
+    lines = [json.dumps(GOOD).encode()] * 3
+    (tmp_path / "train.json").write_bytes(start + b"\r\n".join(lines))
+    rows = [row for _, row in records(str(tmp_path / "train.json"))]
+    assert rows == [GOOD] * 3
+
+
+def test_a_json_file_may_be_printed_over_several_lines(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([GOOD, GOOD], indent=4))
+    assert [row for _, row in records(str(tmp_path / "a.json"))] == [GOOD] * 2
