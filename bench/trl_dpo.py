@@ -212,9 +212,7 @@ def warm_up(model, settings):
 def main():
     settings = parse(Settings, __doc__.splitlines()[0])
     if settings.model is None or not Path(settings.model).is_dir():
-        raise UserError(
-            f"--model {settings.model}: not there; tests/tools/smollm2.py builds one"
-        )
+        raise UserError(f"--model {settings.model}: not there; tests/tools/smollm2.py builds one")
     if settings.batch % settings.micro:
         raise UserError(f"--batch {settings.batch} is not a multiple of --micro {settings.micro}")
     if settings.pairs < settings.batch:
