@@ -38,7 +38,7 @@ from evals.score_cache import ScoreCache
 from evals.stats import estimate, win_rate
 from generate import load_model
 from hub.weights import pin
-from jobs.cli import UserError, flag, parse, require, run
+from jobs.cli import UserError, as_user_error, flag, parse, require, run
 from jobs.files import ASSETS, read_json
 from jobs.metrics import CompareSettings, compare_runs
 from losses import Path, recipe
@@ -259,7 +259,8 @@ def readings(s):
     With a reference: plain, cross with the reference on the prompt alone (InSPO's) and on the same
     paths (IFSR's). Objectives without one have the policy's own log-probabilities: plain, cross.
     """
-    every = recipe(s.loss, "averaged", s.bridge, "conditioned", beta=s.beta)
+    with as_user_error():
+        every = recipe(s.loss, "averaged", s.bridge, "conditioned", beta=s.beta)
     if every.objective.head != "logps" or "rejected" not in every.objective.answers:
         raise UserError(f"--loss {s.loss} gives a pair no margin; choose a preference objective")
     if not every.objective.uses_reference:

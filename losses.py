@@ -29,8 +29,6 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import logsigmoid
 
-from jobs.cli import UserError
-
 # ----------------------------------------------------------------------------- objectives
 
 
@@ -178,6 +176,15 @@ OBJECTIVES = {
 }
 
 
+def hyperparameters():
+    """Computes {name: {objective: default}} over the table, in its order: one flag per name."""
+    found = {}
+    for name, objective in OBJECTIVES.items():
+        for hyper, default in objective.defaults.items():
+            found.setdefault(hyper, {})[name] = default
+    return found
+
+
 class Path(NamedTuple):
     """log pi(target | prompt, context). `context` is None, an answer, or the instruction."""
 
@@ -318,17 +325,17 @@ def unique(items):
 def recipe(name, condition=None, bridge=None, reference=None, **hyper):
     """Resolve `--loss NAME`, its overrides and hyperparameters (None: the table's value).
 
-    Raises UserError for an unknown name or a hyperparameter that the objective does not have.
+    Raises ValueError for an unknown name or a hyperparameter that the objective does not have.
     """
     if name not in PRESETS:
-        raise UserError(f"--loss {name}: unknown objective; choose from {', '.join(PRESETS)}")
+        raise ValueError(f"--loss {name}: unknown objective; choose from {', '.join(PRESETS)}")
     preset = PRESETS[name]
     objective = OBJECTIVES[preset.objective]
     given = {key: value for key, value in hyper.items() if value is not None}
     for key in given:
         if key not in objective.defaults:
             known = ", ".join(f"--{k}" for k in objective.defaults) or "none"
-            raise UserError(f"--{key} does not apply to --loss {name}; its flags are: {known}")
+            raise ValueError(f"--{key} does not apply to --loss {name}; its flags are: {known}")
     return Recipe(
         name,
         objective,

@@ -13,7 +13,7 @@ from data import plain_paths
 from evals import plan as memory
 from hub import weights
 from hub.template import Template
-from jobs.cli import UserError, parse, progress, run
+from jobs.cli import UserError, as_user_error, parse, progress, run
 from jobs.metrics import Metrics
 from jobs.processes import Ranks, Stopped, build_model
 from losses import recipe, unique
@@ -65,9 +65,10 @@ def main():
 def train(s, ranks):
     """One run, from its settings to OUT/final; UserError for what a user can put right."""
     embedded = resolve(s, ranks.kind)
-    rule = recipe(
-        s.loss, s.condition, s.bridge, s.reference, **{name: getattr(s, name) for name in HYPER}
-    )
+    with as_user_error():
+        rule = recipe(
+            s.loss, s.condition, s.bridge, s.reference, **{name: getattr(s, name) for name in HYPER}
+        )
     try:
         with open_out(s, ranks):
             fit(s, ranks, rule)

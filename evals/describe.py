@@ -16,7 +16,7 @@ import numpy as np
 from data import PARTS, Dataset, Limits
 from hub.template import Template
 from hub.weights import resolve
-from jobs.cli import UserError, flag, parse, require
+from jobs.cli import UserError, as_user_error, flag, parse, require
 from losses import CONDITIONS, recipe
 from pairs.cleaning import Rules, clean
 from pairs.read import Drops, read_pairs
@@ -53,7 +53,8 @@ class Settings(Rules):
 def describe(s):
     """(figures as a JSON-ready dict, {part: lengths}) of these settings."""
     template, drops = Template(resolve(s.model)), Drops()
-    rule = recipe(s.loss, s.condition, s.bridge)
+    with as_user_error():
+        rule = recipe(s.loss, s.condition, s.bridge)
     pairs = read_pairs(s.data, drops, s.limit, bad_rows=s.bad_rows)
     n_read = len(pairs)
     if (rules := Rules.of(s)) != Rules():

@@ -1,6 +1,7 @@
 """The command line: flags are the fields of a dataclass; a user's mistake is told in one line."""
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
@@ -19,6 +20,15 @@ class UserError(Exception):
     def __init__(self, message):
         super().__init__(message)
         self.told = os.environ.get("RANK", "0") != "0"  # under torchrun every rank raises the same
+
+
+@contextlib.contextmanager
+def as_user_error():
+    """Turns a ValueError about what a user gave, as losses.py raises it, into a UserError."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def flag(default, help, choices=None):
