@@ -22,6 +22,8 @@ Legend: N answers or pairs, P paths, Q questions, A answers of a question.
 
 import dataclasses
 import functools
+import hashlib
+import os
 import sys
 from dataclasses import dataclass
 
@@ -34,12 +36,11 @@ from evals import context as analysis
 from evals.answers import align, question_ids, read_answers, read_both
 from evals.judge import JudgeSettings, judge
 from evals.results import number, refuse, save, table
-from evals.score_cache import ScoreCache
 from evals.stats import estimate, win_rate
 from generate import load_model
-from hub.weights import pin
+from hub.weights import Weights, pin
 from jobs.cli import UserError, as_user_error, flag, parse, require, run
-from jobs.files import ASSETS, read_json
+from jobs.files import ASSETS, Store, read_json
 from jobs.metrics import CompareSettings, compare_runs
 from losses import Path, recipe
 from pairs.layouts import Pair
@@ -105,7 +106,7 @@ def reward(s):
     require(s, "model", *(() if s.pairs else ("answers",)))
     sides = read_sides(s)
     model, template = load_model(s.model, s.dtype, s.device, head="reward")
-    cache = ScoreCache(s.cache, model, template.directory) if s.cache else None
+    cache = open_scores(s.cache, model, template.directory) if s.cache else {}
     every = [answer for _, rows in sides.values() for answer in rows]  # at once: equal ones tie
     scores = reward_scores(model, template, every, s.pool, s.row_tokens, cache)
     scores = dict(zip(sides, np.split(scores, len(sides)), strict=True))
@@ -191,13 +192,26 @@ def by_subset(ours, theirs, names, fine, seed):
     return parts
 
 
+def open_scores(folder, model, source):
+    """Store of FOLDER/<digest of the model>.jsonl: {digest of an answer's tokens: score}.
+
+    The model's digest covers weights, config, dtype and device type.
+    """
+    weight = model.embed.weight
+    sha = hashlib.sha256(Weights(source).digest().encode())
+    sha.update((source / "config.json").read_bytes())
+    sha.update(f"{weight.dtype} {weight.device.type}".encode())
+    return Store(os.path.join(folder, f"{sha.hexdigest()}.jsonl"), ("tokens", "score"), "--cache")
+
+
 def reward_scores(model, template, answers, pool="last", row_tokens=None, cache=None):
     """(N,) scores of answers under a reward model, rendered as `--loss reward` trains it.
 
     pool: "last" reads the score at the last token; "not_pad" at the last one whose id is not the
     config's pad_token_id, as transformers does even where the template itself ends with that id.
-    cache: a ScoreCache, asked first.
+    cache: {digest of an answer's tokens: score}, asked first.
     """
+    known = {} if cache is None else cache
     texts = [template.render(a.prompt, generation=True) for a in answers]
     texts += [template.answer(a.prompt, a.text, closed=False) for a in answers]
     ids = template.encode(texts)
@@ -207,18 +221,16 @@ def reward_scores(model, template, answers, pool="last", row_tokens=None, cache=
     paths = [
         [([x, y], len(y))] for x, y in zip(ids[: len(answers)], ids[len(answers) :], strict=True)
     ]
-    keys = [b"|".join(ids.tobytes() for ids in path[0][0]) for path in paths]
-    found = {key: cache and cache.get(key) for key in keys}
-    first = {key: n for n, key in enumerate(keys) if found[key] is None}  # equal answers: once
+    texts = (b"|".join(x.tobytes() for x in segments) for ((segments, _),) in paths)
+    keys = [hashlib.sha256(text).hexdigest() for text in texts]
+    first = {key: n for n, key in enumerate(keys) if key not in known}  # equal answers: once
     if first:
         tries = [lay_out(paths[n], "last") for n in first.values()]
         sizes = list(map(len, tries))
         sums, _ = score(model, tries.__getitem__, sizes, 1, row_tokens, "reward")
-        new = dict(zip(first, sums[:, 0].tolist(), strict=True))
-        found |= new
-        if cache:
-            cache.add(new)
-    return np.array([found[key] for key in keys], dtype=np.float64)
+        for key, value in zip(first, sums[:, 0].tolist(), strict=True):
+            known[key] = value
+    return np.array([known[key] for key in keys], dtype=np.float64)
 
 
 def trim(ids, pad):

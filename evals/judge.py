@@ -27,7 +27,7 @@ from generate import answerer
 from hub.benchmarks import Ask, digest, question_id, refuse_twins, transcript, write_rows
 from hub.weights import Weights, resolve
 from jobs.cli import UserError, flag, progress, require
-from jobs.files import Journal
+from jobs.files import Store
 
 # ----------------------------------------------------------------------------- what is asked
 
@@ -148,27 +148,26 @@ class Words(NamedTuple):
     tokens: list | None
 
 
-class Cache:
-    """A judge's words by what was asked: the content of the prompt, the judge and its sampling."""
+class Judge:
+    """The judge's words about what it is asked; what it has been asked before is not asked again.
 
-    def __init__(self, file, s):
-        self.s, self.journal, self.words = s, Journal(file, "--cache"), {}
-        judge = s.model if s.endpoint else Weights(resolve(s.model)).digest()
-        self.judge = [judge, s.temperature, s.top_p, s.max_new_tokens, s.seed]
-        for where, row in self.journal.rows:
-            try:
-                self.words[row["key"]] = Words(row["text"], row["tokens"])
-            except (KeyError, TypeError) as error:
-                raise UserError(f"{where}: no row of a judge's cache; move it away") from error
-        self.asked, self.refused = [], []
+    They are kept by the content of the prompt, the judge and its sampling.
+    """
+
+    def __init__(self, s):
+        self.s, self.asked, self.refused = s, [], []
+        file = s.cache or f"{s.out}.cache.jsonl"
+        self.known = Store(file, ("key", "text", "tokens"), "--cache")
+        model = s.model if s.endpoint else Weights(resolve(s.model)).digest()
+        self.identity = [model, s.temperature, s.top_p, s.max_new_tokens, s.seed]
 
     def __call__(self, prompts):
-        """Messages -> Words of each, None where the server refuses; what is not known is asked."""
-        keys = [digest([self.judge, prompt]) for prompt in prompts]
-        new = {key: n for n, key in enumerate(keys) if key not in self.words}
+        """Messages -> Words of each, None where the server refuses."""
+        keys = [digest([self.identity, prompt]) for prompt in prompts]
+        new = {key: n for n, key in enumerate(keys) if key not in self.known}
         if new:
             self._ask(new, prompts)
-        return [self.words.get(key) for key in keys]
+        return [Words(*self.known[key]) if key in self.known else None for key in keys]
 
     def _ask(self, new, prompts):
         answers, order = answerer(self.s), {n: key for key, n in new.items()}
@@ -176,9 +175,8 @@ class Cache:
         with progress("judge", len(prompts), "verdict", initial=len(prompts) - len(new)) as bar:
             for n, row in answers.numbered(asks, list(order)):
                 words = Words(row["answer"], row.get("usage") or count_tokens(answers, row))
-                self.words[order[n]] = words
+                self.known[order[n]] = words
                 self.asked.append(words)
-                self.journal.append({"key": order[n], "text": words.text, "tokens": words.tokens})
                 bar.update()
         self.refused = getattr(answers, "refused", [])
 
@@ -300,12 +298,10 @@ def judge(s):
     prompt = read_template(s.template, single)
     answers = read_answers(s.answers, "--answers", s.questions)[: s.limit]
     others = None if single else read_others(s, answers)
-    cache = Cache(s.cache or f"{s.out}.cache.jsonl", s)
-    rows = (
-        grade(s, prompt, answers, cache) if single else compare(s, prompt, answers, others, cache)
-    )
+    ask = Judge(s)
+    rows = grade(s, prompt, answers, ask) if single else compare(s, prompt, answers, others, ask)
     write_rows(s.out, rows, lines=s.format != "alpaca_eval")
-    report_cost(s, cache, len(answers) * (1 if single else 2))
+    report_cost(s, ask, len(answers) * (1 if single else 2))
 
 
 def read_others(s, answers):
@@ -327,14 +323,14 @@ def read_template(file, single):
         raise UserError(f"--template {file}: not readable: {error}") from error
 
 
-def compare(s, prompt, answers, others, cache):
+def compare(s, prompt, answers, others, ask):
     """Two games per question, --against first as A and then as B -> rows of the file."""
     prompts = []
     for ours, theirs in zip(answers, others, strict=True):
         question = transcript(ours.question)
         for a, b in ((theirs, ours), (ours, theirs)):
             prompts.append(prompt(question=question, answer_a=a.said, answer_b=b.said))
-    words = cache(prompts)
+    words = ask(prompts)
     games = [
         word
         and {"score": read_verdict(word.text), "judgment": {"answer": word.text}, "prompt": asked}
@@ -346,7 +342,7 @@ def compare(s, prompt, answers, others, cache):
     return [write(s, *row) for row in zip(answers, others, games, strict=True)]
 
 
-def grade(s, prompt, answers, cache):
+def grade(s, prompt, answers, ask):
     """One grade per answer -> rows as FastChat's single-answer judgments."""
     prompts = []
     for row in answers:
@@ -354,7 +350,7 @@ def grade(s, prompt, answers, cache):
         told = reference[turn - 1] if turn <= len(reference) else "(none)"
         question = transcript(row.prompt)
         prompts.append(prompt(question=question, answer=row.text, reference=told))
-    words = cache(prompts)
+    words = ask(prompts)
     grades = [word and read_grade(word.text) for word in words]
     report_grades(s, grades)
     return [
@@ -399,15 +395,15 @@ def report_grades(s, grades):
         print(f"mean grade {estimate(read, s.seed):.2f}")
 
 
-def report_cost(s, cache, n):
+def report_cost(s, judge, n):
     """Print tokens and dollars of this run; what came from the cache costs nothing."""
-    told = [words.tokens for words in cache.asked if words.tokens is not None]
+    told = [words.tokens for words in judge.asked if words.tokens is not None]
     tokens_in, tokens_out = (sum(column) for column in zip(*told, strict=True)) if told else (0, 0)
     dollars = (tokens_in * s.price_in + tokens_out * s.price_out) / 1e6
     print(
-        f"{n} judgments: {len(cache.asked)} asked now, {len(cache.refused)} refused, others known"
+        f"{n} judgments: {len(judge.asked)} asked now, {len(judge.refused)} refused, others known"
     )
-    untold = f", {len(cache.asked) - len(told)} untold" if len(told) < len(cache.asked) else ""
+    untold = f", {len(judge.asked) - len(told)} untold" if len(told) < len(judge.asked) else ""
     print(f"tokens: {tokens_in} in, {tokens_out} out{untold}; cost ${dollars:.4f}")
-    if cache.refused:
-        print(f"the server refused judgment {min(cache.refused)[0] + 1}: {min(cache.refused)[1]}")
+    if judge.refused:
+        print(f"the server refused judgment {min(judge.refused)[0] + 1}: {min(judge.refused)[1]}")

@@ -1,12 +1,15 @@
-"""Rows of a long job, one JSON line each: appended as they come, read back after a kill.
+"""Files of a long job: rows appended as they come, items kept by key, and files written whole.
 
-A row counts from its newline on: the torn last line that a kill leaves is cut off and its work
-done again. Several processes write parts of one file, each its own, and the first joins them.
+Rows are JSON lines, read back after a kill. A row counts from its newline on: the torn last line
+that a kill leaves is cut off and its work done again. Several processes write parts of one file,
+each its own, and the first joins them.
 """
 
+import contextlib
 import glob
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -14,25 +17,65 @@ from jobs.cli import UserError
 
 ASSETS = Path(__file__).parents[1] / "assets"  # the embedded model and data
 
+# ----------------------------------------------------------------------------- written whole
 
-def read_lines(file):
-    """The whole lines of a file as bytes, split at "\\n" alone; [] where there is no file."""
+
+@contextlib.contextmanager
+def written_whole(final):
+    """Gives a name beside `final` for a file or folder to be written under, then publishes it.
+
+    Use: `with written_whole(file) as aside: …`. After an error `final` is as it was before.
+    """
+    aside = Path(final).with_name(f".{Path(final).name}")
+    remove(aside)  # what a kill left
     try:
-        return Path(file).read_bytes().split(b"\n")[:-1]
-    except FileNotFoundError:
-        return []
+        yield aside
+        publish(aside, final)
+    except BaseException:
+        remove(aside)
+        raise
+
+
+def publish(aside, final):
+    """Renames a file or folder that is whole: no reader, and no power cut, ever sees half of one.
+
+    A folder cannot replace another in one step: the old one goes only when the new one is in.
+    """
+    old = Path(final).with_name(f".{Path(final).name}.old")
+    remove(old)
+    for path in (*Path(aside).rglob("*"), aside):  # rename may reach the disk before the content
+        flush(path)
+    if os.path.isdir(final):
+        os.rename(final, old)
+    os.replace(aside, final)
+    flush(old.parent)
+    remove(old)
+
+
+def flush(path):
+    """fsync of a file or directory: after it, a power cut cannot lose what was written."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path):
+    """Deletes a file or folder, if it is there."""
+    if os.path.isdir(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        Path(path).unlink(missing_ok=True)
 
 
 def replace(file, chunks):
-    """Write byte chunks beside `file` and rename, so that a reader never sees half of them."""
-    aside = Path(f"{file}.tmp")
-    with open(aside, "wb") as f:
+    """Writes byte chunks as the new content of `file`."""
+    with written_whole(file) as aside, open(aside, "wb") as f:
         f.writelines(chunks)
-    os.replace(aside, file)
 
 
-def to_line(row):
-    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+# ----------------------------------------------------------------------------- JSON
 
 
 def read_json(file):
@@ -50,27 +93,92 @@ def parse_json(text, where):
 
 
 def write_json(file, content):
-    Path(file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    replace(file, [json.dumps(content, indent=2, ensure_ascii=False).encode(), b"\n"])
+
+
+# ----------------------------------------------------------------------------- rows
+
+
+def read_lines(file):
+    """The whole lines of a file as bytes, split at "\n" alone; [] where there is no file."""
+    try:
+        return Path(file).read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+
+
+def to_line(row):
+    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+
+
+def open_to_append(file, flag):
+    """Opens a file of rows behind its last whole one; UserError, naming `flag`, where it cannot."""
+    try:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        opened = open(file, "ab")  # noqa: SIM115
+        opened.truncate(sum(len(line) + 1 for line in read_lines(file)))  # a torn last line
+    except OSError as error:
+        raise UserError(f"{flag} {file}: {error.strerror}") from error
+    return opened
 
 
 class Journal:
     """A file of rows to go on with: `rows`, [("file:row", dict)], is what it holds already."""
 
     def __init__(self, file, flag="--out"):
-        try:
-            Path(file).parent.mkdir(parents=True, exist_ok=True)
-            lines = read_lines(file)
-            self.file = open(file, "ab")  # noqa: SIM115
-            self.file.truncate(sum(len(line) + 1 for line in lines))
-        except OSError as error:
-            raise UserError(f"{flag} {file}: {error.strerror}") from error
-        places = (f"{file}:{n}" for n in range(1, len(lines) + 1))
-        self.rows = [(at, parse_json(line, at)) for at, line in zip(places, lines, strict=True)]
+        self.file = open_to_append(file, flag)
+        places = ((f"{file}:{n}", line) for n, line in enumerate(read_lines(file), 1))
+        self.rows = [(where, parse_json(line, where)) for where, line in places]
 
     def append(self, row):
         """Add a row, and hand it to the system before the next is begun."""
         self.file.write(to_line(row))
         self.file.flush()
+
+
+class Store(dict):
+    """A dict kept in a file of rows: `store[key] = value` appends one, a later start reads them.
+
+    columns: names of a row's key and of the one or more parts of its value; a list of them in this
+    order is read too. own: further columns that all our rows have; other rows are passed over.
+    flag: what errors call the file. Without one the file is a mere convenience: rows that are none
+    are passed over, and where it cannot be written, `file` is None and items last in memory.
+    """
+
+    def __init__(self, file, columns, flag=None, **own):
+        self.columns, self.own, self.file, lines = columns, own, None, []
+        try:
+            self.file = open_to_append(file, flag)
+        except UserError:
+            if flag:
+                raise
+        with contextlib.suppress(OSError):
+            lines = read_lines(file)
+        for n, line in enumerate(lines, 1):
+            try:
+                self._take(json.loads(line))
+            except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+                if flag:
+                    fault = f"{file}:{n}: no row of {', '.join(columns)}"
+                    raise UserError(f"{fault}; mend it, or move the file away") from error
+
+    def _take(self, row):
+        if isinstance(row, list):
+            row = dict(zip(self.columns, row, strict=True))
+        if self.own.items() <= row.items():
+            key, *value = (row[name] for name in self.columns)
+            super().__setitem__(key, value if len(value) > 1 else value[0])
+
+    def __setitem__(self, key, value):  # `update` and `|=` would bypass it
+        super().__setitem__(key, value)
+        if self.file:
+            parts = [value] if len(self.columns) == 2 else value
+            row = dict(zip(self.columns, [key, *parts], strict=True)) | self.own
+            self.file.write(to_line(row))
+            self.file.flush()
+
+
+# ----------------------------------------------------------------------------- several processes
 
 
 class Shared:

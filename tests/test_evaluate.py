@@ -16,9 +16,8 @@ from assets import world
 from conftest import PAIRS, write_model
 from evals import rewardbench
 from evals.answers import Answer
-from evals.score_cache import ScoreCache
 from evals.stats import Estimate, estimate, win_rate
-from evaluate import reward_scores, world_probabilities
+from evaluate import open_scores, reward_scores, world_probabilities
 from evaluate import score as real
 from generate import load_model
 from hub.template import Template
@@ -355,7 +354,7 @@ def test_cached_scores(reward_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "score", lambda *a: asked.append(len(a[2])) or real(*a))
 
     def scores(answers):
-        cache = ScoreCache(tmp_path, model, reward_dir)
+        cache = open_scores(tmp_path, model, reward_dir)
         return reward_scores(model, template, answers, cache=cache)
 
     np.testing.assert_allclose(scores(ANSWERS[:4]), expected[:4], atol=1e-5)
@@ -365,7 +364,7 @@ def test_cached_scores(reward_dir, tmp_path, monkeypatch):
     np.testing.assert_allclose(scores(ANSWERS), expected, atol=1e-5)
     assert scores(ANSWERS).tolist() == scores(ANSWERS).tolist() and asked == [4, 3, 1]
     other = write_model(tmp_path / "other", tiny.REWARD, seed=3)
-    assert ScoreCache(tmp_path, model, other).scores == {}
+    assert open_scores(tmp_path, model, other) == {}
 
 
 def test_scores_that_are_no_number_are_counted(reward_dir, files, command, monkeypatch, tmp_path):

@@ -15,7 +15,7 @@ from evals.answers import read_answers
 from hub import benchmarks
 from hub.benchmarks import markdown_counts, read_asks, token_counter, transcript
 from jobs.cli import UserError
-from jobs.files import Journal, Shared, read_lines
+from jobs.files import read_lines
 
 ROOT = Path(__file__).parents[2]
 
@@ -240,48 +240,6 @@ def test_a_bad_answer_is_named(tmp_path, row, message):
 
 
 # ----------------------------------------------------------------------------- parts
-
-
-def test_a_journal_cuts_a_torn_line_off(tmp_path):
-    file = tmp_path / "deep" / "j.jsonl"
-    journal = Journal(file)
-    journal.append({"a": "\u2028 is no newline"})
-    journal.file.close()
-    with open(file, "ab") as f:
-        f.write(b'{"a": "to')
-    journal = Journal(file)
-    assert [row for _, row in journal.rows] == [{"a": "\u2028 is no newline"}]
-    journal.append({"a": 2})
-    assert [json.loads(line) for line in read_lines(file)][1] == {"a": 2}
-
-
-def no_check(where, i, row):
-    pass
-
-
-def test_processes_share_and_another_number_of_them_goes_on(tmp_path):
-    """3 of 7 rows by two processes; then three processes do the others, whatever their order."""
-    file = str(tmp_path / "rows.jsonl")
-    for rank, numbers in ((0, [4]), (1, [5, 1])):
-        part = Shared(file, 7, no_check, rank, 2)
-        for i in numbers:
-            part.append(i, {"row": i})
-    shares = [Shared(file, 7, no_check, rank, 3) for rank in range(3)]
-    assert [share.mine for share in shares] == [[0, 3, 6], [], [2]]
-    for share in shares[::-1]:
-        for i in share.mine[::-1]:
-            share.append(i, {"row": i})
-    assert not shares[1].join() and shares[0].join()
-    assert [json.loads(line) for line in read_lines(file)] == [{"row": i} for i in range(7)]
-    assert [f.name for f in tmp_path.iterdir()] == ["rows.jsonl"]
-    assert Shared(file, 7, no_check, 2, 3).mine == []
-
-
-def test_a_row_that_is_none_of_ours_is_named(tmp_path):
-    file = tmp_path / "rows.jsonl"
-    (tmp_path / "rows.jsonl.part0").write_text('{"index": 7, "row": 7}\n')
-    with pytest.raises(UserError, match="part0:1: row 7 of 7 prompts"):
-        Shared(str(file), 7, no_check)
 
 
 def test_two_processes_write_what_one_does(directory, tmp_path, answer):
