@@ -1,28 +1,271 @@
 """Train a language model from preference pairs: `torchrun train.py --loss ins_dpo`.
 
-Reads top to bottom: the set-up, then the loop over what step.py computes. One process or many make
-no difference to the numbers: which pairs make up a step is fixed by the plan (rows.py), and a
-step's loss is a sum over its pairs divided by their number.
+Reads top to bottom: flags, set-up (read, clean, hold out, tokenise, plan, load, reference), the
+optimizer step, validation, and the loop, which is Algorithm 1 of InSPO. One process or many make no
+difference to the numbers: which pairs make up a step is fixed by the plan (data.Plan), and a step's
+loss is a sum over its pairs divided by their number, however they fall on rows and ranks.
+
+What no reader of the algorithm needs lies in jobs/: processes and sharding, checkpoints, metrics,
+the run directory.
+
+Legend: N pairs of a dataset, B pairs of a row, P paths per pair, S scored tokens of a row.
 """
 
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from data import plain_paths
-from evals import plan as memory
+import losses
+from data import Dataset, Limits, plain_paths
 from hub import weights
 from hub.template import Template
-from jobs.cli import UserError, as_user_error, parse, progress, run
-from jobs.metrics import Metrics
-from jobs.processes import Ranks, Stopped, build_model
-from losses import recipe, unique
-from prepare import prepare
-from rows import Plan
-from settings import HYPER, Settings, check_config, open_out, resolve, write_config
-from step import Run
+from hub.weights import load_weights, read_config
+from jobs import checkpoint, rundir
+from jobs.cli import UserError, as_user_error, flag, parse, progress, run
+from jobs.files import ASSETS
+from jobs.flags import HYPER, DataFlags, HyperFlags, ModelFlags, PathFlags, RunFlags
+from jobs.metrics import Metrics, logger_names, peak_memory
+from jobs.processes import Ranks, Stopped, by_device, reshard, shard
+from losses import CONDITIONS, unique
+from model import Transformer
+from pairs import token_cache
+from pairs.cleaning import Rules, clean
+from pairs.read import Drops, hold_out, read_pairs
+from pairs.sources import parse_sources
+from rows import Plan, build_row, pack
 
-# ----------------------------------------------------------------------------- set-up
+# ----------------------------------------------------------------------------- flags
+
+# InSPO D.1, where a flag is not given; the embedded default brings its own.
+PAPER = {"lr": 5e-7, "batch": 128, "epochs": 3.0, "max_len": 4096}
+EMBEDDED = {"lr": 3e-4, "batch": 32, "steps": 60, "max_len": 256}
+
+
+@dataclass
+class TrainFlags(HyperFlags, RunFlags, Rules, PathFlags, DataFlags, ModelFlags):
+    """Every flag. None: decided by the objective, the data or the device, and then printed."""
+
+    loss: str = flag("ins_dpo", "objective; the README has the table")
+    model: str | None = flag(None, "HF directory or hub id[@REVISION]; default: the embedded model")
+    eval_data: str | None = flag(None, "validation pairs; default: --eval_pairs held out of --data")
+    eval_revision: str | None = flag(None, "as --data_revision, of --eval_data; default: the same")
+    ref_model: str | None = flag(None, "reference model; default: --model")
+    condition: str | None = flag(None, "what each answer is conditioned on", tuple(CONDITIONS))
+    reference: str | None = flag(None, "paths of the reference", ("plain", "conditioned"))
+    score_eos: bool = flag(True, "score the end token too")
+    steps: int | None = flag(None, "optimizer steps; default: by --epochs")
+    epochs: float | None = flag(None, "passes over the data (default 3)")
+    batch: int | None = flag(None, "pairs per optimizer step, over all ranks (default 128)")
+    max_len: int | None = flag(None, "tokens of every single path (default 4096)")
+    lr: float | None = flag(None, "peak learning rate (default 5e-7)")
+    warmup: float = flag(0.1, "share of the steps with rising learning rate")
+    final_lr: float = flag(0.1, "share of the peak that the cosine ends at")
+    weight_decay: float = flag(0.01, "AdamW weight decay")
+    clip: float = flag(1.0, "largest gradient norm")
+    seed: int = flag(0, "order of the pairs and hold-out")
+    eval_pairs: int | None = flag(None, "validation pairs; default: 1000, at most a tenth")
+    eval_every: int | None = flag(None, "steps between validations; default: a tenth of the run")
+    context_grad: bool = flag(
+        True, "false: prompts and context answers run forward only (cheaper, not exact)"
+    )
+
+
+def resolve(s, kind):
+    """Computes (settings with every default filled in that needs no data, whether embedded).
+
+    kind: "cuda" or "cpu". UserError for flags that contradict each other, before anything is read.
+    """
+    if s.model is not None and s.data is None:
+        raise UserError(f"--model {s.model} needs --data: a file, a glob or a hub dataset id")
+    logger_names(s.log)
+    embedded = s.model is None and s.data is None
+    world = ASSETS / "world"
+    defaults = {"model": str(ASSETS / "start"), "data": str(world / "pairs.jsonl")}
+    defaults |= EMBEDDED | {"eval_data": str(world / "test.jsonl")} if embedded else PAPER
+    if s.steps is not None or s.epochs is not None:  # the length of the run is given
+        defaults = {k: v for k, v in defaults.items() if k not in ("steps", "epochs")}
+    defaults = {name: value for name, value in defaults.items() if getattr(s, name) is None}
+    return dataclasses.replace(s, **defaults | by_device(s, kind)), embedded
+
+
+# ----------------------------------------------------------------------------- set-up: the data
+
+
+def load_data(s, template, recipe, ranks=None):
+    """Reads and tokenises once -> ({"train": Dataset, "validation": Dataset}, report lines).
+
+    Rank 0 does the work and the others map its token cache; where it cannot be written, each rank
+    does it.
+    """
+    built = []
+
+    def make():
+        """The cache's key, and lines about the cache; what could not be kept stays in `built`."""
+        key = data_key(s, template, recipe)
+        if token_cache.read(key):
+            return key, []
+        damaged = (token_cache.folder() / key).exists()
+        built.append(read_and_tokenise(s, template, recipe, shown=True))
+        try:
+            token_cache.write(key, *built[0])
+        except OSError as error:
+            return key, [f"no token cache in {token_cache.folder()}: {error.strerror or error}"]
+        built.clear()  # its pages are mapped from now on, and shared
+        return key, ["the token cache was damaged: made again"] * damaged
+
+    key, notes = ranks.share(make) if ranks else make()
+    # the first rank has just checked the sums; another machine's disk may not have the folder
+    stored = None if built else token_cache.read(key, check=False)
+    if stored:
+        sets, lines = stored
+        sets = {name: tokenise(s, template, recipe, stored=x) for name, x in sets.items()}
+    else:
+        sets, lines = built[0] if built else read_and_tokenise(s, template, recipe)
+    return sets, [*lines, *notes]
+
+
+def data_key(s, template, recipe):
+    """Digest of all that decides the tokens. A guard counts by its weights, not its path."""
+    sources = parse_sources(s.data, s.data_revision)
+    sources += parse_sources(s.eval_data, eval_revision(s)) if s.eval_data else []
+    names = ("data", "eval_data", "eval_pairs", "limit", "bad_rows", "max_len", "draft_cap",
+             "score_eos", "instruction", "sep", "seed")  # fmt: skip
+    choices = {name: getattr(s, name) for name in names} | dataclasses.asdict(Rules.of(s))
+    if s.guard:
+        from pairs.guard import identity
+
+        choices["guard"] = identity(s.guard)
+    decides = [recipe.paths, recipe.bridge, recipe.objective.head, recipe.objective.answers]
+    choices |= {"recipe": str(decides)}
+    files = [file for source in sources for file in source.files]
+    return token_cache.key_of(files, template, choices)
+
+
+def read_and_tokenise(s, template, recipe, shown=False):
+    """Read, clean, hold out, tokenise -> as load_data. shown: with a progress bar."""
+    in_context = any(path.context in ("chosen", "rejected") for path in recipe.paths)
+    both = in_context or recipe.objective.answers == ("chosen", "rejected")
+    drops, cleaned, rules = Drops(), Drops(), Rules.of(s)
+    pairs = read_pairs(s.data, drops, s.limit, both, s.bad_rows, s.data_revision)
+    lines = [f"read {len(pairs)} pairs from {s.data}; dropped: {drops}"]
+    if rules != Rules():
+        pairs = clean(pairs, rules, template, cleaned, s.device)
+        lines.append(f"cleaned: {len(pairs)} pairs; dropped: {cleaned}")
+    if s.eval_data:
+        held = read_pairs(s.eval_data, drops, s.eval_pairs, both, s.bad_rows, eval_revision(s))
+    else:
+        n = min(1000, len(pairs) // 10) if s.eval_pairs is None else s.eval_pairs
+        pairs, held = hold_out(pairs, n, s.seed)
+    sets = {"train": tokenise(s, template, recipe, pairs, shown=shown)}
+    if held:
+        sets["validation"] = tokenise(s, template, recipe, held)
+    return sets, [*lines, *(f"{name}: {dataset.report()}" for name, dataset in sets.items())]
+
+
+def tokenise(s, template, recipe, pairs=(), **options):
+    """The Dataset of these pairs under these settings."""
+    limits = Limits(s.max_len, s.draft_cap, s.score_eos)
+    return Dataset(pairs, template, recipe, limits, s.instruction, s.sep, **options)
+
+
+def eval_revision(s):
+    """The hub revision of --eval_data: its own flag's, else that of --data."""
+    return s.eval_revision or s.data_revision
+
+
+def fit_to_data(s, ranks, recipe, sets, plan):
+    """Computes the settings that depend on the data: row length, and how often to validate."""
+    held = sets.get("validation")
+    every = [*recipe.paths, *recipe.reference_paths, *recipe.kl_paths, *plain_paths(recipe)]
+    paths = unique(every)
+    longest = max(d.size(i, paths) for d in sets.values() for i in range(len(d)))
+    room = max(8192 if ranks.kind == "cuda" else 2048, -(-longest // 128) * 128)
+    if longest > (s.row_tokens or room):
+        raise UserError(
+            f"--row_tokens {s.row_tokens}: the longest pair takes {longest} tokens; "
+            "raise it or lower --max_len"
+        )
+    eval_pairs, eval_every = s.eval_pairs, s.eval_every or max(1, plan.steps // 10)
+    if not s.eval_data and eval_pairs is None:
+        eval_pairs = len(held) + held.drops.total if held else 0
+    return dataclasses.replace(
+        s,
+        row_tokens=s.row_tokens or room,
+        eval_pairs=eval_pairs,
+        eval_every=eval_every,
+        save_every=s.save_every or eval_every,
+    )
+
+
+# ----------------------------------------------------------------------------- set-up: the run
+
+
+def main():
+    s = weights.pin(parse(TrainFlags, __doc__.splitlines()[0]))
+    with Ranks(s.device) as ranks:
+        train(s, ranks)
+
+
+def train(s, ranks):
+    """One run, from its flags to OUT/final; UserError for what a user can put right."""
+    s, embedded = resolve(s, ranks.kind)
+    with as_user_error():
+        hyper = {name: getattr(s, name) for name in HYPER}
+        recipe = losses.recipe(s.loss, s.condition, s.bridge, s.reference, **hyper)
+    try:
+        with rundir.open_out(s, ranks) as out:
+            s = dataclasses.replace(s, out=out)
+            fit(s, ranks, recipe)
+            if embedded and ranks.first:
+                report_world(s)
+            ranks.say(f"saved: {Path(out) / 'final'}")
+    except OSError as error:  # a full disk, a lost mount: one line
+        raise UserError(f"{error.filename or s.out}: {error.strerror}; then --resume") from error
+
+
+def fit(s, ranks, recipe):
+    """Set up, train, export."""
+    source = fetch(ranks, s.model, "--model")
+    reference_source = fetch(ranks, s.ref_model, "--ref_model") if s.ref_model else source
+    template = Template(source)
+    if template.fallback:
+        ranks.say(f"{s.model} has no chat template: using the plain one of hub/template.py")
+
+    # the data: read, cleaned, held out, tokenised; and which pairs make up which step
+    sets, lines = load_data(s, template, recipe, ranks)
+    for line in lines:
+        ranks.say(line)
+    plan = Plan(len(sets["train"]), s.batch, s.seed, s.epochs or 0.0, s.steps)
+    s = fit_to_data(s, ranks, recipe, sets, plan)
+    show(s, ranks, recipe, plan)
+    rundir.check_config(s, ranks)
+
+    # the model, and the reference's log-probabilities, computed once
+    model = build_model(s, ranks, source, recipe.objective.head)
+    digest, ref_digest = ranks.share(lambda: digests(source, reference_source))
+    job = Run(s, ranks, recipe, model, digest, sets, plan)
+    ranks.deferred = True  # from here on a signal waits for the next place to save or stop
+    reference = job.score_reference(reference_source, ref_digest)
+    first = job.resume() if s.resume else 0
+    if first == 0:
+        job.check_start()
+    # OUT holds a run from here on
+    rundir.write_config(s, ranks, {"hyper": recipe.hyper, "steps": plan.steps})
+    metrics = Metrics(s, ranks, first)
+    if reference:
+        metrics.write(reference)
+
+    loop(job, metrics, template, first)
+    job.export("final", template)
+    metrics.close()
 
 
 def fetch(ranks, source, name):
@@ -31,93 +274,360 @@ def fetch(ranks, source, name):
     return weights.resolve(source, name)
 
 
-def load_data(s, ranks, template, rule):
-    """(train, eval) Datasets; eval is None without validation pairs."""
-    sets, lines = prepare(s, template, rule, ranks)
-    for line in lines:
-        ranks.say(line)
-    return sets["train"], sets.get("validation")
-
-
-def choose_row_tokens(s, ranks, datasets, paths):
-    """A row holds the longest pair; by default 8,192 tokens on CUDA and 2,048 elsewhere."""
-    longest = max(dataset.size(i, paths) for dataset in datasets for i in range(len(dataset)))
-    if s.row_tokens is None:
-        s.row_tokens = max(8192 if ranks.kind == "cuda" else 2048, -(-longest // 128) * 128)
-    if longest > s.row_tokens:
-        raise UserError(
-            f"--row_tokens {s.row_tokens}: the longest pair takes {longest} tokens; "
-            "raise it or lower --max_len"
-        )
-
-
-# ----------------------------------------------------------------------------- the loop
-
-
-def main():
-    s = weights.pin(parse(Settings, __doc__.splitlines()[0]))
-    if s.plan:
-        return memory.show(s)
-    with Ranks(s.device) as ranks:
-        train(s, ranks)
-
-
-def train(s, ranks):
-    """One run, from its settings to OUT/final; UserError for what a user can put right."""
-    embedded = resolve(s, ranks.kind)
-    with as_user_error():
-        rule = recipe(
-            s.loss, s.condition, s.bridge, s.reference, **{name: getattr(s, name) for name in HYPER}
-        )
-    try:
-        with open_out(s, ranks):
-            fit(s, ranks, rule)
-            if embedded:
-                report_world(s, ranks)
-            ranks.say(f"saved: {Path(s.out) / 'final'}")
-    except OSError as error:  # a full disk, a lost mount: one line
-        raise UserError(f"{error.filename or s.out}: {error.strerror}; then --resume") from error
-
-
-def fit(s, ranks, rule):
-    """Set up, train, export."""
-    source = fetch(ranks, s.model, "--model")
-    other = s.ref_model is not None
-    reference_source = fetch(ranks, s.ref_model, "--ref_model") if other else source
-    template = Template(source)
-    if template.fallback:
-        ranks.say(f"{s.model} has no chat template: using the plain one of template.py")
-    train_set, validation = load_data(s, ranks, template, rule)
-    plan = Plan(len(train_set), s.batch, s.seed, s.epochs or 0.0, s.steps)
-    s.eval_every = s.eval_every or max(1, plan.steps // 10)
-    s.save_every = s.save_every or s.eval_every
-    datasets = [d for d in (train_set, validation) if d is not None]
-    paths = unique([*rule.paths, *rule.reference_paths, *rule.kl_paths, *plain_paths(rule)])
-    choose_row_tokens(s, ranks, datasets, paths)
-    show(s, ranks, rule, plan)
-    check_config(s, ranks)
-
-    model = build_model(s, ranks, source, rule.objective.head)
-    digest, ref_digest = ranks.share(lambda: digests(source, reference_source))
-    job = Run(s, ranks, rule, model, digest, train_set, validation, plan)
-    ranks.deferred = True  # from here on a signal waits for the next place to save or stop
-    reference = job.prepare_reference(reference_source, ref_digest)
-    first = job.resume() if s.resume else 0
-    if first == 0:
-        job.check_start()
-    write_config(s, ranks, {"hyper": rule.hyper, "steps": plan.steps})  # OUT holds a run from here
-    metrics = Metrics(s, ranks, first)
-    if reference:
-        metrics.write(reference)
-    loop(job, metrics, template, first)
-    job.export("final", template)
-    metrics.close()
-
-
 def digests(*sources):
     """sha256 of the weights of each directory, each read once."""
     known = {source: weights.Weights(source).digest() for source in set(sources)}
     return [known[source] for source in sources]
+
+
+def show(s, ranks, recipe, plan):
+    """Print the resolved settings, so that nothing that decides the run is implicit."""
+    hyper = ", ".join(f"{k} {v:g}" for k, v in recipe.hyper.items())
+    ranks.say(
+        f"{recipe.name}: condition {recipe.condition}, bridge {recipe.bridge}, "
+        f"reference {recipe.reference if recipe.objective.uses_reference else 'none'}, {hyper}\n"
+        f"model {s.model}, {s.dtype}, {s.attention} on {ranks.world} x {ranks.kind}\n"
+        f"{plan.steps} steps of {s.batch} pairs, lr {s.lr:g}, max_len {s.max_len}, "
+        f"row_tokens {s.row_tokens}, seed {s.seed}; out {s.out}"
+    )
+
+
+def report_world(s):
+    """The embedded default ends with exact win rates in the small world (assets/world.py)."""
+    from evaluate import world_win_rate
+
+    out = Path(s.out) / "final"
+    before, after = (world_win_rate(path, s.model) for path in (s.model, out))
+    print(f"exact win rate against the start: before {before:.1%}, after {after:.1%}", flush=True)
+
+
+def build_model(s, ranks, source, head):
+    """Builds on the meta device, shards, and lets each rank read only its slices of the weights.
+
+    So that an 8B model loads without any rank ever holding 8B.
+    """
+    _, config = read_config(source)
+    if head == "logps" and config.head != head:
+        raise UserError(
+            f"--model {source} is a reward model; --loss {s.loss} needs a language model"
+        )
+    with torch.device("meta"):
+        model = Transformer(dataclasses.replace(config, head=head))
+    model.attention, model.context_grad = s.attention, s.context_grad
+    for block in model.blocks:
+        block.recompute = s.checkpoint_activations
+        if s.compile:
+            block.body = torch.compile(block.body)
+    shard(model, s, ranks)
+    model.to_empty(device="cpu" if s.offload else ranks.device)
+    load_weights(model, source, checkpoint.local_part)
+    return model
+
+
+# ----------------------------------------------------------------------------- the run
+
+
+def by_path(values, paths):
+    """(B, P) -> {path: (B,)}."""
+    return dict(zip(paths, values.unbind(1), strict=True))
+
+
+class Run:
+    """The model in training, and what is computed with it.
+
+    sets: {"train": Dataset, perhaps "validation": Dataset}. reference: {set's name: {path: (N,)}},
+    the reference's log-probabilities by pair and path, so that no shuffling can misplace them.
+    """
+
+    def __init__(self, s, ranks, recipe, model, digest, sets, plan):
+        self.s, self.ranks, self.recipe, self.model, self.plan = s, ranks, recipe, model, plan
+        self.sets, self.train, self.validation = sets, sets["train"], sets.get("validation")
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=s.lr,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            weight_decay=s.weight_decay,
+            fused=True,
+        )
+        r = recipe
+        self.plain = plain_paths(r)  # prompt only: what is deployed, validated beside the others
+        self.validation_paths = unique([*r.paths, *self.plain, *r.kl_paths, *r.reference_paths])
+        # What the reference must score. Validation pairs in the very tries of `validate`, so that
+        # policy and reference round alike, and a plain policy that has not moved has margin 0.
+        self.wanted, self.reference = {}, {}
+        if r.objective.head == "logps" and len(r.objective.answers) == 2:
+            paths = {"train": r.reference_paths, "validation": self.validation_paths}
+            self.wanted = {name: paths[name] for name in sets if paths[name]}
+        self.best, self.best_step, self.saved_at = math.inf, None, None
+        choices = (recipe.name, recipe.condition, recipe.bridge, recipe.reference, recipe.hyper)
+        owner = {"model": digest[:16], "objective": " ".join(map(str, choices))}
+        self.saver = checkpoint.Saver(Path(s.out) / "checkpoints", owner, s.keep, ranks.say)
+
+    # -- rows, and their values without gradient
+
+    def rows(self, dataset, pairs, paths):
+        """This rank's share of the rows that hold these pairs; equally many on every rank.
+
+        (FSDP gathers parameters row by row on all ranks together: one row more on one of them would
+        wait for ever.)
+        """
+        sizes = [dataset.size(i, paths) for i in pairs]
+        packed = pack(sizes, self.s.row_tokens, self.ranks.world)
+        for row in packed[self.ranks.rank :: self.ranks.world]:
+            tries = [dataset.trie(pairs[j], paths) for j in row]
+            pad_to = self.s.row_tokens if self.s.attention == "flex" else 0  # its one length
+            yield build_row(tries, row, len(paths), pad_to).to(self.ranks.device)
+
+    @torch.no_grad()
+    def score(self, model, dataset, pairs, paths, label=None):
+        """(len(pairs), P) log-probabilities of whole paths, on every rank, without gradient.
+
+        label: of a progress bar, for a pass over a whole dataset, which a signal may end.
+        """
+        parts, hidden = [], label is None or not self.ranks.first
+        with progress(label, len(pairs), "pair", hidden, leave=False) as bar:
+            for block in [pairs[i : i + 256] for i in range(0, len(pairs), 256)]:
+                out = torch.zeros(len(block), len(paths), device=self.ranks.device)
+                for row in self.rows(dataset, block, paths):
+                    out[row.pairs] = row.sums(model(row))
+                    bar.update(len(row.pairs) * self.ranks.world)
+                reshard(model)
+                parts.append(self.ranks.sum(out))
+                if label and self.ranks.agree_to_stop():
+                    raise Stopped
+        return torch.cat(parts)
+
+    def counts(self, dataset, pairs, paths):
+        """(len(pairs), P) number of scored tokens."""
+        counts = [[dataset.path(i, path)[1] for path in paths] for i in pairs]
+        return torch.tensor(counts, dtype=torch.float32, device=self.ranks.device)
+
+    # -- the reference, scored once before step 0 (Algorithm 1, line 4)
+
+    def score_reference(self, source, digest):
+        """Fill self.reference from OUT/reference.safetensors, or compute it and write that file.
+
+        source, digest: directory and sha256 of the reference's weights. The policy itself is the
+        reference before its first step; --ref_model is loaded beside it and then let go. Returns
+        {reference_seconds, reference_pairs}, or None where nothing had to be computed. UserError
+        for a log-probability that is not finite, with its pair.
+        """
+        if not self.wanted:
+            return None
+        ranks, start = self.ranks, time.monotonic()
+        file = Path(self.s.out) / "reference.safetensors"
+        key = ranks.share(lambda: self.reference_key(digest))
+        found = ranks.share(lambda: checkpoint.read_keyed(file, key, ranks.say))
+        tensors = found or {}
+        if not found:
+            model = self.model
+            if self.s.ref_model is not None:
+                model = build_model(self.s, ranks, source, "logps")
+            for name, paths in self.wanted.items():
+                pairs = range(len(self.sets[name]))
+                values = self.score(model, self.sets[name], pairs, paths, f"reference {name}")
+                tensors[name] = values.cpu()
+            for name, values in tensors.items():
+                if len(bad := (~values.isfinite()).any(1).nonzero()):
+                    where = self.sets[name].examples[bad[0].item()].where
+                    raise UserError(f"{where}: its reference log-probability is not finite")
+            ranks.share(lambda: checkpoint.write_keyed(tensors, file, key))
+        for name, paths in self.wanted.items():
+            self.reference[name] = by_path(tensors[name].to(ranks.device), paths)
+        if found:
+            return None
+        n = sum(len(self.sets[name]) for name in self.wanted)
+        return {"reference_seconds": round(time.monotonic() - start, 3), "reference_pairs": n}
+
+    def reference_key(self, digest):
+        """sha256 of all that the reference log-probabilities depend on."""
+        sha = hashlib.sha256(digest.encode())
+        sha.update(json.dumps([self.s.dtype, self.s.attention, self.s.score_eos]).encode())
+        for name, paths in self.wanted.items():
+            sha.update(json.dumps([str(path) for path in paths]).encode())
+            for i in range(len(self.sets[name])):
+                for segment in (x for path in paths for x in self.sets[name].path(i, path)[0]):
+                    sha.update(segment.tobytes())
+        return sha.hexdigest()
+
+    def reference_of(self, name, pairs=slice(None)):
+        """{path: (len(pairs),)} under the reference; empty where nothing of this set is wanted."""
+        return {path: values[pairs] for path, values in self.reference.get(name, {}).items()}
+
+    def check_start(self):
+        """Before step 1 the policy is the reference, so on the same paths they must agree.
+
+        UserError where they do not: a wrong reference, dropout, or a forward pass that is broken.
+        Nothing is compared where the reference is another model or the objective has none.
+        """
+        paths = self.recipe.reference_paths
+        if "train" not in self.wanted or self.s.ref_model is not None:
+            return
+        pairs = self.plan.pairs(0)
+        sums = self.score(self.model, self.train, pairs, paths)
+        reference = torch.stack([self.reference_of("train", pairs)[p] for p in paths], 1)
+        counts = self.counts(self.train, pairs, paths).clamp(min=1)
+        gap = ((sums - reference).abs() / counts).max().item()
+        if not gap <= (5e-2 if self.s.dtype == "bf16" else 1e-3):
+            raise UserError(
+                f"step 0: policy and reference differ by {gap:.3g} nats per token where they must "
+                f"agree; remove {Path(self.s.out) / 'reference.safetensors'} and start again"
+            )
+        self.ranks.say(f"step 0: policy and reference agree within {gap:.1g} nats per token")
+
+    def kl(self, sums, reference):
+        """KTO's z: mean log-ratio of mismatched answers, at least 0. None for other objectives."""
+        if not (paths := self.recipe.kl_paths):
+            return None
+        ratios = [sums[path] - reference[self.recipe.reference_path(path)] for path in paths]
+        return torch.stack(ratios).mean().clamp(min=0)
+
+    # -- one optimizer step
+
+    def learning_rate(self, step):
+        """Linear warm-up from 1e-8, then cosine to final_lr times the peak (InSPO D.1)."""
+        s, warm = self.s, max(1, round(self.s.warmup * self.plan.steps))
+        if step < warm:
+            return 1e-8 + (s.lr - 1e-8) * step / warm
+        done = (step - warm) / max(1, self.plan.steps - warm)
+        return s.lr * (s.final_lr + (1 - s.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
+
+    def step(self, step, stopping):
+        """One optimizer step on the plan's pairs. Returns (metrics, whether any rank must stop)."""
+        start = time.monotonic()
+        pairs, paths = self.plan.pairs(step), self.recipe.paths
+        kl = self.kl_of_step(pairs)
+        units = len(pairs)  # what the step's loss is divided by: pairs, or target tokens
+        if self.recipe.objective.per == "token":
+            units = self.counts(self.train, pairs, paths).sum()
+        totals = torch.zeros(6, device=self.ranks.device)
+        rows = list(self.rows(self.train, pairs, paths))
+        for k, row in enumerate(rows):
+            # one process keeps its gradient until the last row; several reduce it row by row, so
+            # that none of them holds a whole one
+            together = self.ranks.world > 1 or k == len(rows) - 1
+            self.model.set_requires_gradient_sync(together)
+            self.model.set_reshard_after_backward(together)
+            totals[:5] += self.backward(row, pairs, paths, kl, units)
+        totals[5] = stopping
+        loss, accuracy, chosen, rejected, tokens, stop = self.ranks.sum(totals).tolist()
+        norm = self.update(step, loss)
+        line = {"step": step + 1, "epoch": round(self.plan.epoch(step), 4), "loss": loss}
+        if "rejected" in self.recipe.objective.answers:
+            line |= {"accuracy": accuracy / len(pairs), "margin": (chosen - rejected) / len(pairs)}
+            line |= {"rejected_reward": rejected / len(pairs)}
+        line |= {"chosen_reward": chosen / len(pairs), "lr": self.learning_rate(step)}
+        line |= {"grad_norm": norm, "pairs": len(pairs), "tokens": int(tokens)}
+        fill = tokens / (len(rows) * self.ranks.world * self.s.row_tokens)
+        return line | {"row_fill": round(fill, 4)} | self.speed(start, line), stop > 0
+
+    def speed(self, start, line):
+        """Seconds since `start`, what they did, and peak memory (GiB) of the fullest process."""
+        seconds = time.monotonic() - start
+        rates = {f"{k}_per_second": round(line[k] / seconds, 2) for k in ("pairs", "tokens")}
+        memory = round(self.ranks.most(peak_memory(self.ranks.kind)), 3)
+        return {"seconds": round(seconds, 4)} | rates | {"memory_gib": memory}
+
+    def kl_of_step(self, pairs):
+        """KTO's z over the pairs of this step, by a pass without gradient; else None."""
+        if not (paths := self.recipe.kl_paths):
+            return None
+        sums = by_path(self.score(self.model, self.train, pairs, paths), paths)
+        return self.kl(sums, self.reference_of("train", pairs))
+
+    def backward(self, row, pairs, paths, kl, units):
+        """Forward and backward of one row -> (5,) loss, accuracy, rewards, tokens, summed."""
+        numbers = [pairs[j] for j in row.pairs]
+        sums = by_path(row.sums(self.model(row)), paths)  # {path: (B,)}
+        counts = by_path(row.counts(), paths)
+        out = self.recipe(sums, counts, self.reference_of("train", numbers), kl)
+        loss = out.losses.sum() / units
+        (loss * self.ranks.world).backward()  # FSDP averages over ranks; a step's loss is a sum
+        chosen, rejected = out.rewards["chosen"], out.rewards.get("rejected")
+        wins = torch.zeros_like(chosen) if rejected is None else (chosen > rejected).float()
+        lost = torch.zeros_like(chosen) if rejected is None else rejected
+        tokens = torch.tensor(float(sum(b - a for a, b in row.spans if row.pairs)))
+        totals = (loss.detach(), wins.sum(), chosen.sum(), lost.sum(), tokens.to(loss.device))
+        return torch.stack(totals)
+
+    def update(self, step, loss):
+        """Clip and apply the gradient; refuse a non-finite one before it touches the weights.
+
+        (clip_grad_norm_ with one Inf would make one element NaN and all others 0, and AdamW would
+        keep both in its moments.)
+        """
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = get_total_norm([p.grad for p in parameters])
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if not (math.isfinite(loss) and torch.isfinite(norm)):
+            raise UserError(
+                f"step {step + 1}: loss {loss}, gradient norm {norm.item()}; the weights are "
+                "unchanged. Lower --lr or look at the data, then --resume"
+            )
+        clip_grads_with_norm_(parameters, self.s.clip, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm.item()
+
+    # -- validation
+
+    def validate(self, step):
+        """Loss, accuracy and margin on the validation pairs; also of the plain policy."""
+        start, dataset, recipe = time.monotonic(), self.validation, self.recipe
+        pairs, paths = range(len(dataset)), self.validation_paths
+        sums = by_path(self.score(self.model, dataset, pairs, paths, "validate"), paths)
+        counts = by_path(self.counts(dataset, pairs, paths), paths)
+        reference = self.reference_of("validation")
+        out = recipe(sums, counts, reference, self.kl(sums, reference))
+        line = {"step": step, "eval_loss": (out.losses.sum() / out.units.sum()).item()}
+        if "rejected" in recipe.objective.answers:
+            margin = out.rewards["chosen"] - out.rewards["rejected"]
+            line |= {"eval_accuracy": (margin > 0).float().mean().item()}
+            line |= {"eval_margin": margin.mean().item()}
+            # the plain policy, prompt only, is what gets deployed: does training carry over to it?
+            w, l = (sums[path] - reference.get(path, 0) for path in self.plain)
+            scale = recipe.scale if recipe.objective.uses_reference else 0.1  # DPO's beta
+            margin = scale * (w - l) if recipe.objective.head == "logps" else w - l
+            line |= {"eval_plain_accuracy": (margin > 0).float().mean().item()}
+            line |= {"eval_plain_margin": margin.mean().item()}
+        return line | {"eval_seconds": round(time.monotonic() - start, 3)}
+
+    # -- what is left behind
+
+    def export(self, name, template):
+        """OUT/<name>: a HF directory, written aside and renamed when whole."""
+        raw, _ = read_config(template.directory)
+        dtype = getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or "bfloat16")
+        tensors = checkpoint.whole_tensors(self.model, dtype)
+        if self.ranks.first:
+            checkpoint.publish(
+                Path(self.s.out) / name,
+                lambda aside: weights.save(
+                    aside, self.model.config, tensors, template.directory, dtype, template.source
+                ),
+            )
+        else:
+            list(tensors)  # sends its rows
+        dist.barrier()
+
+    def save(self, step):
+        """OUT/checkpoints/step-N, written in the background from a copy made here."""
+        state = {"step": step, "best": self.best, "best_step": self.best_step}
+        self.saver.save(self.model, self.optimizer, state)
+        self.saved_at = step
+
+    def resume(self):
+        """Step to go on from: that of the newest whole checkpoint, or 0."""
+        state = self.saver.resume(self.model, self.optimizer)
+        self.best, self.best_step = state.get("best", math.inf), state.get("best_step")
+        self.saved_at = state.get("step")
+        return self.saved_at or 0
+
+
+# ----------------------------------------------------------------------------- the loop
 
 
 def loop(job, metrics, template, first):
@@ -146,17 +656,6 @@ def loop(job, metrics, template, first):
             stop_here(job, metrics, done)
 
 
-def stop_here(job, metrics, done):
-    """After a signal: save what is done, say so, end well."""
-    metrics.flush()
-    if job.saved_at != done and done > 0:
-        job.save(done)
-    job.saver.wait()
-    job.ranks.say(f"stopped by a signal after step {done}; --resume goes on from here")
-    dist.barrier()
-    raise SystemExit(0)
-
-
 def validate(job, metrics, template, step):
     """Validate, write and print it, and keep the best model; the start is not a result."""
     if not job.validation:
@@ -173,27 +672,15 @@ def validate(job, metrics, template, step):
     metrics.plot()
 
 
-def show(s, ranks, rule, plan):
-    """Print the resolved settings, so that nothing that decides the run is implicit."""
-    hyper = ", ".join(f"{k} {v:g}" for k, v in rule.hyper.items())
-    ranks.say(
-        f"{rule.name}: condition {rule.condition}, bridge {rule.bridge}, "
-        f"reference {rule.reference if rule.objective.uses_reference else 'none'}, {hyper}\n"
-        f"model {s.model}, {s.dtype}, {s.attention} on {ranks.world} x {ranks.kind}\n"
-        f"{plan.steps} steps of {s.batch} pairs, lr {s.lr:g}, max_len {s.max_len}, "
-        f"row_tokens {s.row_tokens}, seed {s.seed}; out {s.out}"
-    )
-
-
-def report_world(s, ranks):
-    """The embedded default ends with exact win rates in the small world (assets/world.py)."""
-    if not ranks.first:
-        return
-    from evaluate import world_win_rate
-
-    out = Path(s.out) / "final"
-    before, after = (world_win_rate(path, s.model) for path in (s.model, out))
-    ranks.say(f"exact win rate against the start: before {before:.1%}, after {after:.1%}")
+def stop_here(job, metrics, done):
+    """After a signal: save what is done, say so, end well."""
+    metrics.flush()
+    if job.saved_at != done and done > 0:
+        job.save(done)
+    job.saver.wait()
+    job.ranks.say(f"stopped by a signal after step {done}; --resume goes on from here")
+    dist.barrier()
+    raise SystemExit(0)
 
 
 if __name__ == "__main__":

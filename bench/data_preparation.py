@@ -79,14 +79,14 @@ def ours(s):
     """What train.py does before its model: prepare, size every pair, plan and pack an epoch."""
     from hub.template import Template
     from losses import recipe
-    from prepare import prepare
     from rows import Plan, pack
-    from settings import Settings as Train
+    from train import TrainFlags as Train
+    from train import load_data
 
     start, cpu = time.time(), time.process_time()
     rule = recipe(s.loss)
     t = Train(model=s.model, data=s.file, max_len=s.max_len, loss=s.loss)
-    sets, lines = prepare(t, Template(os.path.expanduser(s.model)), rule)
+    sets, lines = load_data(t, Template(os.path.expanduser(s.model)), rule)
     prepared = time.time()
     train = sets["train"]
     sizes = [train.size(i, rule.paths) for i in range(len(train))]

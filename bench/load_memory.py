@@ -63,12 +63,12 @@ class Peak:
 def load_and_export(directory, dtype):
     """What a rank of a run does with its weights, as train.py does it; under torchrun."""
     from jobs.cli import parse
-    from jobs.processes import Ranks, build_model
-    from settings import Settings
+    from jobs.processes import Ranks
+    from train import TrainFlags, build_model
 
     ranks = Ranks("cpu")
-    s = parse(Settings, "", ["--dtype", "fp32", "--model", str(directory)])
-    s.attention, s.compile = "sdpa", False
+    words = ["--dtype", "fp32", "--attention", "sdpa", "--no-compile", "--model", str(directory)]
+    s = parse(TrainFlags, "", words)
     idle = smaps()["Anonymous"]
     torch.set_default_dtype(DTYPES[dtype])  # of the parameters that build_model makes
     with Peak() as loading:

@@ -49,7 +49,7 @@ from evaluate import load_model, world_probabilities  # noqa: E402
 from jobs.cli import progress  # noqa: E402
 from jobs.processes import Ranks  # noqa: E402
 from losses import recipe  # noqa: E402
-from settings import Settings  # noqa: E402
+from train import TrainFlags  # noqa: E402
 
 STEPS, BATCH, SEEDS = 24, 12, range(5)
 STARTS = ("start", "start-single")
@@ -199,7 +199,7 @@ def train_stage(stage, model, data, out, seed, share=None):
     """One run of train.py in this process. share: reference log-probabilities kept for others."""
     options = stage._asdict() | {"model": str(model), "data": str(data), "out": str(out)}
     fixed = {"batch": BATCH, "max_len": 256, "eval_pairs": 0, "device": "cpu", "seed": seed}
-    settings = Settings(**options, **fixed, save_every=stage.steps)
+    settings = TrainFlags(**options, **fixed, save_every=stage.steps)
     reference = out / "reference.safetensors"
     if share and share.exists():
         out.mkdir()

@@ -8,6 +8,7 @@ them; from then on a recompilation is an error. Validation, checkpoints and expo
 The last line of stdout is one JSON object. Works under torchrun; the figures are rank 0's.
 """
 
+import dataclasses
 import time
 
 BEGUN = time.perf_counter()
@@ -25,18 +26,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 
-import settings  # noqa: E402
 from bench.flops import Flops  # noqa: E402
 from bench.measuring import execute, last_json, synchronize  # noqa: E402
 from bench.process_memory import kept_bytes, smaps  # noqa: E402
 from hub.template import Template  # noqa: E402
 from jobs.cli import flag, parse, run  # noqa: E402
 from jobs.metrics import peak_memory  # noqa: E402
-from jobs.processes import Ranks, build_model  # noqa: E402
+from jobs.processes import Ranks  # noqa: E402
 from losses import recipe  # noqa: E402
 from rows import Plan  # noqa: E402
-from step import Run  # noqa: E402
-from train import choose_row_tokens, load_data  # noqa: E402
+from train import Run, TrainFlags, build_model, fit_to_data, load_data, resolve  # noqa: E402
 
 IMPORTED = time.perf_counter()
 
@@ -59,7 +58,7 @@ CONTENDERS = {  # what train.py can be told to do, as flags
 
 
 @dataclass
-class Settings(settings.Settings):
+class Settings(TrainFlags):
     """Every flag of train.py, and one of the measurement."""
 
     warmup: int = flag(1, "steps before the --steps that are counted")
@@ -88,34 +87,33 @@ def held(device):
 
 
 def set_up(s, ranks, clock):
-    """What train.fit does before its loop -> step.Run."""
+    """What train.fit does before its loop -> train.Run."""
     rule = recipe(s.loss, s.condition, s.bridge, s.reference)
-    s.eval_pairs = 0
+    s = dataclasses.replace(s, eval_pairs=0)
     with clock.stage("template"):
         template = Template(s.model)
     with clock.stage("data"):
-        dataset, _ = load_data(s, ranks, template, rule)
-        choose_row_tokens(s, ranks, [dataset], rule.paths)  # nothing is validated
+        sets, _ = load_data(s, template, rule, ranks)
+        plan = Plan(len(sets["train"]), s.batch, s.seed, 0.0, s.warmup + s.steps)
+        s = fit_to_data(s, ranks, rule, sets, plan)
     with clock.stage("load"):
         model = build_model(s, ranks, Path(s.model), rule.objective.head)
-    plan = Plan(len(dataset), s.batch, s.seed, 0.0, s.warmup + s.steps)
-    return Run(s, ranks, rule, model, "", dataset, None, plan)
+    return Run(s, ranks, rule, model, "", sets, plan)
 
 
 @contextmanager
 def opened(s):
-    """A step.Run whose reference is scored, and the Clock of how it came to be."""
+    """A train.Run whose reference is scored, and the Clock of how it came to be."""
     with Ranks(s.device) as ranks, tempfile.TemporaryDirectory() as out:
         ranks.say = lambda text: None
-        settings.resolve(s, ranks.kind)
-        s.out = out
+        s = dataclasses.replace(resolve(s, ranks.kind)[0], out=out)
         clock = Clock(ranks.device)
         job = set_up(s, ranks, clock)
         if job.wanted:
             first = range(min(s.batch, len(job.train)))
-            job.scorer.score(job.model, job.train, first, job.rule.reference_paths)
+            job.score(job.model, job.train, first, job.recipe.reference_paths)
         with clock.stage("reference"):
-            job.prepare_reference(Path(s.model), "")
+            job.score_reference(Path(s.model), "")
         yield job, clock
 
 
@@ -145,9 +143,9 @@ def figures(job, clock, lines):
     """What one process measured, per pair and in all; seconds of the steps are summed."""
     first = job.plan.steps - len(lines)
     pairs = [i for k in range(first, job.plan.steps) for i in job.plan.pairs(k)]
-    training, reference = Flops(job.model.config).of_pairs(job.train, pairs, job.rule)
+    training, reference = Flops(job.model.config).of_pairs(job.train, pairs, job.recipe)
     n, total = len(job.train), sum(line["seconds"] for line in lines)
-    reference_tokens = sum(job.train.size(i, job.rule.reference_paths) for i in pairs)
+    reference_tokens = sum(job.train.size(i, job.recipe.reference_paths) for i in pairs)
     per_pair = total / len(pairs) + clock.seconds["reference"] / n
     stages = {f"{stage} seconds": value for stage, value in clock.seconds.items()}
     stages |= {f"{stage} gib": value for stage, value in clock.gib.items()}

@@ -125,6 +125,17 @@ class Saver:
         if self.fault:
             raise UserError(f"{self.fault}; free some space, then --resume")
 
+    def resume(self, model, optimizer):
+        """Fills both from the newest whole checkpoint -> its state; {} where there is none."""
+        found = newest(self.directory, self.owner, self.say)
+        if found is None:
+            self.say(f"no whole checkpoint in {self.directory}: starting at step 0")
+            return {}
+        path, state = found
+        load(path, state, model, optimizer)
+        self.say(f"resuming from {path}")
+        return state
+
     def _join(self):
         if self.thread is not None:
             self.thread.join()
@@ -202,6 +213,21 @@ def replace(aside, final):
     os.rename(aside, final)
     flush(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def publish(final, write):
+    """Lets write(directory) write a directory aside, flushes it, and gives it the name `final`."""
+    aside = final.with_name(f".{final.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        write(aside)
+        for file in aside.iterdir():
+            flush(file)
+        replace(aside, final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        fault = f"{final} could not be written: {error}"
+        raise UserError(f"{fault}; mend that, then --resume") from error
 
 
 def flush(path):
@@ -300,3 +326,45 @@ def _read_rows(files, name, n, part, rows):
         if start < stop:
             piece = file.get_slice(name)[start - held.start : stop - held.start]
             part[start - rows.start : stop - rows.start].copy_(piece)
+
+
+# ----------------------------------------------------------------------------- tensors with a key
+
+
+def write_keyed(tensors, file, key):
+    """Writes {name: tensor} with a key of what they depend on: aside, flushed, renamed."""
+    aside = file.with_name(f".{file.name}")
+    try:
+        save_file(tensors, aside, metadata={"key": key, "sha256": content_digest(tensors)})
+    except SafetensorError as error:
+        fault = f"{file} could not be written: {error}"
+        raise UserError(f"{fault}; mend that, then --resume") from error
+    flush(aside)
+    os.replace(aside, file)
+
+
+def content_digest(tensors):
+    """sha256 of the values: safetensors would read a flipped bit without a word."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        sha.update(tensors[name].numpy().tobytes())
+    return sha.hexdigest()
+
+
+def read_keyed(file, key, say):
+    """{name: tensor} of a file of this key, or None; says so when it belongs to something else."""
+    if not file.exists():
+        return None
+    fault = "belongs to other weights, data or settings"
+    try:
+        with safe_open(file, "pt") as cached:
+            known = cached.metadata() or {}
+            if known.get("key") == key:
+                tensors = {name: cached.get_tensor(name) for name in sorted(cached.keys())}
+                if known.get("sha256") == content_digest(tensors):
+                    return tensors
+                fault = "is damaged"
+    except SafetensorError:
+        fault = "is damaged"
+    say(f"{file} {fault}; computing it again")
+    return None

@@ -3,9 +3,25 @@
 A command that gives a flag another default or meaning declares it again in its own dataclass.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 from jobs.cli import flag
+from losses import hyperparameters
+
+# One flag per hyperparameter that an objective names: a new objective brings its flags along.
+HYPER = hyperparameters()  # {name: {objective: default}}
+HyperFlags = dataclasses.make_dataclass(
+    "HyperFlags",
+    [
+        (
+            name,
+            float | None,
+            flag(None, "default: " + ", ".join(f"{o} {v:g}" for o, v in defaults.items())),
+        )
+        for name, defaults in HYPER.items()
+    ],
+)
 
 
 @dataclass
@@ -16,6 +32,34 @@ class ModelFlags:
     revision: str | None = flag(None, "branch, tag or commit of --model on the hub")
     dtype: str | None = flag(None, "default: bf16 on CUDA, else fp32", ("bf16", "fp32"))
     device: str = flag("auto", "where to run", ("auto", "cpu", "cuda"))
+
+
+@dataclass
+class DataFlags:
+    """Which preference pairs are read, and what happens to rows that are none."""
+
+    data: str | None = flag(None, "file, glob, folder or hub id[:split], with @weight; commas")
+    data_revision: str | None = flag(None, "branch, tag or commit of --data on the hub")
+    limit: int | None = flag(None, "read only the first N pairs")
+    bad_rows: str = flag("stop", "at a broken row: stop, or drop and count it", ("stop", "drop"))
+
+
+@dataclass
+class RunFlags:
+    """What a long run needs: where it writes, how it goes on, how it fits its machine."""
+
+    out: str | None = flag(None, "run directory; default: runs/LOSS, or the next free LOSS-2, …")
+    save_every: int | None = flag(None, "steps between checkpoints; default: as --eval_every")
+    keep: int = flag(2, "newest checkpoints kept, beside the best one")
+    resume: bool = flag(False, "go on from the newest whole checkpoint in --out")
+    log: str | None = flag(None, "also report to: tensorboard, wandb, or both with a comma")
+    attention: str = flag("auto", "attention kernel; auto: flex on CUDA", ("auto", "sdpa", "flex"))
+    compile: bool | None = flag(
+        None, "compile the blocks (faster, for some ten seconds once); default: on CUDA"
+    )
+    checkpoint_activations: bool = flag(False, "recompute blocks in backward, to save memory")
+    offload: bool = flag(False, "keep parameters and optimizer state in CPU memory")
+    shard_group: int | None = flag(None, "shard over groups of N processes; default: over all")
 
 
 @dataclass

@@ -5,8 +5,9 @@ over all processes, or with --shard_group over groups of them that hold copies o
 """
 
 import ctypes
-import dataclasses
 import os
+import platform
+import shutil
 import signal
 import sys
 import threading
@@ -24,10 +25,7 @@ from torch.distributed.fsdp import (
 )
 from tqdm import tqdm
 
-from hub.weights import load_weights, read_config
-from jobs.checkpoint import local_part
 from jobs.cli import UserError
-from model import Transformer
 
 
 class Stopped(Exception):
@@ -199,24 +197,41 @@ def lost_contact(error):
     )
 
 
-def build_model(s, ranks, source, head):
-    """Build on meta, shard, and let each rank read only its slices."""
-    _, config = read_config(source)
-    if head == "logps" and config.head != head:
-        raise UserError(
-            f"--model {source} is a reward model; --loss {s.loss} needs a language model"
-        )
-    with torch.device("meta"):
-        model = Transformer(dataclasses.replace(config, head=head))
-    model.attention, model.context_grad = s.attention, s.context_grad
-    for block in model.blocks:
-        block.recompute = s.checkpoint_activations
-        if s.compile:
-            block.body = torch.compile(block.body)
-    shard(model, s, ranks)
-    model.to_empty(device="cpu" if s.offload else ranks.device)
-    load_weights(model, source, local_part)
-    return model
+def by_device(s, kind):
+    """Computes {name: value} of the settings that the kind of device decides, "cuda" or "cpu".
+
+    UserError for flags that contradict each other or the device.
+    """
+    attention = s.attention
+    if not s.context_grad:
+        if attention == "flex":
+            raise UserError("--context_grad false does not go with --attention flex")
+        if s.loss == "reward":
+            told = "--context_grad false: --loss reward has no context; it scores dialogues"
+            raise UserError(told)
+        attention = "sdpa"  # computed piece by piece, since lengths vary
+    if attention == "auto":
+        attention = "flex" if kind == "cuda" else "sdpa"
+    if attention == "flex" and kind != "cuda":
+        raise UserError("--attention flex: FlexAttention trains on CUDA only; use sdpa")
+    compiled = kind == "cuda" if s.compile is None else s.compile
+    if compiled and kind == "cpu":
+        need_compiler()
+    # `torchrun --max-restarts` starts the same command again: it goes on where it was
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return {
+        "attention": attention,
+        "compile": compiled,
+        "dtype": s.dtype or ("bf16" if kind == "cuda" else "fp32"),
+        "resume": s.resume or restarted,
+    }
+
+
+def need_compiler():
+    """UserError where torch.compile would find no C++ compiler."""
+    name = os.environ.get("CXX", "clang++" if platform.system() == "Darwin" else "g++")
+    if shutil.which(name) is None:
+        raise UserError(f"--compile: there is no {name}; install it, or name yours in CXX")
 
 
 def shard(model, s, ranks):

@@ -28,7 +28,7 @@ from pairs.read import Drops
 
 GIGABYTES = 20
 OWN = re.compile(r"[0-9a-f]{32}|\.[0-9a-f]{32}-.*")  # a whole cache, or one that is being written
-CODE = ("data.py", "prepare.py", "hub/template.py", *(f"pairs/{n}.py" for n in
+CODE = ("data.py", "train.py", "hub/template.py", *(f"pairs/{n}.py" for n in
         ("cleaning", "guard", "layouts", "read", "sources", "token_cache")))  # fmt: skip
 
 

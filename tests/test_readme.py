@@ -10,7 +10,7 @@ import evaluate
 import generate
 from jobs.cli import parser_of
 from losses import OBJECTIVES, PRESETS
-from settings import Settings
+from train import TrainFlags
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,7 +37,7 @@ CALLS = [call for text in shell_texts() for call in commands(text)]
 def known_flags(script, arguments):
     if script == "evaluate":
         return parser_of(evaluate.COMMANDS[arguments[0]][0], "")
-    return parser_of({"train": Settings, "generate": generate.Settings}[script], "")
+    return parser_of({"train": TrainFlags, "generate": generate.Settings}[script], "")
 
 
 @pytest.mark.parametrize("script, arguments", CALLS, ids=lambda x: x if isinstance(x, str) else "")
@@ -61,7 +61,7 @@ def test_the_table_of_objectives_is_the_one_in_losses():
 
 
 def test_every_flag_of_train_has_a_help_text_and_hyperparameters_have_flags():
-    flags = {action.dest: action.help for action in parser_of(Settings, "")._actions}
+    flags = {action.dest: action.help for action in parser_of(TrainFlags, "")._actions}
     assert all(flags.values())
     for objective in OBJECTIVES.values():
         assert set(objective.defaults) <= set(flags)

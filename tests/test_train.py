@@ -17,7 +17,6 @@ from runs import command, final, furthest, lines, losses, torchrun, train_here
 from safetensors.torch import load_file
 
 import rows
-import scoring
 import train
 from conftest import write_model
 from jobs.cli import run
@@ -150,8 +149,8 @@ def test_rows_recomputing_and_offloading_do_not_change_the_numbers(
     change, flags, no_plots, monkeypatch
 ):
     sizes = []
-    build = scoring.build_row
-    monkeypatch.setattr(scoring, "build_row", lambda *a: sizes.append(len(a[0])) or build(*a))
+    build = train.build_row
+    monkeypatch.setattr(train, "build_row", lambda *a: sizes.append(len(a[0])) or build(*a))
     flags |= {"loss": "ins_dpo", "batch": 6}
     train_here(flags, flags | change | {"out": flags["out"] / "changed"})
     assert (losses(flags["out"]) - losses(flags["out"] / "changed")).abs().max() <= 1e-5

@@ -13,7 +13,7 @@ from families import Config
 from hub.weights import read_config
 from jobs.cli import UserError
 from model import Transformer
-from settings import Settings
+from train import TrainFlags
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ROOT / "bench" / "shapes"
@@ -81,7 +81,7 @@ def test_the_report_says_what_is_too_much():
 
 def test_plan_is_a_flag_of_train(tmp_path):
     with pytest.raises(UserError, match="--plan needs --model"):
-        memory.show(Settings())
+        memory.show(TrainFlags())
     words = [
         sys.executable,
         str(ROOT / "train.py"),

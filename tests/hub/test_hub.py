@@ -14,7 +14,7 @@ import train
 from conftest import PAIRS
 from hub.weights import pin
 from jobs.cli import UserError, run
-from settings import Settings
+from train import TrainFlags
 
 FAST = ["--dtype", "fp32", "--device", "cpu", "--limit", "8"]
 
@@ -106,6 +106,6 @@ def test_reward_models_and_judges_are_pinned(hub, tmp_path, pairs_file, monkeypa
 def test_a_revision_of_what_is_no_hub_id_is_refused(tiny_model_dir):
     for source in (str(tiny_model_dir), None, "nowhere"):
         with pytest.raises(UserError, match=f"--revision v1: --model {source} is no hub id"):
-            pin(Settings(model=source, revision="v1"))
+            pin(TrainFlags(model=source, revision="v1"))
     with pytest.raises(UserError, match="--revision v1: --model lab/gpt"):
         pin(generate.Settings(model="lab/gpt", revision="v1", endpoint="http://127.0.0.1:1/v1"))

@@ -14,8 +14,8 @@ from runs import final, furthest, lines, losses, torchrun, train_here
 from jobs import checkpoint
 from jobs.checkpoint import newest, saved
 from jobs.cli import UserError, parse
-from jobs.processes import Ranks, build_model
-from settings import Settings, resolve
+from jobs.processes import Ranks
+from train import TrainFlags, build_model, resolve
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def fresh(alone, tiny_model_dir):
     """() -> an untrained model with its optimizer."""
 
     def make():
-        s = parse(Settings, "", ["--model", str(tiny_model_dir), "--data", "none"])
-        resolve(s, "cpu")
+        s = parse(TrainFlags, "", ["--model", str(tiny_model_dir), "--data", "none"])
+        s, _ = resolve(s, "cpu")
         model = build_model(s, alone, tiny_model_dir, "logps")
         return model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 

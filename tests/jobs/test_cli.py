@@ -3,7 +3,7 @@
 import pytest
 
 from jobs.cli import UserError, parse
-from settings import Settings, resolve
+from train import TrainFlags, resolve
 
 
 @pytest.mark.parametrize(
@@ -18,24 +18,24 @@ from settings import Settings, resolve
     ],
 )
 def test_booleans_are_switches_or_take_true_and_false(words, value):
-    assert parse(Settings, "", words.split()).context_grad is value
+    assert parse(TrainFlags, "", words.split()).context_grad is value
 
 
 @pytest.mark.parametrize("words", ["--context_grad maybe", "--loss false true", "false"])
 def test_other_words_are_refused(words):
     with pytest.raises(UserError):
-        parse(Settings, "", words.split())
+        parse(TrainFlags, "", words.split())
 
 
 def test_compile_without_a_compiler_is_refused_before_anything_is_read(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match="--compile: there is no no-such-compiler"):
-        resolve(Settings(compile=True), "cpu")
-    resolve(Settings(compile=False), "cpu")
-    resolve(Settings(), "cpu")
+        resolve(TrainFlags(compile=True), "cpu")
+    resolve(TrainFlags(compile=False), "cpu")
+    resolve(TrainFlags(), "cpu")
 
 
 @pytest.mark.parametrize("other", [{"attention": "flex"}, {"loss": "reward"}])
 def test_context_grad_false_refuses_what_it_cannot_do(other):
     with pytest.raises(UserError, match="--context_grad false"):
-        resolve(Settings(context_grad=False, **other), "cuda")
+        resolve(TrainFlags(context_grad=False, **other), "cuda")

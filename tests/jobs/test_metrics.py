@@ -8,7 +8,7 @@ import pytest
 import evaluate
 from jobs.cli import UserError
 from jobs.metrics import Metrics, logger_names, read_metrics
-from settings import Settings
+from train import TrainFlags
 
 
 def steps(n, loss):
@@ -70,7 +70,7 @@ def test_a_figure_that_cannot_be_drawn_is_said_and_ends_nothing(tmp_path):
 
 def logged(out, log, step, rows):
     """These rows, written to OUT and to a logger, by a run that resumes behind `step`."""
-    s = Settings(out=str(out), log=log)
+    s = TrainFlags(out=str(out), log=log)
     metrics = Metrics(s, SimpleNamespace(first=True, say=print), step)
     for row in rows:
         metrics.write(row)

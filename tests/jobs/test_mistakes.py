@@ -10,9 +10,9 @@ from runs import argv, command, lines, losses, train_here
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import scoring
 import train
 from conftest import PAIRS, write_model
+from jobs import checkpoint
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_a_reference_that_is_not_the_start_ends_the_run_before_step_1(flags, mis
     with safe_open(file, "pt") as cached:
         key = cached.metadata()["key"]
     values = {name: tensor - 1.0 for name, tensor in load_file(file).items()}
-    scoring.write_reference(values, wrong, key)
+    checkpoint.write_keyed(values, wrong, key)
     told = mistake(flags)
     assert "step 0: policy and reference differ by" in told and str(wrong) in told
     assert not (flags["out"] / "metrics.jsonl").exists()

@@ -8,7 +8,7 @@ from hub.template import Template
 from jobs.cli import UserError
 from pairs.cleaning import Rules, clean
 from pairs.read import Drops, Pair, read_pairs
-from settings import Settings
+from train import TrainFlags
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def cleaned(pairs, template, **rules):
 
 
 def test_no_rule_is_on_by_default(tiny):
-    assert Rules.of(Settings()) == Rules()
+    assert Rules.of(TrainFlags()) == Rules()
     pairs = [pair(1, "a", "b"), pair(2, "a", "b"), pair(3, "a" * 9999, "b", -5.0)]
     assert cleaned(pairs, tiny) == (["1", "2", "3"], {})
 

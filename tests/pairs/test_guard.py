@@ -14,8 +14,7 @@ from losses import recipe
 from pairs.guard import Guard, dialogues, identity, key, safe
 from pairs.layouts import Pair
 from pairs.read import Drops, read_pairs
-from prepare import prepare
-from settings import Settings
+from train import TrainFlags, load_data
 
 POLICY = (  # as Llama Guard's: the dialogue inside a task, then the question
     "{{ bos_token }}Task: is the last message unsafe?\n<CONVERSATION>\n"
@@ -153,8 +152,8 @@ def test_in_a_run_it_is_a_flag(guard_dir, tiny_model_dir, data):
     threshold = between(worst(guard_dir, pairs), 3)
     flags = {"model": tiny_model_dir, "data": file, "max_len": 200, "eval_pairs": 0, "loss": "dpo",
              "guard": guard_dir, "guard_threshold": threshold, "device": "cpu"}  # fmt: skip
-    s = parse(Settings, "", [w for k, v in flags.items() for w in (f"--{k}", str(v))])
-    sets, lines = prepare(s, Template(tiny_model_dir), recipe("dpo"))
+    s = parse(TrainFlags, "", [w for k, v in flags.items() for w in (f"--{k}", str(v))])
+    sets, lines = load_data(s, Template(tiny_model_dir), recipe("dpo"))
     assert len(sets["train"]) == 3
     assert lines[1].startswith("cleaned: 3 pairs; dropped: 1 unsafe (")
 

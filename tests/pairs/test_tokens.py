@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import prepare as prepare_file
+import train
 from conftest import PAIRS, write_model
 from hub.template import Template
 from jobs.cli import UserError, parse
 from losses import recipe
 from pairs import token_cache as tokens
-from prepare import build, prepare
-from settings import Settings
+from train import TrainFlags, load_data, read_and_tokenise
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,9 +36,9 @@ def made(monkeypatch):
 
     def counted(*args, **options):
         calls.append(args)
-        return build(*args, **options)
+        return read_and_tokenise(*args, **options)
 
-    monkeypatch.setattr(prepare_file, "build", counted)
+    monkeypatch.setattr(train, "read_and_tokenise", counted)
     return calls
 
 
@@ -49,9 +48,8 @@ def start(tiny_model_dir, pairs_file, cache):
 
     def start(loss="ins_dpo", model=tiny_model_dir, **flags):
         words = {"model": model, "data": pairs_file, "max_len": 200, "loss": loss} | flags
-        s = parse(Settings, "", [w for k, v in words.items() for w in (f"--{k}", str(v))])
-        sets, lines = prepare(s, Template(model), recipe(loss))
-        assert s.eval_pairs is not None
+        s = parse(TrainFlags, "", [w for k, v in words.items() for w in (f"--{k}", str(v))])
+        sets, lines = load_data(s, Template(model), recipe(loss))
         return sets, lines
 
     return start
@@ -97,26 +95,26 @@ def test_mapped_datasets_equal_fresh_ones(loss, cut, start, made, tmp_path):
 
 PROGRAM = """
 import hashlib, json, os, sys
-import prepare
+import train
 from jobs.cli import parse
 from losses import recipe
 from jobs.processes import Ranks
-from settings import Settings
+from train import TrainFlags
 from hub.template import Template
 
 def tell(*words):  # in one piece: print's would mix with those of the other rank
     os.write(1, (" ".join(map(str, words)) + "\\n").encode())
 
-build = prepare.build
+build = train.read_and_tokenise
 def told(*args, **options):
     tell("tokenised by", os.environ["RANK"])
     return build(*args, **options)
-prepare.build = told
+train.read_and_tokenise = told
 with Ranks("cpu") as ranks:
-    s = parse(Settings, "", sys.argv[1:])
-    sets, lines = prepare.prepare(s, Template(s.model), recipe(s.loss), ranks)
+    s = parse(TrainFlags, "", sys.argv[1:])
+    sets, lines = train.load_data(s, Template(s.model), recipe(s.loss), ranks)
     ids = [d.examples[i].chosen.tobytes() for d in sets.values() for i in range(len(d))]
-    tell("digest", hashlib.sha256(b"".join(ids)).hexdigest(), s.eval_pairs)
+    tell("digest", hashlib.sha256(b"".join(ids)).hexdigest(), len(sets["validation"]))
     if ranks.first:
         tell(lines[-1])
 """
@@ -187,8 +185,8 @@ def test_the_guard_counts_by_what_it_is(tmp_path, tiny_model_dir, pairs_file):
 
     def key(guard):
         words = ["--model", str(tiny_model_dir), "--data", str(pairs_file), "--guard", str(guard)]
-        s = parse(Settings, "", words)
-        return prepare_file.key_of(s, Template(tiny_model_dir), recipe("dpo"))
+        s = parse(TrainFlags, "", words)
+        return train.data_key(s, Template(tiny_model_dir), recipe("dpo"))
 
     first = key(write_model(tmp_path / "guard"))
     assert key(write_model(tmp_path / "moved")) == first

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import train
 from jobs.cli import parse
 from jobs.processes import Ranks
-from settings import Settings
+from train import TrainFlags
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,7 +39,7 @@ def train_here(*runs):
     ranks = Ranks("cpu")
     try:
         for flags in runs:
-            train.train(parse(Settings, "", argv(flags)), ranks)
+            train.train(parse(TrainFlags, "", argv(flags)), ranks)
     finally:
         dist.destroy_process_group()
         for number, handler in handlers.items():
