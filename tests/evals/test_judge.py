@@ -37,7 +37,7 @@ def judge(files, monkeypatch, call):
 
     def go(server, *flags):
         words = ["judge", "--model", "the-judge", "--out", files / "verdicts"]
-        words += ["--answers", files / "ours.jsonl", "--retries", 3, "--timeout", 0.5]
+        words += ["--answers", files / "ours.jsonl", "--retries", 3, "--timeout", 60]
         words += ["--endpoint", server.url] if server else []
         call(evaluate, *words, *flags)
         return files / "verdicts"

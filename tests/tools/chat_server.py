@@ -1,10 +1,12 @@
 """A small OpenAI-compatible chat server on 127.0.0.1 that fails as it is told to.
 
 `trouble` is a list of faults, one per request in the order in which they come, "ok" or none being
-health: 429, 500, 400 … (a status), "hang", "drop" (a closed connection), "garbage" (no JSON),
-"empty" (JSON, but no completion), "die" (this and every later request is dropped).
+health: 429, 500, 400 … (a status), "hang" (until the client has hung up), "drop" (a closed
+connection), "garbage" (no JSON), "empty" (JSON, but no completion), "die" (this and every later
+request is dropped).
 """
 
+import contextlib
 import json
 import threading
 import time
@@ -51,26 +53,24 @@ class ChatServer:
             self.times.append(time.monotonic())
             self.at_once += 1
             self.most_at_once = max(self.most_at_once, self.at_once)
-        try:
-            time.sleep(0.01)
-            self.respond(http, fault, body)
-        except OSError:  # a client that has lost patience has hung up
-            pass
-        finally:
-            with self.lock:
-                self.at_once -= 1
+        time.sleep(0.01)
+        text = self.reply(body["messages"], body) if fault == "ok" else ""
+        with self.lock:  # before the client can know: its next request is not one more at once
+            self.at_once -= 1
+        with contextlib.suppress(OSError):  # a client that has lost patience has hung up
+            self.respond(http, fault, text)
 
-    def respond(self, http, fault, body):
-        if fault == "drop":
+    def respond(self, http, fault, text):
+        if fault == "hang":
+            http.rfile.read(1)  # nothing comes: it ends with the connection
+        if fault in ("drop", "hang"):
             http.close_connection = True
             http.connection.close()
             return
-        if fault == "hang":
-            time.sleep(1.0)
         status = fault if isinstance(fault, int) else 200
         content = {"error": {"message": f"told to say {status}"}}
         if status == 200:
-            message = {"role": "assistant", "content": self.reply(body["messages"], body)}
+            message = {"role": "assistant", "content": text}
             content = {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
             content["usage"] = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
         payload = {"garbage": b"<html>", "empty": b"{}"}.get(fault, json.dumps(content).encode())
