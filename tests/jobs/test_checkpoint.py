@@ -227,7 +227,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(fresh, tmp_path, monkeyp
     train_a_step(model, optimizer)
     before = {n: t.clone() for n, t in content(model, optimizer).items()}
     go_on, write = threading.Event(), checkpoint.save_file
-    monkeypatch.setattr(checkpoint, "save_file", lambda *a: go_on.wait(30) and write(*a))
+    monkeypatch.setattr(checkpoint, "save_file", lambda *a: go_on.wait(600) and write(*a))
     saver = checkpoint.Saver(tmp_path, {}, keep=2)
     saver.save(model, optimizer, {"step": 1})
     train_a_step(model, optimizer)

@@ -27,7 +27,7 @@ def table():
         "1",
         "--only",
     ]
-    done = subprocess.run([*words, *FAULTS], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([*words, *FAULTS], capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
     return {name: cells for name, *cells in rows}

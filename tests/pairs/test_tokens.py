@@ -130,7 +130,7 @@ def test_all_ranks_share_one_tokenisation(writable, tiny_model_dir, pairs_file, 
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     words += [str(tmp_path / "program.py"), "--model", str(tiny_model_dir), "--max_len", "200"]
     words += ["--data", str(pairs_file), "--loss", "dpo"]
-    done = subprocess.run(words, env=os.environ | env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, env=os.environ | env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     told = done.stdout.splitlines()
     by = sorted(line[-1] for line in told if line.startswith("tokenised by"))

@@ -67,10 +67,13 @@ def free_port():
         return s.getsockname()[1]
 
 
-def command(flags, **options):
-    """`python train.py` with these flags, started; stdout and stderr are captured as text."""
-    words = [sys.executable, str(ROOT / "train.py"), *argv(flags)]
-    return _start(words, **options)
+def command(flags, fault=None):
+    """`python train.py` with these flags, started; stdout and stderr are captured as text.
+
+    fault: one of sabotage.py, which is then started in its place.
+    """
+    script = [ROOT / "tests" / "tools" / "sabotage.py", fault] if fault else [ROOT / "train.py"]
+    return _start([sys.executable, *map(str, script), *argv(flags)])
 
 
 def torchrun(processes, *runs):

@@ -1,4 +1,4 @@
-"""train.py with something broken in it: `python tests/tools/sabotage.py FAULT FLAGS …`.
+"""train.py with something broken in it: `python tests/tools/sabotage.py FAULT,… FLAGS …`.
 
 The product has no hooks for faults: what is to break is replaced from outside, in the process, and
 then train.py runs as it is.
@@ -22,6 +22,36 @@ def nothing():
 
 def drawing():
     """The same, with its curves."""
+
+
+HELD = 20  # seconds that a run waits at most for what is to hit it
+
+
+def held():
+    """In front of its last step but one, until it is hit: nothing can come too late."""
+    _hold(lambda job: job.plan.steps - 1)
+
+
+def held_halfway():
+    """The same in front of the step behind its half."""
+    _hold(lambda job: job.plan.steps // 2 + 1)
+
+
+def _hold(at):
+    """Wait in front of step at(job) for a signal, or for a file OUT.go that tells to go on."""
+    from step import Run
+
+    step = Run.step
+
+    def waiting(self, number, stopping):
+        until, go = time.monotonic() + HELD, Path(f"{self.s.out}.go")
+        while number + 1 == at(self) and time.monotonic() < until:
+            if self.ranks.stopping or go.exists():
+                break
+            time.sleep(0.01)
+        return step(self, number, stopping or self.ranks.stopping)
+
+    Run.step = waiting
 
 
 def _break_step(number, what):
@@ -135,8 +165,8 @@ def clock_backwards():
     time.time = lambda: begun - 3 * (true() - begun)
 
 
-def inside(name):
-    """Break what is to be broken, then be train.py."""
+def inside(names):
+    """Break what is to be broken, then be train.py. names: of faults, with commas between."""
     import torch
 
     import train
@@ -144,15 +174,16 @@ def inside(name):
     from jobs.metrics import Metrics
 
     torch.set_num_threads(1)
-    if name != "drawing":  # two thirds of the time of so short a run
+    if "drawing" not in names:  # two thirds of the time of so short a run
         Metrics.plot = lambda self: None
-    FAULTS[name]()
+    for name in names.split(","):
+        FAULTS[name]()
     run(train.main)
 
 
-FAULTS = {f.__name__: f for f in (nothing, drawing, inf_gradient, nan_loss, nan_reference,
-          raising_rank, raise_once, full_at_checkpoint, full_at_last_checkpoint, full_at_export,
-          full_at_metrics, clock_backwards)}  # fmt: skip
+FAULTS = {f.__name__: f for f in (nothing, drawing, held, held_halfway, inf_gradient, nan_loss,
+          nan_reference, raising_rank, raise_once, full_at_checkpoint, full_at_last_checkpoint,
+          full_at_export, full_at_metrics, clock_backwards)}  # fmt: skip
 
 if __name__ == "__main__":
     inside(sys.argv.pop(1))
