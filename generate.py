@@ -1,36 +1,255 @@
 """Generate answers: `python generate.py --model DIR --prompt TEXT` or `--data FILE --out FILE`.
 
-IFSR's three ways to ask for an answer (section 3.1), x the dialogue and i the instruction:
+From the bottom up: a token is drawn from logits (nucleus sampling), a key/value cache makes a step
+cost one token per sequence, a queue keeps the rows of a batch busy, and on top of it stand IFSR's
+three ways to ask for an answer (section 3.1), x the dialogue and i the instruction:
 
     plain       x -> y
     instruct    x, i -> y             i as a suffix of the last user turn
     refine      x, y', i -> y         a draft y' (generated as in plain, or the row's `draft`) and
                                       one more user turn i, joined token by token as in training
 
-A question of several turns (MT-Bench) is asked so at each of them, behind the answers before. The
-tokens come from sampling.py, or the answers from a server (endpoint.py); benchmarks.py has the
-file formats, journal.py what a killed run leaves.
+A question of several turns (MT-Bench) is asked so at each of them, behind the answers before. A
+server (--endpoint, hub/endpoint.py) may answer in place of the sampler, and should where much is
+asked of a large model: vLLM schedules better than this loop.
+
+Legend: B sequences at work, T new tokens of each, H heads, K key/value heads, G = H / K,
+C head width, U slots in use, D width, V vocabulary, N candidates.
 """
 
 import os
 import sys
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tokenizers.decoders import DecodeStream
 
-from hub.benchmarks import FORMATS, Ask, read_asks, refuse_twins, token_counter, write_answers
-from hub.endpoint import Endpoint, Refused, public, together
+from attend import attention
+from hub.benchmarks import ANSWER_FORMATS, refuse_twins, token_counter, write_answers
+from hub.endpoint import Endpoint, RequestRefused, public, together
 from hub.template import INSTRUCTIONS, Template, with_suffix
 from hub.weights import pin, read_config, resolve
 from jobs.cli import UserError, flag, parse, progress, run
 from jobs.files import Shared, read_json, to_line
+from jobs.flags import EndpointFlags, InstructionFlags, ModelFlags, SamplingFlags
 from model import load
-from sampling import Sampling, Sequence, complete
+from pairs.questions import Ask, read_asks
 
-# ----------------------------------------------------------------------------- the three modes
+# ----------------------------------------------------------------------------- one token
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn, and when a sequence ends."""
+
+    max_new_tokens: int = 2048
+    temperature: float = 0.7  # divides the logits; 0: the likeliest token
+    top_p: float = 0.95  # mass of the nucleus that tokens are drawn from
+    stop_ids: frozenset = frozenset()
+
+
+def draw_tokens(logits, uniforms, sampling):
+    """Nucleus sampling (Holtzman et al. 2020): (B, V) logits -> (B,) token ids.
+
+    The nucleus is the smallest set of likeliest tokens that holds top_p of the probability mass.
+    uniforms: (B,) random numbers in [0, 1), one per sequence.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    probs = (logits.float() / sampling.temperature).softmax(-1)  # (B, V)
+    top, ids = candidates(probs, sampling.top_p)  # (B, N), in descending order
+    # a token is in the nucleus if the tokens before it do not fill it yet
+    keep = top.cumsum(-1) - top < sampling.top_p
+    # Inverse CDF: on a line where every token of the nucleus takes a stretch as long as its
+    # probability, u times the whole length falls into the stretch of token k with probability
+    # p_k / sum(p). One number per sequence is all the randomness that a draw needs.
+    mass = (top * keep).cumsum(-1)
+    place = torch.searchsorted(mass, uniforms[:, None] * mass[:, -1:], right=True)  # (B, 1)
+    place = place.minimum(keep.sum(-1, keepdim=True) - 1)  # fp32 may have rounded u up to 1
+    return ids.gather(-1, place).squeeze(-1)
+
+
+def candidates(probs, top_p, few=256):
+    """The likeliest tokens' probabilities, descending, and ids, (B, N) each, N enough for top_p.
+
+    A nucleus seldom has hundreds of tokens, and sorting a whole vocabulary costs as much as a
+    forward pass of a small model.
+    """
+    top, ids = probs.topk(min(few, probs.shape[-1]))
+    enough = (top.sum(-1) >= top_p).all()
+    return (top, ids) if enough else probs.sort(-1, descending=True)
+
+
+# ----------------------------------------------------------------------------- the cache
+
+
+class KVCache:
+    """Keys and values of a batch, per layer (2, B, K, U, C); slot t of a row holds position t.
+
+    Rows are of unequal length and each fills slots of its own from 0 on, so there is no padding:
+    who sees whom is a matter of positions alone. What a former sequence left in a row lies at
+    positions that its successor overwrites before it can see them.
+    """
+
+    def __init__(self, model, rows):
+        c = self.config = model.config
+        self.groups = c.heads // c.kv_heads
+        new = model.embed.weight.new_zeros
+        self.layers = [new(2, rows, c.kv_heads, 0, c.head_width) for _ in range(c.n_layers)]
+
+    def attend(self, rows, positions, used):
+        """What `Transformer.hidden` takes: one attention rule per layer.
+
+        rows: slice of B rows; positions: (B, T) of the new tokens, which also are their slots;
+        used: U, one more than the largest of them (known to the caller, or a GPU would wait here).
+        """
+        c = self.config
+        self._reserve(used)
+        slots = torch.arange(used, device=positions.device)
+        # causality and the sliding window, both by the query's position less the key's
+        age = positions[:, None, :, None] - slots  # (B, 1, T, U)
+        masks = {w: age >= 0 if w is None else (age >= 0) & (age < w) for w in set(c.windows)}
+        # the G query heads of a key/value head attend as if they were G times as many queries
+        masks = {w: mask.repeat(1, 1, self.groups, 1) for w, mask in masks.items()}
+        return [
+            CachedAttention(*layer[:, rows, :, :used], positions, masks[w], c.scale, c.attn_cap)
+            for layer, w in zip(self.layers, c.windows, strict=True)
+        ]
+
+    def _reserve(self, used):
+        """Makes room for `used` slots: by powers of two, since growing copies everything."""
+        room = self.layers[0].shape[3]
+        if used > room:
+            more = max(256, 1 << (used - 1).bit_length()) - room
+            for i, layer in enumerate(self.layers):
+                # zeros, not empty memory: a masked weight of 0 times NaN would still be NaN
+                self.layers[i] = F.pad(layer, (0, 0, 0, more))
+
+    def move(self, source, target):
+        """Copies one row over another."""
+        for layer in self.layers:
+            layer[:, target] = layer[:, source]
+
+
+@dataclass
+class CachedAttention:
+    """The attention rule of one layer: store the new keys and values, then look at all."""
+
+    keys: torch.Tensor  # (B, K, U, C), a view of the cache
+    values: torch.Tensor
+    positions: torch.Tensor  # (B, T)
+    mask: torch.Tensor  # (B, 1, G T, U)
+    scale: float | None
+    cap: float | None
+
+    def __call__(self, q, k, v):
+        rows = torch.arange(len(k), device=k.device)[:, None]  # (B, 1)
+        # keys come already rotated by their position, so they are never touched again
+        self.keys.transpose(1, 2)[rows, self.positions] = k.transpose(1, 2)  # (B, T, K, C)
+        self.values.transpose(1, 2)[rows, self.positions] = v.transpose(1, 2)
+        q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, H, T, C) -> (B, K, G T, C)
+        y = attention(q, self.keys, self.values, self.mask, self.scale, self.cap)
+        return y.unflatten(2, (-1, k.shape[2])).flatten(1, 2)  # (B, H, T, C)
+
+
+# ----------------------------------------------------------------------------- the queue
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A prompt and what has been generated behind it.
+
+    seed: any tuple of integers. A sequence draws its own random numbers, so what becomes of it
+    depends on no other sequence of the batch (but for the rounding of the batch's matmuls).
+    """
+
+    prompt: list
+    seed: tuple = (0,)
+    on_token: object = None  # called with every id of the answer, as it comes
+    tag: object = None  # whatever the caller wants to find again
+    answer: list = field(default_factory=list)  # ids, without the one that stopped it
+    finished: bool = False  # it stopped by itself
+
+    def __post_init__(self):
+        self.rng = np.random.default_rng(self.seed)
+
+    @property
+    def last(self):
+        return self.answer[-1] if self.answer else self.prompt[-1]
+
+    def take(self, token, sampling):
+        """Appends a drawn token. Returns whether the sequence is at its end."""
+        self.finished = token in sampling.stop_ids
+        if not self.finished:
+            self.answer.append(token)
+            if self.on_token:
+                self.on_token(token)
+        return self.finished or len(self.answer) == sampling.max_new_tokens
+
+
+def complete(model, queue, sampling, batch=16):
+    """Yields the Sequences of a deque as they end; the caller may append to it meanwhile.
+
+    At most `batch` are at work. One that ends makes room for the next at once, so a long answer
+    holds up no other (continuous batching).
+    """
+    cache, active = KVCache(model, batch), []  # active[row] is what a row of the cache belongs to
+    while queue or active:
+        while queue and len(active) < batch:
+            active.append(queue.popleft())
+            prefill(model, cache, len(active) - 1, active[-1].prompt)
+        tokens = next_tokens(model, cache, active, sampling)
+        ended = [row for row, seq in enumerate(active) if seq.take(tokens[row], sampling)]
+        # the last row fills each gap; from the end, so that the last row is one that goes on
+        for row in reversed(ended):
+            yield active[row]
+            cache.move(len(active) - 1, row)
+            active[row] = active[-1]
+            active.pop()
+
+
+@torch.no_grad()
+def prefill(model, cache, row, prompt):
+    """Fills a row with all of a prompt but its last token, which the next step takes."""
+    if len(prompt) > 1:
+        tokens = torch.tensor(prompt[:-1], device=model.embed.weight.device)[None]  # (1, T)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        rules = cache.attend(slice(row, row + 1), positions, len(prompt) - 1)
+        model.hidden(tokens, positions, rules)  # for what it leaves in the cache
+
+
+@torch.no_grad()
+def next_tokens(model, cache, active, sampling):
+    """Feeds every sequence its last token and draws the next -> list of B ids."""
+    device = model.embed.weight.device
+    places = [len(seq.prompt) + len(seq.answer) - 1 for seq in active]
+    last = torch.tensor([seq.last for seq in active], device=device)[:, None]  # (B, 1)
+    positions = torch.tensor(places, device=device)[:, None]
+    rules = cache.attend(slice(0, len(active)), positions, max(places) + 1)
+    logits = model.to_logits(model.hidden(last, positions, rules)[:, 0])  # (B, D) -> (B, V)
+    uniforms = torch.tensor([seq.rng.random() for seq in active], device=device)
+    return draw_tokens(logits, uniforms, sampling).tolist()
+
+
+def sample(model, prompts, sampling, seed=0, batch=16, on_token=None):
+    """Token ids in, token ids out: a list of prompts -> a list of answers, in the same order.
+
+    Prompt i draws its random numbers from (seed, i). on_token(i, token) is called as tokens come.
+    """
+
+    def listener(i):
+        return on_token and (lambda token: on_token(i, token))
+
+    sequences = [Sequence(list(p), (seed, i), listener(i)) for i, p in enumerate(prompts)]
+    for _ in complete(model, deque(sequences), sampling, batch):
+        pass
+    return [seq.answer for seq in sequences]
+
+
+# ----------------------------------------------------------------------------- the three ways
 
 MODES = ("plain", "instruct", "refine")
 
@@ -83,26 +302,29 @@ class Answers:
     instruction: str = INSTRUCTIONS["better"]
     seed: int = 0
     batch: int = 16
-    static: bool = False  # cache, for a compiled step
 
     def __call__(self, asks, numbers=None, on_token=None):
-        """Yield one row {prompt, answer, [draft,] finished, …} per Ask, in their order."""
+        """Yields one row {prompt, answer, [draft,] finished, …} per Ask, in their order."""
         numbers = range(len(asks)) if numbers is None else numbers
         return in_order(self.numbered(asks, numbers, on_token), numbers)
 
     def numbered(self, asks, numbers, on_token=None):
-        """Yield (number, row) as answers end.
+        """Yields (number, row) as answers end.
 
         Turn t of Ask n draws its random numbers from (seed, n, 2 t), its refinement from
-        (seed, n, 2 t + 1). on_token(stage, token) hears the tokens, with stage "draft" or "answer".
+        (seed, n, 2 t + 1), whatever else is asked, in whatever order: a run that was cut off goes
+        on with the same. on_token(stage, token) hears the tokens; stage is "draft" or "answer".
         """
         jobs = [Job(ask, n) for ask, n in zip(asks, numbers, strict=True)]
         queue = deque(self._first(job, on_token) for job in jobs)
-        for seq in complete(self.model, queue, self.sampling, self.batch, self.static):
+        for seq in complete(self.model, queue, self.sampling, self.batch):
             stage, job = seq.tag
             text = self.template.decode(seq.answer)
-            if stage == "draft":  # its refinement goes first, so that rows end nearly in order
+            # What follows goes first in the queue. At its end it would wait for the drafts of all
+            # other prompts: rows would come last of all, and a kill would lose everything.
+            if stage == "draft":
                 job.row["draft"] = text
+                # the draft's own ids, not its text tokenised again, which may differ
                 ids = [*seq.prompt, *seq.answer, *self.template.end_ids, *self._turn()]
                 queue.appendleft(self._sequence(ids, 1, "answer", job, on_token))
             elif job.answered(text, seq.finished):
@@ -165,7 +387,7 @@ class RemoteAnswers:
         self.refused = []  # (number, what the server said)
 
     def numbered(self, asks, numbers):
-        """Yield (number, row) as answers end; an Ask that the server refuses goes to `refused`."""
+        """Yields (number, row) as answers end; an Ask that the server refuses goes to `refused`."""
         jobs = [Job(ask, n) for ask, n in zip(asks, numbers, strict=True)]
         for job, refusal in together(self._answer, jobs, self.concurrency):
             if refusal is None:
@@ -188,7 +410,7 @@ class RemoteAnswers:
                 reply = self._chat(prompt, job, int(self.mode == "refine"))
                 if job.answered(reply.text, reply.finished):
                     return None
-        except Refused as refusal:
+        except RequestRefused as refusal:
             return str(refusal)
 
     def _chat(self, messages, job, refined):
@@ -213,34 +435,21 @@ class RemoteAnswers:
 
 
 @dataclass
-class Settings:
-    """Every flag."""
+class GenerateFlags(ModelFlags, InstructionFlags, SamplingFlags, EndpointFlags):
+    """Every flag of generate.py."""
 
     model: str | None = flag(None, "HF directory or hub id, or the --endpoint's name for it")
-    revision: str | None = flag(None, "branch, tag or commit of --model on the hub")
     prompt: str | None = flag(None, "one question; its answer streams to the terminal")
     data: str | None = flag(None, "questions, prompts or pairs: a file, a glob or a hub id")
     mode: str = flag("plain", "what is asked", MODES)
-    instruction: str = flag("better", "refining instruction: better, another, worse, or your text")
     out: str | None = flag(None, "file, continued if it is there; default: standard output")
-    format: str = flag("jsonl", "of --out; README has them", tuple(FORMATS))
+    format: str = flag("jsonl", "of --out; README has them", tuple(ANSWER_FORMATS))
     name: str | None = flag(None, "what the benchmark's file calls the model; default: --model")
-    temperature: float = flag(0.7, "of the softmax; 0 takes the likeliest token")
-    top_p: float = flag(0.95, "mass of the nucleus that tokens are drawn from")
-    max_new_tokens: int = flag(2048, "longest answer")
     seed: int = flag(0, "random numbers: prompt i draws from (seed, i)")
-    batch: int = flag(16, "sequences at work at once")
     limit: int | None = flag(None, "only the first N prompts")
-    dtype: str | None = flag(None, "default: bf16 on CUDA, else fp32", ("bf16", "fp32"))
-    device: str = flag("auto", "where to run", ("auto", "cpu", "cuda"))
-    compile: bool = flag(False, "static cache and compiled steps: for long answers on CUDA")
-    endpoint: str | None = flag(None, "OpenAI-compatible server, as http://127.0.0.1:8000/v1")
-    concurrency: int = flag(8, "questions that --endpoint has at once")
-    timeout: float = flag(600.0, "seconds that --endpoint may take for one answer")
-    retries: int = flag(8, "further tries of a request before --endpoint is given up")
 
 
-def check(s, world=1):
+def check_flags(s, world=1):
     """Raise UserError for flags that make no sense."""
     if s.model is None:
         raise UserError("--model is missing; give a Hugging Face directory or a hub id")
@@ -330,7 +539,7 @@ class Stream:
             print(file=self.file, flush=True)
 
 
-def answerer(s, mode="plain", instruction="better", static=False):
+def answerer(s, mode="plain", instruction="better"):
     """What answers: the own sampler with --model loaded, or the server at --endpoint."""
     instruction = INSTRUCTIONS.get(instruction, instruction)
     if s.endpoint:
@@ -339,7 +548,7 @@ def answerer(s, mode="plain", instruction="better", static=False):
         return RemoteAnswers(endpoint, sampling, mode, instruction, s.seed, s.concurrency)
     model, template = load_model(s.model, s.dtype, s.device)
     sampling = Sampling(s.max_new_tokens, s.temperature, s.top_p, stop_ids(template))
-    return Answers(model, template, sampling, mode, instruction, s.seed, s.batch, static)
+    return Answers(model, template, sampling, mode, instruction, s.seed, s.batch)
 
 
 def recorded(s):
@@ -357,7 +566,7 @@ def produce(s, asks, numbers, store):
     An answer to --prompt streams to the terminal as well; a server's is printed when it is whole.
     """
     settings, one = recorded(s), s.prompt is not None
-    answers = answerer(s, s.mode, s.instruction, s.compile)
+    answers = answerer(s, s.mode, s.instruction)
     stream = Stream(answers.template) if one and not s.endpoint else None
     numbered = answers.numbered([asks[n] for n in numbers], numbers, *filter(None, [stream]))
     if store is None:
@@ -388,9 +597,9 @@ def produce(s, asks, numbers, store):
 
 
 def main():
-    s = pin(parse(Settings, __doc__.splitlines()[0]))
+    s = pin(parse(GenerateFlags, __doc__.splitlines()[0]))
     rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
-    check(s, world)
+    check_flags(s, world)
     if s.prompt is not None:
         asks = [Ask([{"role": "user", "content": s.prompt}])]
     else:

@@ -23,11 +23,11 @@ import torch  # noqa: E402
 from bench import measuring  # noqa: E402
 from bench.measuring import DTYPES, table  # noqa: E402
 from bench.workload import Workload  # noqa: E402
+from generate import Sampling, sample  # noqa: E402
 from hub.template import Template  # noqa: E402
 from jobs.cli import UserError, flag, parse, run  # noqa: E402
 from model import load  # noqa: E402
 from pairs.read import Drops, read_pairs  # noqa: E402
-from sampling import Sampling, generate  # noqa: E402
 
 
 @dataclass
@@ -50,10 +50,10 @@ def prompts_of(s, template, data):
 
 
 def ours(s, directory, stop_ids):
-    """answer(prompts, batch) -> token ids, by sampling.py."""
+    """answer(prompts, batch) -> token ids, by generate.py."""
     model = load(directory, DTYPES[s.dtype], s.device)
     sampling = Sampling(s.max_new_tokens, temperature=0, stop_ids=frozenset(stop_ids))
-    return lambda prompts, batch: generate(model, prompts, sampling, batch=batch)
+    return lambda prompts, batch: sample(model, prompts, sampling, batch=batch)
 
 
 def theirs(s, directory, stop_ids, static=False):

@@ -1,6 +1,6 @@
 """Answer files, read as they lie, and joined by what was asked.
 
-A row is of any format that generate.py writes (benchmarks.FORMATS), or a preference pair, whose
+A row is of any format that generate.py writes (hub/benchmarks.py), or a preference pair, whose
 chosen answer is taken. Its `subset`, `category` or `dataset` names the part it belongs to.
 """
 
@@ -8,9 +8,10 @@ from collections import Counter
 from typing import NamedTuple
 
 from evals.results import rows_of
-from hub.benchmarks import FORMATS, about_of, digest, question_id, read_asks, transcript
+from hub.benchmarks import ANSWER_FORMATS, json_digest, question_id, transcript
 from jobs.cli import UserError
 from pairs.layouts import as_messages, to_pair
+from pairs.questions import about_of, read_asks
 from pairs.read import Drops
 
 CHOSEN = "chosen"  # the name of who gave the chosen answers of pairs
@@ -21,7 +22,7 @@ class Answer(NamedTuple):
 
     prompt: list  # messages
     text: str
-    about: dict = {}  # the question's ABOUT columns, and which turn is answered; never written to
+    about: dict = {}  # the question's KEPT columns, and which turn is answered; never written to
     where: str = ""  # "file:row", for errors
     name: str | None = None  # the model's
 
@@ -52,7 +53,7 @@ class Answer(NamedTuple):
 
 
 def read_answers(file, flag, questions=None):
-    """Answer files in any of the FORMATS, or the chosen answers of pairs -> list of Answer.
+    """Answer files in any of the ANSWER_FORMATS, or the chosen answers of pairs -> list of Answer.
 
     questions: a question file, which tells category and reference by id, and of which an mt_bench
     file, whose rows hold ids alone, needs the turns. Several turns become one Answer each. Pairs
@@ -94,7 +95,7 @@ def answered(row, where, asks, drops):
             raise TypeError
     except (LookupError, TypeError, ValueError) as error:
         columns = f"{where}: columns {sorted(row)} are no answer"
-        formats = ", ".join(FORMATS)
+        formats = ", ".join(ANSWER_FORMATS)
         raise UserError(f"{columns}; expected a row of {formats}, or a pair") from error
     return turns(prompt, users, texts, (ask.about if ask else {}) | about, where, name)
 
@@ -145,7 +146,7 @@ def question_ids(answers):
     """A name for each answer's question, equal in every file: a digest, and #k for the k-th."""
     seen, names = Counter(), []
     for answer in answers:
-        name = digest(answer.question)[:16]
+        name = json_digest(answer.question)[:16]
         seen[name] += 1
         names.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
     return names

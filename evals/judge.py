@@ -24,10 +24,11 @@ import numpy as np
 from evals.answers import align, read_answers
 from evals.stats import estimate
 from generate import answerer
-from hub.benchmarks import Ask, digest, question_id, refuse_twins, transcript, write_rows
+from hub.benchmarks import json_digest, question_id, refuse_twins, transcript, write_rows
 from hub.weights import Weights, resolve
 from jobs.cli import UserError, flag, progress, require
 from jobs.files import Store
+from pairs.questions import Ask
 
 # ----------------------------------------------------------------------------- what is asked
 
@@ -163,7 +164,7 @@ class Judge:
 
     def __call__(self, prompts):
         """Messages -> Words of each, None where the server refuses."""
-        keys = [digest([self.identity, prompt]) for prompt in prompts]
+        keys = [json_digest([self.identity, prompt]) for prompt in prompts]
         new = {key: n for n, key in enumerate(keys) if key not in self.known}
         if new:
             self._ask(new, prompts)

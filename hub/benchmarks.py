@@ -1,4 +1,4 @@
-"""Benchmarks as they are published: questions in, answer files out, exactly as their tools read.
+"""Writes answers in the files of published benchmarks, exactly as their own tools read them.
 
     jsonl         generate.py's own rows: {prompt, answer, …}, whatever the questions were
     alpaca_eval   AlpacaEval 2: a JSON list of {instruction, output, generator, dataset, datasplit};
@@ -8,7 +8,7 @@
     mt_bench      MT-Bench (FastChat): jsonl of {question_id, answer_id, model_id, choices, tstamp},
                   to lie in data/mt_bench/model_answer/NAME.jsonl
 
-The questions of each, and any file of prompts or pairs, can be asked in the format of any other.
+Any questions (pairs/questions.py) can be answered in the format of any benchmark.
 """
 
 import hashlib
@@ -16,85 +16,14 @@ import json
 import os
 import re
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from hub.template import Template
 from jobs.cli import UserError
 from jobs.files import read_lines, replace, to_line
-from pairs.layouts import as_messages, to_pair
-from pairs.read import Drops
-from pairs.sources import data_files, records
 
-ABOUT = ("uid", "question_id", "prompt_id", "subset", "category", "dataset", "reference")
-
-# ----------------------------------------------------------------------------- questions
-
-
-@dataclass
-class Ask:
-    """What is asked: a dialogue that ends with a user turn, and what else is known of it."""
-
-    prompt: list
-    draft: str | None = None  # to refine, where it is known
-    turns: list = field(default_factory=list)  # further user turns, each behind an answer
-    about: dict = field(default_factory=dict)  # the question's ABOUT columns, for the answer's row
-
-    def is_of(self, row):
-        """Whether a row answers this Ask: the turns are the same, but for answers between them."""
-        asked, n = row.get("prompt"), len(self.prompt)
-        users = [{"role": "user", "content": turn} for turn in self.turns]
-        return isinstance(asked, list) and asked[:n] + asked[n + 1 :: 2] == self.prompt + users
-
-
-def read_asks(source, limit=None):
-    """Prompts of a file, glob or hub id -> list of Ask, one per row, in file order.
-
-    A row is anything that pairs.read_pairs takes, or has a `prompt` (text or messages) or an
-    `instruction` (text) alone, or is a question of a benchmark (`turns`); `draft` is taken where it
-    is there. Rows that are no usable pair are left out, and reported.
-    """
-    drops, asks = Drops(), []
-    for where, record in (row for file in data_files(source) for row in records(file)):
-        if len(asks) == limit:
-            break
-        prompt, turns = read_prompt(record, where, drops)
-        if prompt is not None:
-            asks.append(Ask(prompt, record.get("draft"), turns, about_of(record)))
-    if drops.rules:
-        print(f"{source}: dropped {drops}", file=sys.stderr)
-    if not asks:
-        raise UserError(f"{source}: no prompts")
-    return asks
-
-
-def about_of(record):
-    """What a row tells of its question: its ABOUT columns."""
-    return {name: record[name] for name in ABOUT if record.get(name) is not None}
-
-
-def read_prompt(record, where, drops):
-    """One record -> (messages that end with a user turn, further user turns); None when dropped."""
-    if not isinstance(record, dict) or {"chosen", "messages"} & record.keys():
-        pair = to_pair(record, where, drops, need_rejected=False)
-        return pair and pair.prompt, []
-    value = record.get("turns", record.get("prompt", record.get("instruction")))
-    if value is None:
-        columns = f"{where}: columns {sorted(record)}"
-        cure = "expected prompt, instruction or chosen, or a benchmark's turns"
-        raise UserError(f"{columns}; {cure}")
-    turns = []
-    if isinstance(value, list) and value and not isinstance(value[0], dict):
-        value, *turns = value  # MT-Bench: a list of texts
-    elif "turns" in record:
-        value, *turns = [turn.get("content") for turn in value]  # Arena-Hard v0.1: of {content}
-    if not all(isinstance(turn, str) for turn in turns):
-        raise UserError(f"{where}: turns must be texts, or objects with a text `content`")
-    messages = as_messages(value, where)
-    if not messages or messages[-1]["role"] != "user":
-        raise UserError(f"{where}: a prompt must end with a user turn")
-    return messages, turns
+# ----------------------------------------------------------------------------- answer files
 
 
 def transcript(messages):
@@ -103,9 +32,6 @@ def transcript(messages):
         return messages[0]["content"]
     names = {"user": "Human", "assistant": "Assistant", "system": "System"}
     return "".join(f"\n\n{names[m['role']]}: {m['content']}" for m in messages)
-
-
-# ----------------------------------------------------------------------------- answer files
 
 
 class Writer(NamedTuple):
@@ -151,10 +77,10 @@ class Writer(NamedTuple):
 
     def _answer_id(self, row):
         """22 letters, as shortuuid's are, but told by the content."""
-        return digest([self.name, row["prompt"], row["answer"], row.get("seed")])[:22]
+        return json_digest([self.name, row["prompt"], row["answer"], row.get("seed")])[:22]
 
 
-FORMATS = {  # name: (how many questions the published sets have, whether rows are lines)
+ANSWER_FORMATS = {  # name: (how many questions the published sets have, whether rows are lines)
     "jsonl": (None, True),
     "alpaca_eval": ((805,), False),
     "arena_hard": ((500, 750), True),
@@ -167,7 +93,7 @@ def write_answers(file, form, rows_file, name, tokens=None):
     rows = [json.loads(line) for line in read_lines(rows_file)]
     writer = Writer(name, os.path.getmtime(rows_file), tokens)
     written = [getattr(writer, form)(n, row) for n, row in enumerate(rows)]
-    sizes, lines = FORMATS[form]
+    sizes, lines = ANSWER_FORMATS[form]
     if len(rows) not in sizes:
         usual = " or ".join(map(str, sizes))
         print(f"{file}: {len(rows)} answers; the published {form} has {usual}", file=sys.stderr)
@@ -186,10 +112,10 @@ def write_rows(file, rows, lines):
 def question_id(row):
     """The id of a row's question, or where it has none 16 letters told by its prompt."""
     known = (row[name] for name in ("uid", "question_id", "prompt_id") if name in row)
-    return next(known, None) or digest(row["prompt"])[:16]
+    return next(known, None) or json_digest(row["prompt"])[:16]
 
 
-def digest(content):
+def json_digest(content):
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

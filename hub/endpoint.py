@@ -23,7 +23,7 @@ FATAL = {401, 403, 404, 405}  # a wrong key, model or address: no other request 
 LONGEST_PAUSE = 120.0  # seconds
 
 
-class Refused(Exception):
+class RequestRefused(Exception):
     """The server will not answer this one request (HTTP 4xx), however often it is asked."""
 
 
@@ -59,7 +59,7 @@ class Endpoint:
     def chat(self, messages, **options):
         """Messages -> Reply. options: temperature, top_p, max_tokens, seed, …, as the API has them.
 
-        Raises Refused for a request that this server rejects, UserError when it cannot be reached.
+        Raises RequestRefused where the server rejects it, UserError where it cannot be reached.
         """
         body = {"model": self.model, "messages": messages, "stream": False} | options
         fault, after = None, None
@@ -99,7 +99,7 @@ class Endpoint:
         if status in FATAL or status < 400:
             self.dead.set()
             raise UserError(f"--endpoint {self.name}: HTTP {status} for {self.model}: {said}")
-        raise Refused(f"HTTP {status}: {said}")
+        raise RequestRefused(f"HTTP {status}: {said}")
 
 
 def public(url):

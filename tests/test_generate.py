@@ -14,16 +14,25 @@ import torch
 import generate
 from conftest import write_model
 from data import Dataset, Limits
-from generate import Answers, Job, Stream, stop_ids
-from hub.benchmarks import Ask, read_asks
+from generate import (
+    Answers,
+    Job,
+    Sampling,
+    Sequence,
+    Stream,
+    candidates,
+    complete,
+    sample,
+    stop_ids,
+)
+from generate import draw_tokens as draw
 from hub.template import Template
 from jobs.cli import UserError
 from losses import Path as LossPath
 from losses import recipe
 from model import load
+from pairs.questions import Ask, read_asks
 from pairs.read import Pair
-from sampling import Sampling, Sequence, complete, draw, likeliest
-from sampling import generate as sample
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = {"llama": tiny.LLAMA, "mistral": tiny.MISTRAL, "qwen2": tiny.QWEN2}
@@ -78,14 +87,6 @@ def test_cached_greedy_is_the_full_forward_greedy(tmp_path, family, batch):
     asked = prompts([5, 30, 1, 12, 2, 21, 9])
     expected = [naive_greedy(model, p, 20) for p in asked]
     assert sample(model, asked, GREEDY, batch=batch) == expected
-
-
-@pytest.mark.slow
-def test_a_static_cache_and_a_compiled_step_say_the_same(tmp_path):
-    """Rows that idle or are taken over, and growth past the first 256 slots, which recompiles."""
-    model = load(write_model(tmp_path, CONFIGS["mistral"]))
-    asked = prompts([5, 250, 1, 12, 2])
-    assert sample(model, asked, GREEDY, batch=3, static=True) == sample(model, asked, GREEDY)
 
 
 def test_rows_of_ended_sequences_are_taken_over(model):
@@ -158,7 +159,7 @@ def test_frequencies_are_the_softmax():
         torch.testing.assert_close(frequency, expected, atol=2e-4, rtol=0)
 
 
-def test_temperature_zero_is_the_likeliest():
+def test_temperature_zero_is_the_candidates():
     logits = torch.randn(8, 50)
     assert draw(logits, even(8), Sampling(temperature=0)).equal(logits.argmax(-1))
 
@@ -183,7 +184,7 @@ def test_nothing_outside_the_nucleus_is_drawn(for_all):
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.99])
 def test_the_likeliest_few_are_those_of_the_whole_order(top_p):
     probs = (torch.randn(5, 1000) * 3).softmax(-1)
-    few, ids = likeliest(probs, top_p)
+    few, ids = candidates(probs, top_p)
     order, places = probs.sort(-1, descending=True)
     n = few.shape[1]
     assert few.equal(order[:, :n]) and ids.equal(places[:, :n])

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from evals.answers import align, question_ids, read_answers
-from hub.benchmarks import read_asks, refuse_twins
+from hub.benchmarks import refuse_twins
 from jobs.cli import UserError
+from pairs.questions import read_asks
 
 
 @pytest.fixture

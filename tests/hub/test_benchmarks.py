@@ -12,10 +12,11 @@ from runs import _start
 import generate
 from conftest import write_model
 from evals.answers import read_answers
-from hub import benchmarks
-from hub.benchmarks import markdown_counts, read_asks, token_counter, transcript
+from hub.benchmarks import markdown_counts, token_counter, transcript
 from jobs.cli import UserError
 from jobs.files import read_lines
+from pairs.layouts import as_messages
+from pairs.questions import Ask, read_asks
 
 ROOT = Path(__file__).parents[2]
 
@@ -129,7 +130,7 @@ def test_mt_bench_sees_its_first_answer(directory, tmp_path, answer):
     model, template = generate.load_model(str(directory))
     sampling = generate.Sampling(6, 0.7, 0.95, generate.stop_ids(template))
     answers = generate.Answers(model, template, sampling)
-    (alone,) = answers([benchmarks.Ask([user("Say 2.")])], [2])
+    (alone,) = answers([Ask([user("Say 2.")])], [2])
     assert alone["answer"] == rows[2]["choices"][0]["turns"][0]
 
 
@@ -176,7 +177,7 @@ def test_twins_are_refused(answer, monkeypatch, capsys):
 
 def test_a_dialogue_as_one_instruction_reads_back():
     messages = [user("a?"), assistant("b"), user("c?")]
-    assert benchmarks.as_messages(transcript(messages), "here") == messages
+    assert as_messages(transcript(messages), "here") == messages
     assert transcript([user("a?")]) == "a?"
 
 

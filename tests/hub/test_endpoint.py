@@ -15,7 +15,7 @@ import pytest
 from chat_server import ChatServer
 
 import generate
-from hub.endpoint import Endpoint, Refused, retry_after, together
+from hub.endpoint import Endpoint, RequestRefused, retry_after, together
 from jobs.cli import UserError
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -78,7 +78,7 @@ def test_pauses_double():
 def test_a_refusal_is_of_one_request_a_wrong_key_of_all():
     with ChatServer(trouble=[400, "ok", 401]) as server:
         endpoint = client(server)
-        with pytest.raises(Refused, match="HTTP 400: .*told to say 400"):
+        with pytest.raises(RequestRefused, match="HTTP 400: .*told to say 400"):
             endpoint.chat(HELLO)
         assert endpoint.chat(HELLO).text == "echo hello"
         with pytest.raises(UserError, match="HTTP 401 for m"):

@@ -108,4 +108,6 @@ def test_a_revision_of_what_is_no_hub_id_is_refused(tiny_model_dir):
         with pytest.raises(UserError, match=f"--revision v1: --model {source} is no hub id"):
             pin(TrainFlags(model=source, revision="v1"))
     with pytest.raises(UserError, match="--revision v1: --model lab/gpt"):
-        pin(generate.Settings(model="lab/gpt", revision="v1", endpoint="http://127.0.0.1:1/v1"))
+        pin(
+            generate.GenerateFlags(model="lab/gpt", revision="v1", endpoint="http://127.0.0.1:1/v1")
+        )

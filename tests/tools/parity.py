@@ -31,9 +31,9 @@ from smollm2 import smollm2_dir
 import rows
 from conftest import write_model
 from families import FAMILIES, hf_name
+from generate import KVCache
 from hub import weights
 from model import load
-from sampling import Cache
 
 LLAMA3 = {  # as published, and so small that 100 tokens show it
     "rope_type": "llama3",
@@ -142,16 +142,16 @@ def gradients(directory):
 def decoding(directory):
     """Two sequences of unequal length: a prompt at once, then one token at a time."""
     model, tokens, start = load(directory), ids(2, 40), (11, 17)
-    cache, worst = Cache(model, 2), 0.0
+    cache, worst = KVCache(model, 2), 0.0
     expected = model.logits(tokens)
     for row, n in enumerate(start):
         positions = torch.arange(n)[None]
-        attend = cache.attend(slice(row, row + 1), positions, cache.reserve(n))
+        attend = cache.attend(slice(row, row + 1), positions, n)
         x = model.hidden(tokens[row, :n][None], positions, attend)
         worst = max(worst, furthest(model.to_logits(x)[0], expected[row, :n]))
     for step in range(40 - max(start)):
         at = torch.tensor(start)[:, None] + step  # (B, 1)
-        attend = cache.attend(slice(0, 2), at, cache.reserve(max(start) + step + 1))
+        attend = cache.attend(slice(0, 2), at, max(start) + step + 1)
         x = model.hidden(tokens.gather(1, at), at, attend)
         worst = max(worst, furthest(model.to_logits(x[:, 0]), expected[[0, 1], at[:, 0]]))
     return worst

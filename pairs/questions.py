@@ -1,0 +1,81 @@
+"""Reads prompts and benchmark questions, as they lie in files or on the hub.
+
+A row is a preference pair in any layout, a `prompt` (text or messages), an `instruction`, or a
+question of a published benchmark, which may have several turns.
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+from jobs.cli import UserError
+from pairs.layouts import as_messages, to_pair
+from pairs.read import Drops
+from pairs.sources import data_files, records
+
+# what an answer's row keeps of its question
+KEPT = ("uid", "question_id", "prompt_id", "subset", "category", "dataset", "reference")
+
+
+@dataclass
+class Ask:
+    """What is asked: a dialogue that ends with a user turn, and what else is known of it."""
+
+    prompt: list
+    draft: str | None = None  # to refine, where it is known
+    turns: list = field(default_factory=list)  # further user turns, each behind an answer
+    about: dict = field(default_factory=dict)  # the question's KEPT columns, for the answer's row
+
+    def is_of(self, row):
+        """Whether a row answers this Ask: the turns are the same, but for answers between them."""
+        asked, n = row.get("prompt"), len(self.prompt)
+        users = [{"role": "user", "content": turn} for turn in self.turns]
+        return isinstance(asked, list) and asked[:n] + asked[n + 1 :: 2] == self.prompt + users
+
+
+def read_asks(source, limit=None):
+    """Prompts of a file, glob or hub id -> list of Ask, one per row, in file order.
+
+    A row is anything that pairs.read_pairs takes, or has a `prompt` (text or messages) or an
+    `instruction` (text) alone, or is a question of a benchmark (`turns`); `draft` is taken where it
+    is there. Rows that are no usable pair are left out, and reported.
+    """
+    drops, asks = Drops(), []
+    for where, record in (row for file in data_files(source) for row in records(file)):
+        if len(asks) == limit:
+            break
+        prompt, turns = read_prompt(record, where, drops)
+        if prompt is not None:
+            asks.append(Ask(prompt, record.get("draft"), turns, about_of(record)))
+    if drops.rules:
+        print(f"{source}: dropped {drops}", file=sys.stderr)
+    if not asks:
+        raise UserError(f"{source}: no prompts")
+    return asks
+
+
+def about_of(record):
+    """What a row tells of its question: its KEPT columns."""
+    return {name: record[name] for name in KEPT if record.get(name) is not None}
+
+
+def read_prompt(record, where, drops):
+    """One record -> (messages that end with a user turn, further user turns); None when dropped."""
+    if not isinstance(record, dict) or {"chosen", "messages"} & record.keys():
+        pair = to_pair(record, where, drops, need_rejected=False)
+        return pair and pair.prompt, []
+    value = record.get("turns", record.get("prompt", record.get("instruction")))
+    if value is None:
+        columns = f"{where}: columns {sorted(record)}"
+        cure = "expected prompt, instruction or chosen, or a benchmark's turns"
+        raise UserError(f"{columns}; {cure}")
+    turns = []
+    if isinstance(value, list) and value and not isinstance(value[0], dict):
+        value, *turns = value  # MT-Bench: a list of texts
+    elif "turns" in record:
+        value, *turns = [turn.get("content") for turn in value]  # Arena-Hard v0.1: of {content}
+    if not all(isinstance(turn, str) for turn in turns):
+        raise UserError(f"{where}: turns must be texts, or objects with a text `content`")
+    messages = as_messages(value, where)
+    if not messages or messages[-1]["role"] != "user":
+        raise UserError(f"{where}: a prompt must end with a user turn")
+    return messages, turns
