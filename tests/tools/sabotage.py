@@ -39,7 +39,7 @@ def held_halfway():
 
 def _hold(at):
     """Wait in front of step at(job) for a signal, or for a file OUT.go that tells to go on."""
-    from step import Run
+    from train import Run
 
     step = Run.step
 
