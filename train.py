@@ -30,7 +30,7 @@ from hub.template import Template
 from hub.weights import load_weights, read_config
 from jobs import checkpoint, rundir
 from jobs.cli import UserError, as_user_error, flag, parse, progress, run
-from jobs.files import ASSETS
+from jobs.files import ASSETS, written_whole
 from jobs.flags import HYPER, DataFlags, HyperFlags, ModelFlags, PathFlags, RunFlags
 from jobs.metrics import Metrics, logger_names, peak_memory
 from jobs.processes import Ranks, Stopped, by_device, reshard, shard
@@ -603,12 +603,9 @@ class Run:
         dtype = getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or "bfloat16")
         tensors = checkpoint.whole_tensors(self.model, dtype)
         if self.ranks.first:
-            checkpoint.publish(
-                Path(self.s.out) / name,
-                lambda aside: weights.save(
-                    aside, self.model.config, tensors, template.directory, dtype, template.source
-                ),
-            )
+            final, config = Path(self.s.out) / name, self.model.config
+            with checkpoint.resumable(final), written_whole(final) as aside:
+                weights.save(aside, config, tensors, template.directory, dtype, template.source)
         else:
             list(tensors)  # sends its rows
         dist.barrier()

@@ -9,9 +9,9 @@ ones go only then. It is read by row ranges, so another number of ranks may go o
 Everything is safetensors and JSON: nothing in a checkpoint can run code.
 """
 
+import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 import threading
@@ -24,12 +24,12 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from jobs.cli import UserError
-from jobs.files import write_json
+from jobs.files import flush, publish, write_json, written_whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per parameter
 
 
-def rows_of(n, rank, world):
+def rows_of_shard(n, rank, world):
     """Rows of an n-row tensor that FSDP2 gives to a rank: equal chunks, the last ones shorter."""
     chunk = -(-n // world)
     return slice(min(rank * chunk, n), min((rank + 1) * chunk, n))
@@ -50,7 +50,7 @@ def local_part(tensor):
     """(the local tensor, which rows of the whole it is), for a DTensor sharded by rows."""
     if not isinstance(tensor, DTensor):
         return tensor, slice(0, len(tensor))
-    return tensor.to_local(), rows_of(len(tensor), *place(tensor))
+    return tensor.to_local(), rows_of_shard(len(tensor), *place(tensor))
 
 
 def whole_tensors(model, dtype):
@@ -74,7 +74,7 @@ def _received(local, rows, shape, parts):
     whole = local.new_empty(shape)
     whole[rows] = local
     for other in range(1, parts):
-        if len(theirs := whole[rows_of(len(whole), other, parts)]):
+        if len(theirs := whole[rows_of_shard(len(whole), other, parts)]):
             dist.recv(theirs, other)
     return whole
 
@@ -132,7 +132,7 @@ class Saver:
             self.say(f"no whole checkpoint in {self.directory}: starting at step 0")
             return {}
         path, state = found
-        load(path, state, model, optimizer)
+        restore(path, state, model, optimizer)
         self.say(f"resuming from {path}")
         return state
 
@@ -146,13 +146,10 @@ class Saver:
         step, first = state["step"], dist.get_rank() == 0
         aside = self.directory / f".step-{step}"
         try:
-            if first:
-                self._agree(lambda: _empty(aside))
-            else:
-                self._agree(lambda: None)
+            self._agree(lambda: first and _empty(aside))
             checksums = self._agree(lambda: _write_part(aside, part, tensors))
             whole = state | {"sha256": [c for c in checksums if c]}
-            self._agree((lambda: self._publish(aside, whole)) if first else (lambda: None))
+            self._agree(lambda: first and self._publish(aside, whole))
             self.fault = None
         except UserError as error:
             self.fault = f"checkpoint step-{step} was not written: {error}"
@@ -179,9 +176,7 @@ class Saver:
     def _publish(self, aside, state):
         """Rename what is whole to its name; then, and only then, remove what is too old."""
         write_json(aside / "state.json", state)
-        flush(aside / "state.json")
-        final = aside.with_name(aside.name.removeprefix("."))
-        replace(aside, final)
+        publish(aside, aside.with_name(aside.name.removeprefix(".")))
         best = f"step-{state.get('best_step')}"
         for old in saved(self.directory)[self.keep :]:
             if old.name != best:
@@ -201,42 +196,6 @@ def _write_part(aside, part, tensors):
     save_file({n: t.contiguous() for n, t in tensors.items()}, file)
     flush(file)
     return checksum(file)
-
-
-def replace(aside, final):
-    """Give a whole directory its name. One that stands there goes only when the new one is in."""
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    flush(aside)
-    if final.exists():
-        os.rename(final, old)
-    os.rename(aside, final)
-    flush(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def publish(final, write):
-    """Lets write(directory) write a directory aside, flushes it, and gives it the name `final`."""
-    aside = final.with_name(f".{final.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        write(aside)
-        for file in aside.iterdir():
-            flush(file)
-        replace(aside, final)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        fault = f"{final} could not be written: {error}"
-        raise UserError(f"{fault}; mend that, then --resume") from error
-
-
-def flush(path):
-    """fsync of a file or directory: after it, a power cut cannot lose what was written."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def checksum(file):
@@ -303,7 +262,7 @@ def _damage(file, expected):
     return None if checksum(file) == expected else f"{file.name} does not match its checksum"
 
 
-def load(path, state, model, optimizer):
+def restore(path, state, model, optimizer):
     """Fill weights and optimizer state from a checkpoint of any number of ranks."""
     files = [safe_open(path / f"rank-{r}.safetensors", "pt") for r in range(state["world"])]
     for group in optimizer.param_groups:
@@ -321,7 +280,7 @@ def load(path, state, model, optimizer):
 def _read_rows(files, name, n, part, rows):
     """Copy rows of an n-row tensor from the files of the ranks that hold them."""
     for r, file in enumerate(files):
-        held = rows_of(n, r, len(files))
+        held = rows_of_shard(n, r, len(files))
         start, stop = max(rows.start, held.start), min(rows.stop, held.stop)
         if start < stop:
             piece = file.get_slice(name)[start - held.start : stop - held.start]
@@ -333,14 +292,18 @@ def _read_rows(files, name, n, part, rows):
 
 def write_keyed(tensors, file, key):
     """Writes {name: tensor} with a key of what they depend on: aside, flushed, renamed."""
-    aside = file.with_name(f".{file.name}")
-    try:
+    with resumable(file), written_whole(file) as aside:
         save_file(tensors, aside, metadata={"key": key, "sha256": content_digest(tensors)})
-    except SafetensorError as error:
+
+
+@contextlib.contextmanager
+def resumable(file):
+    """Turns a failure to write `file` into a UserError with the way on."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
         fault = f"{file} could not be written: {error}"
         raise UserError(f"{fault}; mend that, then --resume") from error
-    flush(aside)
-    os.replace(aside, file)
 
 
 def content_digest(tensors):

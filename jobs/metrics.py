@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from jobs.cli import UserError, arguments, flag
+from jobs.files import replace, to_line
 
 # ----------------------------------------------------------------------------- writing
 
@@ -28,12 +29,9 @@ class Metrics:
             self.loggers = [LOGGERS[name](s, step) for name in logger_names(s.log)]
 
     def _cut_back(self, step, say):
-        """Keep what precedes the resumed step; written aside, so that no kill can lose the rest."""
+        """Keep what precedes the resumed step; written whole, so that no kill can lose the rest."""
         rows = read_metrics(self.file, say)
-        aside = self.file.with_name(f".{self.file.name}")
-        kept = "".join(json.dumps(row) + "\n" for row in rows if self._precedes(row, step))
-        aside.write_text(kept, encoding="utf-8")
-        os.replace(aside, self.file)
+        replace(self.file, [to_line(row) for row in rows if self._precedes(row, step)])
 
     @staticmethod
     def _precedes(line, step):

@@ -7,7 +7,6 @@ OUT/.lock         held by the run while it lives
 import contextlib
 import dataclasses
 import fcntl
-import os
 import platform
 import time
 from pathlib import Path
@@ -110,8 +109,6 @@ def write_config(s, ranks, extra):
             return
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         content = {"settings": dataclasses.asdict(s), "versions": versions, "ranks": ranks.world}
-        aside = file.with_name(f".{file.name}")
-        write_json(aside, content | extra)
-        os.replace(aside, file)
+        write_json(file, content | extra)
 
     ranks.share(write)

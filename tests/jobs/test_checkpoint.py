@@ -86,7 +86,7 @@ def test_weights_and_moments_come_back_bitwise_and_training_goes_on_alike(fresh,
     path, state = newest(tmp_path)
     assert (path.name, state["step"], state["best"], state["world"]) == ("step-3", 3, 0.25, 1)
     other, its_optimizer = fresh()
-    checkpoint.load(path, state, other, its_optimizer)
+    checkpoint.restore(path, state, other, its_optimizer)
     before, after = content(model, optimizer), content(other, its_optimizer)
     assert len(after) == 3 * len(list(model.parameters()))
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -112,7 +112,7 @@ def test_rows_of_ranks_are_those_of_fsdp(n, world):
     chunks = torch.arange(n).chunk(world)
     for rank in range(world):
         expected = chunks[rank].tolist() if rank < len(chunks) else []
-        assert torch.arange(n)[checkpoint.rows_of(n, rank, world)].tolist() == expected
+        assert torch.arange(n)[checkpoint.rows_of_shard(n, rank, world)].tolist() == expected
 
 
 def test_one_process_goes_on_as_two_and_two_as_one(stopped, whole, tmp_path):
@@ -235,7 +235,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(fresh, tmp_path, monkeyp
     go_on.set()
     saver.wait()
     path, state = newest(tmp_path)
-    checkpoint.load(path, state, model, optimizer)
+    checkpoint.restore(path, state, model, optimizer)
     after = content(model, optimizer)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
