@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from tokenizers.decoders import DecodeStream
 
-from attend import attention
 from hub.benchmarks import ANSWER_FORMATS, refuse_twins, token_counter, write_answers
 from hub.endpoint import Endpoint, RequestRefused, public, together
 from hub.template import INSTRUCTIONS, Template, with_suffix
@@ -35,7 +34,8 @@ from hub.weights import pin, read_config, resolve
 from jobs.cli import UserError, flag, parse, progress, run
 from jobs.files import Shared, read_json, to_line
 from jobs.flags import EndpointFlags, InstructionFlags, ModelFlags, SamplingFlags
-from model import load
+from kernels import chains
+from model import load, masked_attention
 from pairs.questions import Ask, read_asks
 
 # ----------------------------------------------------------------------------- one token
@@ -151,7 +151,7 @@ class CachedAttention:
         self.keys.transpose(1, 2)[rows, self.positions] = k.transpose(1, 2)  # (B, T, K, C)
         self.values.transpose(1, 2)[rows, self.positions] = v.transpose(1, 2)
         q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, H, T, C) -> (B, K, G T, C)
-        y = attention(q, self.keys, self.values, self.mask, self.scale, self.cap)
+        y = masked_attention(q, self.keys, self.values, self.mask, self.scale, self.cap)
         return y.unflatten(2, (-1, k.shape[2])).flatten(1, 2)  # (B, H, T, C)
 
 
@@ -485,7 +485,9 @@ def load_model(directory, dtype=None, device="auto", head="logps", name="--model
     template = Template(directory)
     if template.fallback:
         print(f"{directory} has no chat template: using the plain one", file=sys.stderr)
-    return load(directory, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], device), template
+    model = load(directory, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], device)
+    model.attend = chains.attend
+    return model, template
 
 
 def stop_ids(template):

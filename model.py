@@ -7,29 +7,98 @@ ranks.py shards from outside.
 Legend: B batch, T tokens, S scored tokens, D width, H heads, C head width, V vocabulary.
 """
 
+from functools import partial
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attend import Behind, Dense, Recording, in_pieces, row_attention, soft_cap, split
 from heads import REWARDS
 from hub.weights import load_weights, read_config, resolve
 from layers import Block, rope_table
-from rows import visible
 from variants import BLOCKS
+
+# ----------------------------------------------------------------------------- attention
+
+
+def sees(q, k, until, positions, window=None):
+    """Whether row index q attends to row index k, as tensors that broadcast -> bool.
+
+    window: sliding window in tokens, which counts along the path.
+    """
+    inside = (k <= q) & (q < until[k])
+    return inside if window is None else inside & (positions[q] - positions[k] < window)
+
+
+def visible(until, positions, window=None):
+    """(T query, T key) bool: the attention rule as a dense mask."""
+    index = torch.arange(len(until), device=until.device)
+    return sees(index[:, None], index[None, :], until, positions, window)
+
+
+def plain_attention(row, config):
+    """One attention rule per layer, (q, k, v) -> y, under the row's dense mask.
+
+    row: anything with `until` and `positions`, (T,) each.
+    """
+    masks = {w: visible(row.until, row.positions, w) for w in set(config.windows)}
+    known = {"scale": config.scale, "cap": config.attn_cap}
+    return [partial(masked_attention, mask=masks[w], **known) for w in config.windows]
+
+
+def masked_attention(q, k, v, mask, scale=None, cap=None):
+    """softmax(q k^T scale) v over the keys that `mask` lets see.
+
+    q: (B, H, T, C), k, v: (B, K, U, C), mask: (T, U) or (B, 1, T, U) bool -> (B, H, T, C).
+    """
+    if cap is not None:  # SDPA has none
+        return explicit_attention(q, k, v, mask, scale, cap)
+    if q.is_cuda:  # there, no kernel but the one that keeps all scores takes fewer key heads
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def explicit_attention(q, k, v, mask, scale=None, cap=None):
+    """softmax(cap tanh(q k^T scale / cap)) v, where the (H, T, U) probabilities are kept.
+
+    Shapes as in `masked_attention`. The heads that share a key head are the rows of one product.
+    """
+    (batch, heads, size, width), groups = q.shape, k.shape[1]
+    scale = width**-0.5 if scale is None else scale
+    grouped = (q * scale).reshape(batch, groups, -1, width)  # (B, K, H/K T, C)
+    scores = soft_cap(grouped @ k.mT, cap).view(batch, heads, size, -1)  # (B, H, T, U)
+    hidden = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+    weights = (scores + hidden).softmax(-1).view(batch, groups, -1, k.shape[2])
+    return (weights @ v).view(batch, heads, size, v.shape[-1])
+
+
+def soft_cap(x, cap):
+    """cap * tanh(x / cap), which keeps x within (-cap, cap); x itself where there is no cap."""
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
+# ----------------------------------------------------------------------------- the transformer
+
+
+def scored_states(model, row):
+    """(S, D) residual stream at the tokens that predict the scored ones."""
+    return model.row_states(row)[row.source]
 
 
 class Transformer(nn.Module):
     """forward(row) gives one fp32 value per scored token; logits(tokens) is the plain causal model.
 
-    attention: "sdpa" (anywhere) or "flex" (CUDA: FlexAttention over the row's block mask).
-    context_grad: whether a gradient passes through the tokens that predict no scored one.
+    attend: (row, config) -> one attention rule per layer; kernels/ has faster ones.
+    states: (model, row) -> (S, D) that predict the scored tokens.
     """
 
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.attention, self.context_grad = "sdpa", True
+        self.attend, self.states = plain_attention, scored_states
         block = BLOCKS.get(c.family, Block)
         self.embed = block.Embedding(c.vocab, c.width)
         self.blocks = nn.ModuleList(block(c) for _ in range(c.n_layers))
@@ -58,32 +127,15 @@ class Transformer(nn.Module):
 
     def forward(self, row):
         """Row -> (S,) fp32: log-probabilities of the labels, or scalar rewards."""
-        if not self.context_grad and torch.is_grad_enabled():
-            x = self.behind_context(row)
-        else:
-            attend = row_attention(row, self.config, self.attention)
-            x = self.hidden(row.tokens[None], row.positions[None], attend)[0]  # (T, D)
-            if self.config.head == "reward":
-                return self.score(self.norm(x), row)
-            x = x[row.source]
-        x = self.norm(x)  # (S, D)
+        if self.config.head == "reward":
+            return self.score(self.norm(self.row_states(row)), row)
+        x = self.norm(self.states(self, row))  # (S, D)
         return ScoredLogps.apply(x, self.head_weight, row.label, self.config.logit_cap)
 
-    def behind_context(self, row):
-        """(S, D) of row.source, with a gradient only through tokens that predict a scored one.
-
-        What these need before them runs forward only, and they attend to its detached keys and
-        values (InSPO D.5).
-        """
-        predicts, context, needed = split(row)
-        with torch.no_grad():
-            rules = in_pieces(row, self.config, needed)
-            stored = [Recording(rule, context[needed]) for rule in rules]
-            self.hidden(row.tokens[None, needed], row.positions[None, needed], stored)
-        rules = in_pieces(row, self.config, predicts, context)
-        rules = [Behind(rule, kept) for rule, kept in zip(rules, stored, strict=True)]
-        x = self.hidden(row.tokens[None, predicts], row.positions[None, predicts], rules)[0]
-        return x[(predicts.cumsum(0) - 1)[row.source]]
+    def row_states(self, row):
+        """(T, D) residual stream of a row."""
+        rules = self.attend(row, self.config)
+        return self.hidden(row.tokens[None], row.positions[None], rules)[0]
 
     def to_logits(self, x):
         """Residual stream after the last block (…, D) -> (…, V)."""
@@ -91,12 +143,12 @@ class Transformer(nn.Module):
 
     def logits(self, tokens):
         """(B, T) ids -> (B, T, V): plain causal language model."""
-        c = self.config
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        until = torch.full_like(positions[0], tokens.shape[1])
-        masks = {w: visible(until, positions[0], w) for w in set(c.windows)}
-        attend = [Dense(masks[w], c.scale, c.attn_cap) for w in c.windows]
-        return self.to_logits(self.hidden(tokens, positions, attend))
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        path = SimpleNamespace(
+            positions=positions, until=torch.full_like(positions, len(positions))
+        )
+        rules = plain_attention(path, self.config)
+        return self.to_logits(self.hidden(tokens, positions.expand_as(tokens), rules))
 
 
 def load(directory, dtype=torch.float32, device="cpu"):

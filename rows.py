@@ -89,9 +89,6 @@ def trie_size(paths):
     return sum(sizes.values())
 
 
-SHORT = 256  # tokens; a longer trie is worth cutting into chains
-
-
 @dataclass
 class Row:
     """Several tries in one sequence.
@@ -116,15 +113,6 @@ class Row:
     spans: list
     pairs: list
     n_paths: int
-
-    @property
-    def chains(self):
-        """The chains of all tries, in the row's order; see `chains`. A short trie stays whole."""
-        until, found = self.until.tolist(), []
-        for start, end in self.spans:
-            short = end - start <= SHORT
-            found += [((start, end), ())] if short else chains(until, start, end)
-        return found
 
     def to(self, device):
         """The same row with its vectors on `device`."""
@@ -164,35 +152,6 @@ def build_row(tries, pairs, n_paths, pad_to=0):
     spans += [(k, k + 1) for k in padding[:1]] if not tries else []
     tensors = {name: torch.tensor(column, dtype=torch.long) for name, column in columns.items()}
     return Row(**tensors, spans=spans, pairs=list(pairs), n_paths=n_paths)
-
-
-def chains(until, start, end, above=()):
-    """Yield the chains of a trie: ((start, end), the chains above it), in pre-order.
-
-    A chain is a run of tokens without a branching. Each of its tokens sees the chains above it
-    whole, and of its own what is not behind it. until: list; start, end: the trie's place in it.
-    """
-    stop = next((i for i in range(start, end) if until[i] != end), end)
-    yield (start, stop), above
-    above = (*above, (start, stop))
-    while stop < end:
-        yield from chains(until, stop, until[stop], above)
-        stop = until[stop]
-
-
-def sees(q, k, until, positions, window=None):
-    """The attention rule for row indices q and k, as tensors that broadcast -> bool.
-
-    window: sliding window in tokens, which counts along the path.
-    """
-    inside = (k <= q) & (q < until[k])
-    return inside if window is None else inside & (positions[q] - positions[k] < window)
-
-
-def visible(until, positions, window=None):
-    """(T query, T key) bool: the attention rule as a dense mask."""
-    index = torch.arange(len(until), device=until.device)
-    return sees(index[:, None], index[None, :], until, positions, window)
 
 
 # ----------------------------------------------------------------------------- the batch plan

@@ -34,6 +34,7 @@ from jobs.files import ASSETS, written_whole
 from jobs.flags import HYPER, DataFlags, HyperFlags, ModelFlags, PathFlags, RunFlags
 from jobs.metrics import Metrics, logger_names, peak_memory
 from jobs.processes import Ranks, Stopped, by_device, reshard, shard
+from kernels import chains, detached, flex
 from losses import CONDITIONS, unique
 from model import Transformer
 from pairs import token_cache
@@ -313,7 +314,9 @@ def build_model(s, ranks, source, head):
         )
     with torch.device("meta"):
         model = Transformer(dataclasses.replace(config, head=head))
-    model.attention, model.context_grad = s.attention, s.context_grad
+    model.attend = (flex if s.attention == "flex" else chains).attend
+    if not s.context_grad:
+        model.states = detached.states
     for block in model.blocks:
         block.recompute = s.checkpoint_activations
         if s.compile:

@@ -24,6 +24,7 @@ import torch  # noqa: E402
 from bench.process_memory import private_bytes  # noqa: E402
 from evals.plan import measure  # noqa: E402
 from hub.weights import read_config  # noqa: E402
+from kernels import chains  # noqa: E402
 from model import Transformer  # noqa: E402
 from rows import build_row, lay_out  # noqa: E402
 
@@ -41,6 +42,7 @@ def measured(config, recompute):
     """Bytes that a row's forward leaves behind while its graph is alive."""
     with torch.device("meta"):
         model = Transformer(config)
+        model.attend = chains.attend
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         torch.nn.init.constant_(parameter, 0.01)

@@ -26,7 +26,9 @@ from bench.training import CONTENDERS  # noqa: E402
 from data import Dataset, Limits  # noqa: E402
 from generate import load_model  # noqa: E402
 from jobs.cli import flag, parse, run  # noqa: E402
+from kernels import detached  # noqa: E402
 from losses import recipe  # noqa: E402
+from model import scored_states  # noqa: E402
 from pairs.read import Drops, read_pairs  # noqa: E402
 from rows import build_row  # noqa: E402
 
@@ -51,7 +53,7 @@ class Settings:
 
 def gradient(model, row, signs, context_grad):
     """The gradient of sum over paths of sign times log-probability, as one vector."""
-    model.context_grad = context_grad
+    model.states = scored_states if context_grad else detached.states
     model.zero_grad()
     (row.sums(model(row)) * signs).sum().backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])

@@ -18,13 +18,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from attend import row_attention
 from evals.context import Context, Settings, open_views
 from evals.results import save, table
 from evals.stats import estimate
 from generate import load_model
 from jobs.cli import UserError, flag, progress, require
-from rows import build_row, lay_out, visible
+from kernels import chains
+from model import visible
+from rows import build_row, lay_out
 
 MEASURES = ("mass", "variance", "skewness")
 PARTS = ("first", "x", "ỹ", "i", "y+")
@@ -98,7 +99,7 @@ def attention_statistics(model, views, label):
     with progress(f"attention {label}", len(views), "pair", leave=False) as bar:
         for n in range(len(views)):
             row = build_row([lay_out(views.paths(n))], [n], shape[1]).to(device)
-            rules = row_attention(row, model.config, "sdpa")
+            rules = chains.attend(row, model.config)
             rules = [Watched(rule, row.source) for rule in rules]
             model.hidden(row.tokens[None], row.positions[None], rules)
             sees = visible(row.until, row.positions)

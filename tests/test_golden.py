@@ -15,8 +15,9 @@ from test_template import CHATML, LLAMA3, MISTRAL, SPECIAL, write
 from data import Dataset, Limits
 from hub.template import Template
 from losses import CONDITIONS, recipe
+from model import visible
 from pairs.read import Pair
-from rows import build_row, visible
+from rows import build_row
 
 PAGE = Path(__file__).parent.parent / "docs" / "paths.md"
 BOS, RESERVED = "<|begin_of_text|>", "<|reserved_special_token_0|>"

@@ -7,12 +7,12 @@ import pytest
 import tiny
 import torch
 
-import attend
 import model as model_file
 import rows
 from conftest import write_model
 from families import Config, hf_name
 from jobs.cli import UserError
+from kernels import chains, flex
 from model import ScoredLogps, load
 
 LLAMA3 = {
@@ -234,7 +234,7 @@ def test_flex_attention_equals_sdpa(family, tmp_path):
     row = rows.build_row(tries, range(3), 5, pad_to=128)
     with torch.no_grad():
         expected = model(row)
-        model.attention = "flex"
+        model.attend = flex.attend
         assert (model(row) - expected).abs().max() <= 1e-5
 
 
@@ -246,10 +246,10 @@ def test_attention_spelt_out_in_bf16_equals_sdpa_in_value_and_gradient(kv_heads)
         torch.randn(1, h, 20, 8).bfloat16().requires_grad_() for h in (4, kv_heads, kv_heads)
     )
     trie = rows.build_row([rows.lay_out(random_paths(np.random.default_rng(1)))], [0], 5, pad_to=20)
-    mask = rows.visible(trie.until, trie.positions, window=6)
+    mask = model_file.visible(trie.until, trie.positions, window=6)
     exact = [t.detach().float().requires_grad_() for t in (q, k, v)]
     expected = torch.nn.functional.scaled_dot_product_attention(*exact, mask, enable_gqa=True)
-    found = attend.attention(q, k, v, mask)
+    found = chains.fast_attention(q, k, v, mask)
     assert found.dtype == torch.bfloat16 and (found - expected).abs().max() < 0.03
     direction = torch.randn(expected.shape)
     wanted = torch.autograd.grad(expected, exact, direction)

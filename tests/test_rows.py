@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from losses import recipe, unique
-from rows import Plan, build_row, lay_out, pack, permutation, trie_size, visible
+from model import visible
+from rows import Plan, build_row, lay_out, pack, permutation, trie_size
 
 
 def segment(*ids):

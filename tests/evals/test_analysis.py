@@ -9,15 +9,14 @@ import tiny
 import torch
 
 import evaluate
-from attend import Dense
 from conftest import PAIRS, write_model
 from evals import context as analysis
 from evals.attention import MEASURES, PARTS, Watched, attention_statistics
 from evals.context import INSTRUCTED, SHOWN, Views, separated, token_statistics
 from generate import load_model
 from hub.template import INSTRUCTIONS, Template
+from model import masked_attention, visible
 from pairs.read import Drops, read_pairs
-from rows import visible
 
 INSTRUCTION = {"↑": "better", "⁰": "another", "↓": "worse"}
 EVERY = INSTRUCTED | SHOWN
@@ -242,8 +241,8 @@ def test_a_watched_rule_gives_its_weights():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, h, 11, 4, generator=generator) for h in (4, 2, 2))
     mask = visible(torch.tensor([11] * 5 + [8] * 3 + [11] * 3), torch.arange(11))
-    rule = Watched(Dense(mask), torch.tensor([7, 10]))
-    torch.testing.assert_close(rule(q, k, v), Dense(mask)(q, k, v))
+    rule = Watched(partial(masked_attention, mask=mask), torch.tensor([7, 10]))
+    torch.testing.assert_close(rule(q, k, v), masked_attention(q, k, v, mask))
     scores = q @ k.repeat_interleave(2, 1).mT / 2
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
     torch.testing.assert_close(rule.weights, weights[0][:, [7, 10]])

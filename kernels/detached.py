@@ -1,0 +1,72 @@
+"""Computes scored states without a gradient through contexts (InSPO D.5): cheaper, and inexact.
+
+Values are those of model.scored_states. The gradient passes only through tokens that predict a
+scored one. What these see besides runs forward only, and they attend to its recorded keys and
+values as to constants: about half the work of a cross-conditioned pair.
+
+Legend: T row tokens, S scored tokens, D width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from kernels import chains
+from model import scored_states
+
+
+def states(model, row):
+    """(S, D) residual stream at row.source, whose gradient takes contexts as constants."""
+    if not torch.is_grad_enabled():
+        return scored_states(model, row)
+    predicts, context, needed = split(row)
+    with torch.no_grad():
+        rules = chains.attend(row, model.config, needed)
+        recorded = [Recording(rule, context[needed]) for rule in rules]
+        model.hidden(row.tokens[None, needed], row.positions[None, needed], recorded)
+    rules = chains.attend(row, model.config, predicts, context)
+    rules = [Behind(rule, kept) for rule, kept in zip(rules, recorded, strict=True)]
+    x = model.hidden(row.tokens[None, predicts], row.positions[None, predicts], rules)[0]
+    return x[(predicts.cumsum(0) - 1)[row.source]]  # where each source lies among `predicts`
+
+
+def split(row):
+    """(T,) bools: tokens that predict a scored one; tokens that are only context to these; and all
+    that the context itself sees. Tokens that nothing scored depends on are in none of them."""
+    predicts = torch.zeros_like(row.tokens, dtype=torch.bool)
+    predicts[row.source if len(row.source) else 0] = True  # an empty row must reach all weights
+    context = ~predicts & _above(predicts, row.until)
+    return predicts, context, context | _above(context, row.until)
+
+
+def _above(flags, until):
+    """Whether a token has a flagged one below it in its subtree."""
+    count = F.pad(flags.cumsum(0), (1, 0))
+    return count[until] > count[1:]
+
+
+@dataclass
+class Recording:
+    """An attention rule that also keeps the keys and values of some of the tokens."""
+
+    rule: chains.Chains
+    kept: torch.Tensor  # (T,) bool
+
+    @torch.compiler.disable
+    def __call__(self, q, k, v):
+        self.keys, self.values = k[:, :, self.kept], v[:, :, self.kept]
+        return self.rule(q, k, v)
+
+
+@dataclass
+class Behind:
+    """An attention rule whose tokens stand behind recorded keys and values."""
+
+    rule: chains.Chains
+    recorded: Recording
+
+    @torch.compiler.disable
+    def __call__(self, q, k, v):
+        keys, values = ((self.recorded.keys, k), (self.recorded.values, v))
+        return self.rule(q, torch.cat(keys, 2), torch.cat(values, 2))

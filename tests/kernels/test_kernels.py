@@ -1,0 +1,184 @@
+"""Every kernel equals the plain rule of model.py, in values and where it can in gradients."""
+
+import numpy as np
+import parity
+import pytest
+import torch
+
+from conftest import write_model
+from kernels import chains, detached, flex
+from model import load, plain_attention, scored_states, visible
+from rows import build_row, lay_out
+from test_model import MODELS, random_paths, trainable
+
+CONFIGS = {name: MODELS[name] for name in ("llama tied", "mistral sliding")}
+CONFIGS |= {"qwen2 sliding from layer 1": MODELS["qwen2 sliding from layer 1"]}
+CONFIGS |= {"gemma 2": parity.CONFIGS["Gemma 2"]}  # soft caps, a scale of its own
+
+
+@pytest.fixture(params=[0, 256], autouse=True)
+def short(request, monkeypatch):
+    """Every trie in chains, and every (short) trie as a whole."""
+    monkeypatch.setattr(chains, "SHORT", request.param)
+
+
+def a_row(seed, tries=3, pad_to=0):
+    rng = np.random.default_rng(seed)
+    return build_row([lay_out(random_paths(rng)) for _ in range(tries)], range(tries), 5, pad_to)
+
+
+def random_qkv(seed, config, size):
+    """Queries, keys and values of one layer, on which a gradient may be taken."""
+    generator = torch.Generator().manual_seed(seed)
+    heads = (config.heads, config.kv_heads, config.kv_heads)
+    return [
+        torch.randn(1, h, size, config.head_width, generator=generator).requires_grad_()
+        for h in heads
+    ]
+
+
+# ----------------------------------------------------------------------------- chains
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("seed", range(10))
+def test_chains_equal_the_plain_rule_on_random_tries(seed, family, tmp_path):
+    """Each layer's output and gradients, for random queries, keys and values."""
+    config, row = load(write_model(tmp_path, CONFIGS[family])).config, a_row(seed, pad_to=200)
+    used, qkv = row.spans[-1][1], random_qkv(seed, config, 200)  # what padding gets differs
+    rules = zip(plain_attention(row, config), chains.attend(row, config), strict=True)
+    for plain, fast in rules:
+        expected, found = (rule(*qkv)[:, :, :used] for rule in (plain, fast))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        wanted, got = (torch.autograd.grad(y.square().sum(), qkv) for y in (expected, found))
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("window", [None, 4])
+def test_chains_see_what_the_rule_says(seed, window):
+    """Every query is in one piece, and its keys there are those that `visible` names."""
+    row = a_row(seed, pad_to=200)
+    wanted = visible(row.until, row.positions, window)
+    every = torch.ones_like(row.tokens, dtype=torch.bool)
+    found, start = torch.zeros_like(wanted), 0
+    pieces, sizes = chains._pieces(row, window, every, None)
+    parts = torch.arange(len(row.tokens)).split(sizes)
+    for seen, mask in pieces:
+        index, end = torch.cat([parts[j] for j in seen]), start + len(mask)
+        found[start:end] = found[start:end].index_copy(1, index, mask)
+        start = end
+    used = row.spans[-1][1]
+    assert start == used and torch.equal(found[:used], wanted[:used])
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_model_by_chains_equals_one_by_dense_masks(family, tmp_path):
+    """Values and gradients of a whole model."""
+    model, row, results = trainable(write_model(tmp_path, CONFIGS[family])), a_row(0), []
+    for model.attend in (chains.attend, plain_attention):
+        x = model.row_states(row)
+        results.append((x, *torch.autograd.grad(x.square().mean(), [*model.blocks.parameters()])))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------- FlexAttention
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("seed", range(3))
+def test_flex_equals_the_plain_rule_on_random_tries(seed, family, tmp_path):
+    """Forward only: FlexAttention has no backward on a CPU."""
+    config, row = load(write_model(tmp_path, CONFIGS[family])).config, a_row(seed, pad_to=256)
+    qkv = [x.detach() for x in random_qkv(seed, config, 256)]
+    rules = zip(plain_attention(row, config), flex.attend(row, config), strict=True)
+    for plain, fused in rules:
+        torch.testing.assert_close(fused(*qkv), plain(*qkv), rtol=1e-4, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------- detached contexts
+
+
+class Detached:
+    """The oracle: the rule of the whole row, keys and values of all other tokens detached."""
+
+    def __init__(self, rule, live):
+        self.rule, self.live = rule, live[:, None]
+
+    def __call__(self, q, k, v):
+        k, v = (torch.where(self.live, x, x.detach()) for x in (k, v))
+        return self.rule(q, k, v)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("seed", range(4))
+def test_without_context_grad_values_are_the_same_and_gradients_those_of_detached_contexts(
+    family, seed, tmp_path
+):
+    model, row = trainable(write_model(tmp_path, CONFIGS[family])), a_row(seed, pad_to=128)
+    parameters = [p for n, p in model.named_parameters() if n != "head.weight"]
+    weights = torch.linspace(-1, 1, len(row.source))
+
+    live = torch.zeros_like(row.tokens, dtype=torch.bool)
+    live[row.source] = True
+    rules = [Detached(rule, live) for rule in plain_attention(row, model.config)]
+    x = model.hidden(row.tokens[None], row.positions[None], rules)[0][row.source]
+    logps = model.to_logits(x).log_softmax(-1).gather(-1, row.label[:, None])[:, 0]
+    wanted = torch.autograd.grad((weights * logps).sum(), parameters)
+
+    exact = torch.autograd.grad((weights * model(row)).sum(), parameters)
+    model.states = detached.states
+    values = model(row)
+    torch.testing.assert_close(values, logps, rtol=1e-4, atol=1e-5)
+    found = torch.autograd.grad((weights * values).sum(), parameters)
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+    assert any((a - b).norm() > 1e-3 * b.norm() for a, b in zip(found, exact, strict=True))
+
+
+def test_a_row_without_pairs_still_reaches_every_parameter(tiny_model_dir):
+    """Ranks without pairs run one, since FSDP's collectives must line up."""
+    model = trainable(tiny_model_dir)
+    model.states = detached.states
+    model(build_row([], [], n_paths=2)).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind, family",
+    [
+        ("chains", "Llama 3"),
+        ("chains", "Gemma 2"),
+        ("chains", "Pythia"),
+        ("without context gradient", "Llama 3"),
+        ("flex", "Llama 3"),
+    ],
+)
+def test_blocks_are_compiled_for_rows_of_any_length_and_all_layers(kind, family, tmp_path):
+    """Once, and once more where lengths turn out to vary; from then on a recompilation is an error.
+
+    Flex has rows of one length, and is forward only: it has no backward on a CPU.
+    """
+    torch.compiler.reset()
+    fused = kind == "flex"
+    model = load(write_model(tmp_path, parity.CONFIGS[family]))
+    model.requires_grad_(not fused)
+    model.attend = chains.attend
+    model.states = detached.states if kind == "without context gradient" else scored_states
+    weights = [] if fused else list(model.parameters())
+
+    def values(seed):
+        out = model(a_row(seed, tries=seed + 1, pad_to=256 if fused else 0))
+        return [out, *(torch.autograd.grad(out.sum(), weights) if weights else ())]
+
+    with torch.set_grad_enabled(not fused):
+        expected = [values(seed) for seed in range(5)]
+        model.attend = (flex if fused else chains).attend
+        for block in model.blocks:
+            block.body = torch.compile(block.body)
+        for seed in range(5):
+            strict = seed >= (1 if fused else 2)
+            with torch._dynamo.config.patch(error_on_recompile=strict):
+                torch.testing.assert_close(values(seed), expected[seed], rtol=1e-4, atol=1e-4)
