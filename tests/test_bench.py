@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -276,11 +277,35 @@ def test_growth(measured, in_process):
     assert first_column(lines)[1:] == [*names, "processes 1"]
 
 
-def test_profile_sums_to_the_step(measured, tiny_model_dir, pairs_file):
+def test_a_moment_belongs_to_the_part_whose_forward_it_answers():
+    """A hand-made profile, in microseconds: node 7 answers the MLP, node 8 is nobody's."""
+
+    def event(name, own, parent=None, sequence_nr=-1):
+        return SimpleNamespace(name=name, self_cpu_time_total=own, cpu_parent=parent,
+                               sequence_nr=sequence_nr)  # fmt: skip
+
+    step = event("host", 1)
+    mlp = event("MLP", 2, step)
+    nodes = [event(f"autograd::engine::evaluate_function: {n}", 20, None, n) for n in (7, 8)]
+    events = [step, mlp, event("aten::mm", 4, mlp, 7), event("aten::add", 8, step, 9), *nodes]
+    events += [event("MmBackward0", 100, nodes[0], 7), event("aten::mm", 200, nodes[1], 8)]
+    events += [event("Optimizer.step#AdamW.step", 1000, step), event("FSDP::pre_forward", 2000)]
+    spent = {"host": 9, "MLP": 126, "rest of the model": 220, "optimizer": 1000, "sharding": 2000}
+    assert profile_step.attribute(events) == pytest.approx({k: v / 1e6 for k, v in spent.items()})
+
+
+def test_profile_counts_every_recorded_moment_once(
+    measured, tiny_model_dir, pairs_file, monkeypatch
+):
+    attribute, recorded = profile_step.attribute, []
+    monkeypatch.setattr(
+        profile_step, "attribute", lambda *args: recorded.append(args[0]) or attribute(*args)
+    )
     flags = f"--model {tiny_model_dir} --data {pairs_file} --pairs 8 --batch 8 --max_len 256"
     lines, written = measured(profile_step, flags)
-    for spent in written["figures"].values():
-        assert 0.9 < sum(spent[p] for p in profile_step.PARTS) / spent["step"] < 1.15
+    for spent, events in zip(written["figures"].values(), recorded, strict=True):
+        whole = sum(e.cpu_time_total for e in events if e.cpu_parent is None) / 1e6
+        assert sum(spent[p] for p in profile_step.PARTS) == pytest.approx(whole, rel=1e-3)
         busy = ("attention: projections", "attention: scores", "MLP", "head", "optimizer", "clip")
         assert all(spent[part] > 0 for part in busy)
     assert lines[0] == ["part", "dpo", "ins_dpo"]

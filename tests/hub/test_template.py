@@ -358,14 +358,13 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_is_stopped_in_one_line(name, tmp_path, monkeypatch):
-    """Within a fifth of a second and 256 MB here; five seconds and 512 MB otherwise."""
+    """At a fifth of a second or 256 MB here, else at five seconds or 512 MB; they would not end."""
     monkeypatch.setattr(template_file, "bounded", lambda: bounded(0.2, 2**28))
     directory = tiny.build(tmp_path, template=HOSTILE[name])
-    start = time.time()
     with pytest.raises(UserError, match="the chat template") as caught:
         Template(directory).render([{"role": "user", "content": "u"}])
         raise AssertionError("it was rendered")
-    assert str(directory) in str(caught.value) and time.time() - start < 3
+    assert str(directory) in str(caught.value)
 
 
 def test_the_bounds_are_lifted_again():
