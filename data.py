@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hub.template import INSTRUCTIONS, Refused, with_suffix
-from jobs.cli import UserError, progress, run
+from jobs.cli import UserError, progress
 from losses import Path
 from pairs.read import Drops
 from rows import lay_out, trie_size
@@ -273,11 +273,3 @@ class Dataset:
 def plain_paths(recipe):
     """The prompt-only paths: what is deployed, and validated beside the conditioned ones."""
     return [Path(None, answer) for answer in recipe.objective.answers]
-
-
-# ----------------------------------------------------------------------------- the command line
-
-if __name__ == "__main__":
-    from evals.describe import main
-
-    run(main)

@@ -9,10 +9,12 @@
     report    one self-contained page of all of it (report.py)
     mtbench   MT-Bench: scores by turn and category (mtbench.py)
     world     exact win rate in the embedded small world (assets/world.py)
+    describe  what a training run would make of its data (describe.py)
+    plan      the memory that a training run would take (plan.py)
     context, next_token, attention
               why conditioning works: IFSR's Tables 2 and 7 and Figure 4 (analysis.py, attention.py)
     judge     let a model compare answers, or grade them; files as the benchmarks' tools write
-    runs      draw training runs over each other, and tabulate their ends (metrics.py)
+    runs      draw training runs over each other, and tabulate their ends (runs.py)
 
 Scores and log-probabilities come from rows, as in training. Brackets hold 95% bootstrap intervals
 over prompts or pairs (stats.py).
@@ -21,7 +23,6 @@ Legend: N answers or pairs, P paths, Q questions, A answers of a question.
 """
 
 import dataclasses
-import functools
 import hashlib
 import os
 import sys
@@ -31,8 +32,20 @@ import numpy as np
 import torch
 
 from data import Dataset, Limits
-from evals import alpaca, arena, attention, compare, mtbench, report, rewardbench
+from evals import (
+    alpaca,
+    arena,
+    attention,
+    compare,
+    mtbench,
+    plan,
+    report,
+    rewardbench,
+    runs,
+    world,
+)
 from evals import context as analysis
+from evals import describe as data_report
 from evals.answers import align, question_ids, read_answers, read_both
 from evals.judge import JudgeSettings, judge
 from evals.results import number, refuse, save, table
@@ -40,10 +53,8 @@ from evals.stats import estimate, win_rate
 from generate import load_model
 from hub.weights import Weights, pin
 from jobs.cli import UserError, as_user_error, flag, parse, require, run
-from jobs.files import ASSETS, Store, read_json
-from jobs.metrics import CompareSettings, compare_runs
-from losses import Path, recipe
-from pairs.layouts import Pair
+from jobs.files import Store, read_json
+from losses import recipe
 from pairs.read import Drops, read_pairs
 from rows import lay_out
 from scoring import scored_rows
@@ -325,95 +336,12 @@ def margins(rule, sums, counts, reference):
     return (rewards["chosen"] - rewards["rejected"]).double().numpy()
 
 
-# ----------------------------------------------------------------------------- world
-
-
-@dataclass
-class WorldSettings:
-    """Every flag of `evaluate.py world`."""
-
-    model: str | None = flag(None, "HF directory")
-    start: str = flag(str(ASSETS / "start"), "the opponent: HF directory")
-    shown: str | None = flag(
-        None,
-        "also show the policy the opponent's answer first, behind this bridge",
-        ("sep", "turn"),
-    )
-    instruction: str = flag("better", "refining instruction: better, another, worse, or your text")
-    out: str | None = flag(None, "json file for the numbers and all probabilities")
-
-
-def world(s):
-    """Print exact win rates under both kinds of preference, and what could be reached."""
-    require(s, "model")
-    from assets.world import KINDS, best_win_rate, expected_win_rate
-
-    start = world_probabilities(*load_model(s.start, "fp32", "cpu", name="--start"))
-    model, template = load_model(s.model, "fp32", "cpu")
-    views = {"plain": world_probabilities(model, template)}
-    if s.shown:
-        views["shown"] = world_probabilities(model, template, s.shown, s.instruction)
-    results = {"model": s.model, "start": s.start}
-    for view, policy in views.items():
-        mass = policy.sum(-1).mean()
-        print(f"{view}: the world's answers have {mass:.1%} of the probability")
-        results[view] = {"mass": float(mass), "probabilities": policy.tolist()}
-        for kind in KINDS:
-            rate = expected_win_rate(policy, start, kind)
-            best = best_win_rate(start, kind, shown=view == "shown")
-            print(f"  {kind:13} win rate {rate:.1%} against the start; the best is {best:.1%}")
-            results[view][kind] = {"win_rate": rate, "best": best}
-    save(s.out, results)
-
-
-def world_win_rate(directory, start, kind="separable"):
-    """Exact probability that the model's answer beats the start's; both are HF directories."""
-    from assets.world import expected_win_rate
-
-    policies = (world_probabilities(*load_model(d, "fp32", "cpu")) for d in (directory, start))
-    return expected_win_rate(*policies, kind)
-
-
-def world_probabilities(model, template, bridge=None, instruction="better"):
-    """pi(answer | question) of all 16 answers to every question -> (Q, A), exact.
-
-    With a bridge: (Q, A, A), entry [q, b, a] being the probability of a behind b.
-    """
-    from assets.world import answer_probabilities, answers, questions
-
-    n, tries = len(answers(questions()[0])), world_tries(template, bridge, instruction)
-    sums, _ = score(model, tries.__getitem__, list(map(len, tries)), n, label="world")
-    return answer_probabilities(sums.view((-1, n, n) if bridge else (-1, n)).numpy())
-
-
-@functools.lru_cache(maxsize=4)
-def world_tries(template, bridge=None, instruction="better"):
-    """One rows.Trie per question, or with a bridge per question and answer shown: its paths end in
-    the 16 answers. Kept, since many models share a template."""
-    from assets.world import answers, questions
-
-    pairs = [  # the same answer in both places: as what is said and as what is shown
-        Pair([{"role": "user", "content": question}], answer, answer, question)
-        for question in questions()
-        for answer in answers(question)
-    ]
-    rule = recipe("dpo", "cross" if bridge else "none", bridge)
-    dataset = Dataset(pairs, template, rule, Limits(4096, 0.4), instruction)
-    n, shown, tries = len(answers(questions()[0])), "rejected" if bridge else None, []
-    for first in range(0, len(dataset), n):
-        ends = [dataset.path(first + a, Path(None, "chosen")) for a in range(n)]
-        for b in range(n if bridge else 1):
-            context = dataset.path(first + b, Path(shown, "chosen"))[0][:-1]
-            tries.append(lay_out([([*context, segments[-1]], k) for segments, k in ends]))
-    return tries
-
-
 # ----------------------------------------------------------------------------- the command line
 
 COMMANDS = {
     "reward": (RewardSettings, reward),
     "pairs": (PairsSettings, pairs),
-    "world": (WorldSettings, world),
+    "world": (world.WorldFlags, world.world),
     "alpaca": (alpaca.Settings, alpaca.alpaca),
     "arena": (arena.Settings, arena.arena),
     "mtbench": (mtbench.Settings, mtbench.mtbench),
@@ -423,7 +351,9 @@ COMMANDS = {
     "next_token": (analysis.NextTokenSettings, analysis.next_token),
     "attention": (attention.AttentionSettings, attention.attention),
     "judge": (JudgeSettings, judge),
-    "runs": (CompareSettings, compare_runs),
+    "runs": (runs.RunsFlags, runs.runs),
+    "describe": (data_report.DescribeFlags, data_report.describe),
+    "plan": (plan.PlanFlags, plan.plan),
 }
 
 

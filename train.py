@@ -295,7 +295,7 @@ def show(s, ranks, recipe, plan):
 
 def report_world(s):
     """The embedded default ends with exact win rates in the small world (assets/world.py)."""
-    from evaluate import world_win_rate
+    from evals.world import world_win_rate
 
     out = Path(s.out) / "final"
     before, after = (world_win_rate(path, s.model) for path in (s.model, out))

@@ -33,7 +33,8 @@ PROJECT = ASSETS.parent
 sys.path.insert(0, str(PROJECT))
 
 from assets import world  # noqa: E402
-from evaluate import load_model, world_probabilities  # noqa: E402
+from evals.world import world_probabilities  # noqa: E402
+from generate import load_model  # noqa: E402
 from hub.template import INSTRUCTIONS  # noqa: E402
 
 # ----------------------------------------------------------------------------- tokenizer

@@ -1,4 +1,4 @@
-"""`--plan`'s bytes per row against what a process takes: `python bench/activation_memory.py`.
+"""The memory plan's bytes per row against what a process takes: `bench/activation_memory.py`.
 
 Two layers of a published shape run one row forward in fp32 on the CPU, with and without recomputed
 blocks; the growth of the process's private memory, with the graph alive, is what activations take.

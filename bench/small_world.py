@@ -45,7 +45,8 @@ import torch  # noqa: E402
 import train  # noqa: E402
 from assets import world  # noqa: E402
 from assets.build import as_jsonl  # noqa: E402
-from evaluate import load_model, world_probabilities  # noqa: E402
+from evals.world import world_probabilities  # noqa: E402
+from generate import load_model  # noqa: E402
 from jobs.cli import progress  # noqa: E402
 from jobs.processes import Ranks  # noqa: E402
 from losses import recipe  # noqa: E402

@@ -1,4 +1,4 @@
-"""`python data.py describe`: what a run would make of its data, before it costs a GPU.
+"""Describes preference pairs as a run would train on them: `python evaluate.py describe`.
 
 Reads, cleans and tokenises as train.py does, and tells what every rule dropped, how long prompts
 and answers are, what the limits cut, how full rows get, what the trie saves, and how each path
@@ -7,7 +7,6 @@ reads. As a table, as JSON (`--out FILE.json`) and as a picture (`FILE.png`).
 
 import dataclasses
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,8 @@ import numpy as np
 from data import PARTS, Dataset, Limits
 from hub.template import Template
 from hub.weights import resolve
-from jobs.cli import UserError, as_user_error, flag, parse, require
+from jobs.cli import UserError, as_user_error, flag, require
+from jobs.flags import CheckpointFlags, PathFlags
 from losses import CONDITIONS, recipe
 from pairs.cleaning import Rules, clean
 from pairs.read import Drops, read_pairs
@@ -27,19 +27,13 @@ SAMPLE = 1000  # pairs whose path sets are laid out
 
 
 @dataclass
-class Settings(Rules):
-    """Every flag; those that train.py has too mean the same."""
+class DescribeFlags(CheckpointFlags, PathFlags, Rules):
+    """Every flag of `evaluate.py describe`; those that train.py has too mean the same."""
 
-    model: str | None = flag(None, "HF directory or hub id: its tokenizer and template")
     data: str | None = flag(None, "file, glob, folder or hub id[:split], with @weight; commas")
     loss: str = flag("ins_dpo", "objective whose paths are laid out")
     condition: str | None = flag(None, "what each answer is conditioned on", tuple(CONDITIONS))
-    bridge: str | None = flag(None, "between a context answer and what follows", ("sep", "turn"))
-    instruction: str = flag("better", "refining instruction: better, another, worse, or your text")
-    sep: str | None = flag(None, "InSPO's separator; default: a reserved token, else a blank line")
     limit: int | None = flag(None, "only the first N pairs")
-    max_len: int = flag(4096, "tokens of every single path")
-    draft_cap: float = flag(0.4, "share of max_len that a rejected context answer may take")
     row_tokens: int = flag(8192, "tokens per row")
     batch: int = flag(128, "pairs per optimizer step")
     bad_rows: str = flag("stop", "at a broken row: stop, or drop and count it", ("stop", "drop"))
@@ -50,7 +44,7 @@ class Settings(Rules):
 # ----------------------------------------------------------------------------- the figures
 
 
-def describe(s):
+def figures_of(s):
     """(figures as a JSON-ready dict, {part: lengths}) of these settings."""
     template, drops = Template(resolve(s.model)), Drops()
     with as_user_error():
@@ -133,7 +127,7 @@ def decoded(data, rule, template, i=0):
 # ----------------------------------------------------------------------------- how it is shown
 
 
-def show(figures):
+def summary(figures):
     """The figures as text for a terminal."""
     f = figures
     lost = sum(rule["pairs"] for rule in f["dropped"].values())
@@ -183,14 +177,11 @@ def picture(lengths, file, max_len):
     plt.close(figure)
 
 
-def main(argv=None):
-    words = sys.argv[1:] if argv is None else argv
-    if words[:1] != ["describe"]:
-        raise UserError("python data.py describe --data … --model …; --help lists the flags")
-    s = parse(Settings, __doc__.splitlines()[0], words[1:])
+def describe(s):
+    """Tell what a training run would make of its data, before it costs a GPU."""
     require(s, "model", "data")
-    figures, lengths = describe(s)
-    print("\n".join(show(figures)))
+    figures, lengths = figures_of(s)
+    print("\n".join(summary(figures)))
     text = json.dumps(figures, indent=1, ensure_ascii=False)
     if s.out is None:
         print(f"\n{text}")

@@ -1,4 +1,4 @@
-"""What a run will need, before it is started: `python train.py --model DIR --plan`.
+"""Computes what a training run will need of each GPU: `python evaluate.py plan --model DIR`.
 
 Only config.json is read, and the model is built on the meta device: no weights, no GPU, a second.
 
@@ -11,12 +11,20 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from hub.weights import read_config, resolve
-from jobs.cli import UserError
+from jobs.cli import flag, require
+from jobs.flags import CheckpointFlags
 from layers import rope_table
 from model import ScoredLogps, Transformer
 
 GPUS = (1, 4, 8)
 HEADROOM = 0.9  # of a GPU's memory: CUDA, NCCL and fragmentation have the rest
+
+
+@dataclasses.dataclass
+class PlanFlags(CheckpointFlags):
+    """Every flag of `evaluate.py plan`."""
+
+    row_tokens: int = flag(8192, "tokens per row")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +109,8 @@ def per_gpu(sizes, n, dtype=torch.bfloat16):
     }
 
 
-def report(config, tokens, gpu_bytes=80 * 10**9):
-    """The lines of --plan: one per number of GPUs, and what of a row fits beside it."""
+def memory_table(config, tokens, gpu_bytes=80 * 10**9):
+    """The lines that are printed: one per number of GPUs, and what of a row fits beside it."""
     s = measure(config, tokens)
     gb = 1e9
     yield (
@@ -126,10 +134,9 @@ def report(config, tokens, gpu_bytes=80 * 10**9):
     )
 
 
-def show(s):
-    """`train.py --plan`: print the report of --model and --row_tokens (default 8,192)."""
-    if s.model is None:
-        raise UserError("--plan needs --model: a directory with a config.json, or a hub id")
+def plan(s):
+    """Print parameters, and bytes per GPU, of a training run of --model."""
+    require(s, "model")
     _, config = read_config(resolve(s.model))
-    for line in report(config, s.row_tokens or 8192):
+    for line in memory_table(config, s.row_tokens):
         print(line)

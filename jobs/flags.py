@@ -25,11 +25,17 @@ HyperFlags = dataclasses.make_dataclass(
 
 
 @dataclass
-class ModelFlags:
-    """Which model is loaded, in which dtype, and where it runs."""
+class CheckpointFlags:
+    """Which checkpoint is meant."""
 
     model: str | None = flag(None, "HF directory or hub id[@REVISION]")
     revision: str | None = flag(None, "branch, tag or commit of --model on the hub")
+
+
+@dataclass
+class ModelFlags(CheckpointFlags):
+    """Which model is loaded, in which dtype, and where it runs."""
+
     dtype: str | None = flag(None, "default: bf16 on CUDA, else fp32", ("bf16", "fp32"))
     device: str = flag("auto", "where to run", ("auto", "cpu", "cuda"))
 

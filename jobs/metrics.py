@@ -1,17 +1,13 @@
-"""What a run reports: OUT/metrics.jsonl, drawn in OUT/curves.png, and told to other loggers.
-
-`python evaluate.py runs OUT1 OUT2 …` draws runs over each other and tabulates their ends.
-"""
+"""What a run reports: OUT/metrics.jsonl, drawn in OUT/curves.png, and told to other loggers."""
 
 import json
 import os
 import resource
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from jobs.cli import UserError, arguments, flag
+from jobs.cli import UserError
 from jobs.files import replace, to_line
 
 # ----------------------------------------------------------------------------- writing
@@ -181,57 +177,3 @@ def draw(runs, file):
             axis.legend(frameon=False, fontsize=8)
     figure.savefig(file, dpi=120)
     plt.close(figure)
-
-
-# ----------------------------------------------------------------------------- runs
-
-
-@dataclass
-class CompareSettings:
-    """Every flag of `evaluate.py runs`."""
-
-    runs: list = arguments("run directories of train.py")
-    out: str = flag("runs.png", "the figure")
-
-
-ENDS = (  # column, which line, key
-    ("steps", "last", "step"),
-    ("loss", "last", "loss"),
-    ("grad norm", "last", "grad_norm"),
-    ("best eval loss", "best", "eval_loss"),
-    ("at step", "best", "step"),
-    ("its accuracy", "best", "eval_accuracy"),
-    ("its plain accuracy", "best", "eval_plain_accuracy"),
-    ("its plain margin", "best", "eval_plain_margin"),
-    ("pairs/s", "speed", "pairs_per_second"),
-)
-
-
-def compare_runs(s):
-    """Draw the runs over each other, and print where each of them ended."""
-    if not s.runs:
-        raise UserError("runs: name the run directories, OUT1 OUT2 …")
-    names = [str(Path(run)) for run in s.runs]
-    runs = {name: read_metrics(Path(name) / "metrics.jsonl") for name in names}
-    print("| run | " + " | ".join(column for column, _, _ in ENDS) + " |")
-    print("| --- |" + " --- |" * len(ENDS))
-    for name, lines in runs.items():
-        found = ends(lines)
-        cells = [found[which].get(key) for _, which, key in ENDS]
-        shown = (
-            "-" if c is None else f"{c:.4f}" if isinstance(c, float) else str(c) for c in cells
-        )
-        print(f"| {name} | " + " | ".join(shown) + " |")
-    Path(s.out).parent.mkdir(parents=True, exist_ok=True)
-    draw(runs, s.out)
-    print(f"drawn: {s.out}")
-
-
-def ends(lines):
-    """The last step, the best validation after the start, and the mean speed of a run."""
-    steps = [x for x in lines if "loss" in x]
-    evals = [x for x in lines if "eval_loss" in x and x["step"] > 0]
-    best = min(evals, key=lambda x: x["eval_loss"], default={})
-    seconds = sum(x["seconds"] for x in steps)
-    speed = {"pairs_per_second": sum(x["pairs"] for x in steps) / seconds} if seconds else {}
-    return {"last": steps[-1] if steps else {}, "best": best, "speed": speed}

@@ -4,7 +4,7 @@ Such a model is a language model whose chat template wraps a dialogue in its pol
 "safe" or "unsafe". The verdict is a number, the probability that its answer is "unsafe" rather than
 "safe"; it needs no sampling. Verdicts are stored in `.FILE.guard` beside each data file (or in
 the cache's folder, where that is read-only), so that the model runs once: before a run on many GPUs
-let `python data.py describe --guard …` do it on one.
+let `python evaluate.py describe --guard …` do it on one.
 """
 
 import contextlib

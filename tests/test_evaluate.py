@@ -17,7 +17,8 @@ from conftest import PAIRS, write_model
 from evals import rewardbench
 from evals.answers import Answer
 from evals.stats import Estimate, estimate, win_rate
-from evaluate import open_scores, reward_scores, world_probabilities
+from evals.world import world_probabilities, world_win_rate
+from evaluate import open_scores, reward_scores
 from evaluate import score as real
 from generate import load_model
 from hub.template import Template
@@ -242,7 +243,7 @@ def test_world_probabilities_are_those_of_the_whole_sequences(start_dir, monkeyp
 def test_the_embedded_start():
     """It draws against itself, and knows nothing but the world's answers."""
     start = str(ASSETS / "start")
-    assert evaluate.world_win_rate(start, start) == pytest.approx(0.5)
+    assert world_win_rate(start, start) == pytest.approx(0.5)
     policy = world_probabilities(*load_model(start))
     assert policy.sum(-1).mean() > 0.9
 

@@ -1,4 +1,4 @@
-"""`python data.py describe`: what it counts is what a run trains on."""
+"""`python evaluate.py describe`: what it counts is what a run trains on."""
 
 import json
 import subprocess
@@ -10,8 +10,9 @@ import pytest
 from conftest import PAIRS
 from data import Dataset, Limits
 from evals import describe
+from evals.describe import DescribeFlags
 from hub.template import Template
-from jobs.cli import UserError
+from jobs.cli import UserError, parse
 from losses import CONDITIONS, recipe
 from pairs.read import Drops, read_pairs
 
@@ -36,7 +37,7 @@ def tell(tiny_model_dir, file, tmp_path, capsys):
     def tell(*words):
         out = tmp_path / "out" / "told.json"
         words = ["--data", file, "--model", tiny_model_dir, "--out", out, *words]
-        describe.main(["describe", *map(str, words)])
+        describe.describe(parse(DescribeFlags, "", list(map(str, words))))
         told = json.loads(out.read_text(encoding="utf-8"))
         return told, capsys.readouterr().out, out.with_suffix(".png")
 
@@ -143,7 +144,8 @@ def test_the_picture_is_drawn(tell):
 
 
 def test_without_out_the_figures_follow_the_table(tiny_model_dir, file, capsys):
-    describe.main(["describe", "--data", str(file), "--model", str(tiny_model_dir)])
+    words = ["--data", str(file), "--model", str(tiny_model_dir)]
+    describe.describe(parse(DescribeFlags, "", words))
     table, _, figures = capsys.readouterr().out.rpartition("\n{\n")
     assert json.loads("{\n" + figures)["pairs_kept"] == 24 and "path set" in table
 
@@ -151,18 +153,17 @@ def test_without_out_the_figures_follow_the_table(tiny_model_dir, file, capsys):
 @pytest.mark.parametrize(
     "words, told",
     [
-        ([], "python data.py describe --data … --model …; --help lists the flags"),
-        (["describe", "--model", "."], "--data is missing"),
-        (["describe", "--data", "x.jsonl"], "--model is missing"),
+        (["--model", "."], "--data is missing"),
+        (["--data", "x.jsonl"], "--model is missing"),
     ],
 )
 def test_what_is_missing_is_told(words, told):
-    with pytest.raises(UserError, match=told.replace("…", ".").replace(".", r".")):
-        describe.main(words)
+    with pytest.raises(UserError, match=told):
+        describe.describe(parse(DescribeFlags, "", words))
 
 
 def test_as_a_command_it_fails_in_one_line(tiny_model_dir, tmp_path):
-    words = [sys.executable, "data.py", "describe", "--model", str(tiny_model_dir)]
+    words = [sys.executable, "evaluate.py", "describe", "--model", str(tiny_model_dir)]
     words += ["--data", str(tmp_path / "none.jsonl")]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1

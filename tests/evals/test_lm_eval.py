@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from assets import world
-from evaluate import world_probabilities
+from evals.world import world_probabilities
 from generate import load_model
 from jobs.files import ASSETS
 

@@ -10,7 +10,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from assets import build, world
-from evaluate import load_model, world_probabilities
+from evals.world import world_probabilities
+from generate import load_model
 from hub.template import Template
 
 ASSETS = Path(build.__file__).parent

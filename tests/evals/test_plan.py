@@ -1,4 +1,4 @@
-"""--plan counts parameters as published, and bytes as autograd keeps them."""
+"""`evaluate.py plan` counts parameters as published, and bytes as autograd keeps them."""
 
 import subprocess
 import sys
@@ -8,12 +8,11 @@ import parity
 import pytest
 import torch
 
-from evals import plan as memory
+from evals import plan
 from families import Config
 from hub.weights import read_config
 from jobs.cli import UserError
 from model import Transformer
-from train import TrainFlags
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ROOT / "bench" / "shapes"
@@ -40,8 +39,8 @@ def test_every_shape_has_its_published_number_of_parameters():
 def test_activations_on_meta_are_those_of_real_tensors(name):
     config = Config.from_hf(parity.CONFIGS[name])
     block = Transformer(config).blocks[0]
-    real = memory.saved_bytes(block, config, 50, torch.float32, "cpu")
-    sizes = memory.measure(config, 50, torch.float32)
+    real = plan.saved_bytes(block, config, 50, torch.float32, "cpu")
+    sizes = plan.measure(config, 50, torch.float32)
     assert sizes.block == pytest.approx(real, rel=0.01)
     assert sizes.block > 50 * 4 * (3 * config.width + config.ffn), "at least inputs and products"
 
@@ -58,12 +57,12 @@ def test_activations_of_a_linear_layer_by_hand():
             return self.linear(x).relu()
 
     config = Config.from_hf(parity.CONFIGS["Llama 3"] | {"hidden_size": 3, "head_dim": 2})
-    assert memory.saved_bytes(Toy(), config, 5, torch.float32, "cpu") == 4 * (15 + 10)
+    assert plan.saved_bytes(Toy(), config, 5, torch.float32, "cpu") == 4 * (15 + 10)
 
 
 def test_states_are_shared_among_gpus_and_gathered_ones_are_not():
-    sizes = memory.Sizes(800, 10, 100, 1, 5000, 1000, 7)
-    alone, eight = memory.per_gpu(sizes, 1), memory.per_gpu(sizes, 8)
+    sizes = plan.Sizes(800, 10, 100, 1, 5000, 1000, 7)
+    alone, eight = plan.per_gpu(sizes, 1), plan.per_gpu(sizes, 8)
     assert [alone[k] for k in ("weights", "gradients", "optimizer")] == [3200, 3200, 6400]
     assert [eight[k] for k in ("weights", "gradients", "optimizer")] == [400, 400, 800]
     assert alone["gathered"] == 2 * (800 + 10) + 4 * 100
@@ -72,20 +71,22 @@ def test_states_are_shared_among_gpus_and_gathered_ones_are_not():
 
 def test_the_report_says_what_is_too_much():
     _, config = read_config(SHAPES / "llama-3-8b")
-    first, *lines, last = memory.report(config, 8192)
+    first, *lines, last = plan.memory_table(config, 8192)
     assert first.startswith("8,030,261,248 parameters")
     assert "too much" in lines[2] and "too much" not in lines[4].rpartition("|")[0].split("|")[-1]
     assert "80 GB" in last
-    assert sum("too much" in line for line in memory.report(config, 64, 10**12)) == 1, "the legend"
+    assert sum("too much" in line for line in plan.memory_table(config, 64, 10**12)) == 1, (
+        "the legend"
+    )
 
 
-def test_plan_is_a_flag_of_train(tmp_path):
-    with pytest.raises(UserError, match="--plan needs --model"):
-        memory.show(TrainFlags())
+def test_plan_is_a_command(tmp_path):
+    with pytest.raises(UserError, match="--model is missing"):
+        plan.plan(plan.PlanFlags())
     words = [
         sys.executable,
-        str(ROOT / "train.py"),
-        "--plan",
+        str(ROOT / "evaluate.py"),
+        "plan",
         "--model",
         str(SHAPES / "llama-3-8b"),
     ]

@@ -1,0 +1,95 @@
+"""Computes exact win rates in the embedded small world: `python evaluate.py world --model DIR`.
+
+The world (assets/world.py) has Q = 20 questions with A = 16 answers each, and preferences that are
+known in closed form. So a policy's win rate needs no judge and no sampling: it follows from the
+probabilities of the 16 answers, whose log-probabilities come from the same rows as in training.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from assets import world as small_world
+from data import Dataset, Limits
+from evals.results import save
+from generate import load_model
+from jobs.cli import flag, require
+from jobs.files import ASSETS
+from jobs.flags import CheckpointFlags, InstructionFlags
+from losses import Path, recipe
+from pairs.layouts import Pair
+from rows import lay_out
+from scoring import scored_rows
+
+
+@dataclass
+class WorldFlags(CheckpointFlags, InstructionFlags):
+    """Every flag of `evaluate.py world`."""
+
+    start: str = flag(str(ASSETS / "start"), "the opponent: HF directory")
+    shown: str | None = flag(
+        None,
+        "also show the policy the opponent's answer first, behind this bridge",
+        ("sep", "turn"),
+    )
+    out: str | None = flag(None, "json file for the numbers and all probabilities")
+
+
+def world(s):
+    """Print exact win rates under both kinds of preference, and what could be reached."""
+    require(s, "model")
+    start = world_probabilities(*load_model(s.start, "fp32", "cpu", name="--start"))
+    model, template = load_model(s.model, "fp32", "cpu")
+    policies = {"plain": world_probabilities(model, template)}
+    if s.shown:
+        policies["shown"] = world_probabilities(model, template, s.shown, s.instruction)
+    results = {"model": s.model, "start": s.start}
+    for name, policy in policies.items():
+        mass = policy.sum(-1).mean()
+        print(f"{name}: the world's answers have {mass:.1%} of the probability")
+        results[name] = {"mass": float(mass), "probabilities": policy.tolist()}
+        for kind in small_world.KINDS:
+            rate = small_world.expected_win_rate(policy, start, kind)
+            best = small_world.best_win_rate(start, kind, shown=name == "shown")
+            print(f"  {kind:13} win rate {rate:.1%} against the start; the best is {best:.1%}")
+            results[name][kind] = {"win_rate": rate, "best": best}
+    save(s.out, results)
+
+
+def world_win_rate(directory, start, kind="separable"):
+    """Exact probability that the model's answer beats the start's; both are HF directories."""
+    policies = (world_probabilities(*load_model(d, "fp32", "cpu")) for d in (directory, start))
+    return small_world.expected_win_rate(*policies, kind)
+
+
+def world_probabilities(model, template, bridge=None, instruction="better"):
+    """pi(answer | question) of all 16 answers to every question -> (Q, A), exact.
+
+    With a bridge: (Q, A, A), entry [q, b, a] being the probability of a behind b.
+    """
+    n, tries = len(small_world.CHOICES), world_tries(template, bridge, instruction)
+    logps, sizes = torch.zeros(len(tries), n), list(map(len, tries))
+    for items, row, values in scored_rows(model, tries.__getitem__, sizes, n, label="world"):
+        logps[items] = row.sums(values).cpu()
+    return small_world.answer_probabilities(logps.view((-1, n, n) if bridge else (-1, n)).numpy())
+
+
+@functools.lru_cache(maxsize=4)
+def world_tries(template, bridge=None, instruction="better"):
+    """One rows.Trie per question, or with a bridge per question and answer shown: its paths end in
+    the 16 answers. Kept, since many models share a template."""
+    pairs = [  # the same answer in both places: as what is said and as what is shown
+        Pair([{"role": "user", "content": question}], answer, answer, question)
+        for question in small_world.questions()
+        for answer in small_world.answers(question)
+    ]
+    rule = recipe("dpo", "cross" if bridge else "none", bridge)
+    dataset = Dataset(pairs, template, rule, Limits(4096, 0.4), instruction)
+    n, shown, tries = len(small_world.CHOICES), "rejected" if bridge else None, []
+    for first in range(0, len(dataset), n):
+        ends = [dataset.path(first + a, Path(None, "chosen")) for a in range(n)]
+        for b in range(n if bridge else 1):
+            context = dataset.path(first + b, Path(shown, "chosen"))[0][:-1]
+            tries.append(lay_out([([*context, segments[-1]], k) for segments, k in ends]))
+    return tries
