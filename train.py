@@ -94,7 +94,8 @@ def resolve(s, kind):
     if s.steps is not None or s.epochs is not None:  # the length of the run is given
         defaults = {k: v for k, v in defaults.items() if k not in ("steps", "epochs")}
     defaults = {name: value for name, value in defaults.items() if getattr(s, name) is None}
-    return dataclasses.replace(s, **defaults | by_device(s, kind)), embedded
+    defaults |= {"eval_revision": s.eval_revision or s.data_revision} | by_device(s, kind)
+    return dataclasses.replace(s, **defaults), embedded
 
 
 # ----------------------------------------------------------------------------- set-up: the data
@@ -136,7 +137,7 @@ def load_data(s, template, recipe, ranks=None):
 def data_key(s, template, recipe):
     """Digest of all that decides the tokens. A guard counts by its weights, not its path."""
     sources = parse_sources(s.data, s.data_revision)
-    sources += parse_sources(s.eval_data, eval_revision(s)) if s.eval_data else []
+    sources += parse_sources(s.eval_data, s.eval_revision) if s.eval_data else []
     names = ("data", "eval_data", "eval_pairs", "limit", "bad_rows", "max_len", "draft_cap",
              "score_eos", "instruction", "sep", "seed")  # fmt: skip
     choices = {name: getattr(s, name) for name in names} | dataclasses.asdict(Rules.of(s))
@@ -161,7 +162,7 @@ def read_and_tokenise(s, template, recipe, shown=False):
         pairs = clean(pairs, rules, template, cleaned, s.device)
         lines.append(f"cleaned: {len(pairs)} pairs; dropped: {cleaned}")
     if s.eval_data:
-        held = read_pairs(s.eval_data, drops, s.eval_pairs, both, s.bad_rows, eval_revision(s))
+        held = read_pairs(s.eval_data, drops, s.eval_pairs, both, s.bad_rows, s.eval_revision)
     else:
         n = min(1000, len(pairs) // 10) if s.eval_pairs is None else s.eval_pairs
         pairs, held = hold_out(pairs, n, s.seed)
@@ -175,11 +176,6 @@ def tokenise(s, template, recipe, pairs=(), **options):
     """The Dataset of these pairs under these settings."""
     limits = Limits(s.max_len, s.draft_cap, s.score_eos)
     return Dataset(pairs, template, recipe, limits, s.instruction, s.sep, **options)
-
-
-def eval_revision(s):
-    """The hub revision of --eval_data: its own flag's, else that of --data."""
-    return s.eval_revision or s.data_revision
 
 
 def fit_to_data(s, ranks, recipe, sets, plan):
@@ -246,7 +242,7 @@ def fit(s, ranks, recipe):
         ranks.say(line)
     plan = Plan(len(sets["train"]), s.batch, s.seed, s.epochs or 0.0, s.steps)
     s = fit_to_data(s, ranks, recipe, sets, plan)
-    show(s, ranks, recipe, plan)
+    rundir.show(s, ranks, recipe, plan)
     rundir.check_config(s, ranks)
 
     # the model, and the reference's log-probabilities, computed once
@@ -279,18 +275,6 @@ def digests(*sources):
     """sha256 of the weights of each directory, each read once."""
     known = {source: weights.Weights(source).digest() for source in set(sources)}
     return [known[source] for source in sources]
-
-
-def show(s, ranks, recipe, plan):
-    """Print the resolved settings, so that nothing that decides the run is implicit."""
-    hyper = ", ".join(f"{k} {v:g}" for k, v in recipe.hyper.items())
-    ranks.say(
-        f"{recipe.name}: condition {recipe.condition}, bridge {recipe.bridge}, "
-        f"reference {recipe.reference if recipe.objective.uses_reference else 'none'}, {hyper}\n"
-        f"model {s.model}, {s.dtype}, {s.attention} on {ranks.world} x {ranks.kind}\n"
-        f"{plan.steps} steps of {s.batch} pairs, lr {s.lr:g}, max_len {s.max_len}, "
-        f"row_tokens {s.row_tokens}, seed {s.seed}; out {s.out}"
-    )
 
 
 def report_world(s):
@@ -362,7 +346,8 @@ class Run:
         if r.objective.head == "logps" and len(r.objective.answers) == 2:
             paths = {"train": r.reference_paths, "validation": self.validation_paths}
             self.wanted = {name: paths[name] for name in sets if paths[name]}
-        self.best, self.best_step, self.saved_at = math.inf, None, None
+        # what a checkpoint carries beside weights and moments
+        self.state = {"step": 0, "best": math.inf, "best_step": None}
         choices = (recipe.name, recipe.condition, recipe.bridge, recipe.reference, recipe.hyper)
         owner = {"model": digest[:16], "objective": " ".join(map(str, choices))}
         self.saver = checkpoint.Saver(Path(s.out) / "checkpoints", owner, s.keep, ranks.say)
@@ -615,16 +600,14 @@ class Run:
 
     def save(self, step):
         """OUT/checkpoints/step-N, written in the background from a copy made here."""
-        state = {"step": step, "best": self.best, "best_step": self.best_step}
-        self.saver.save(self.model, self.optimizer, state)
-        self.saved_at = step
+        self.state["step"] = step
+        self.saver.save(self.model, self.optimizer, self.state)
 
     def resume(self):
         """Step to go on from: that of the newest whole checkpoint, or 0."""
-        state = self.saver.resume(self.model, self.optimizer)
-        self.best, self.best_step = state.get("best", math.inf), state.get("best_step")
-        self.saved_at = state.get("step")
-        return self.saved_at or 0
+        found = self.saver.resume(self.model, self.optimizer)
+        self.state |= {name: found[name] for name in self.state if name in found}
+        return self.state["step"]
 
 
 # ----------------------------------------------------------------------------- the loop
@@ -666,8 +649,8 @@ def validate(job, metrics, template, step):
         f"{k} {v:.4f}" for k, v in line.items() if k.startswith("eval") and "sec" not in k
     )
     job.ranks.say(f"step {step}: {shown}")
-    if step > 0 and line["eval_loss"] < job.best:
-        job.best, job.best_step = line["eval_loss"], step
+    if step > 0 and line["eval_loss"] < job.state["best"]:
+        job.state |= {"best": line["eval_loss"], "best_step": step}
         job.export("best", template)
     metrics.plot()
 
@@ -675,7 +658,7 @@ def validate(job, metrics, template, step):
 def stop_here(job, metrics, done):
     """After a signal: save what is done, say so, end well."""
     metrics.flush()
-    if job.saved_at != done and done > 0:
+    if job.state["step"] != done:
         job.save(done)
     job.saver.wait()
     job.ranks.say(f"stopped by a signal after step {done}; --resume goes on from here")

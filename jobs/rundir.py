@@ -78,6 +78,18 @@ def hold(file, say, patience=60):
         yield
 
 
+def show(s, ranks, recipe, plan):
+    """Print the resolved settings, so that nothing that decides the run is implicit."""
+    hyper = ", ".join(f"{k} {v:g}" for k, v in recipe.hyper.items())
+    ranks.say(
+        f"{recipe.name}: condition {recipe.condition}, bridge {recipe.bridge}, "
+        f"reference {recipe.reference if recipe.objective.uses_reference else 'none'}, {hyper}\n"
+        f"model {s.model}, {s.dtype}, {s.attention} on {ranks.world} x {ranks.kind}\n"
+        f"{plan.steps} steps of {s.batch} pairs, lr {s.lr:g}, max_len {s.max_len}, "
+        f"row_tokens {s.row_tokens}, seed {s.seed}; out {s.out}"
+    )
+
+
 def check_config(s, ranks):
     """A resumed run must agree with OUT/config.json; UserError names the flag that does not."""
     file, now = Path(s.out) / "config.json", dataclasses.asdict(s)
