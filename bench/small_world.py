@@ -1,9 +1,10 @@
 """Every objective in every form, compared where the truth is known: the embedded small world.
 
     python bench/small_world.py                 all of it, under an hour on two cores; goes on where
-                                                it stopped; writes docs/small_world.{json,md,png}
-                                                and the table in README.md
-    python bench/small_world.py --report        only writes these again, from docs/small_world.json
+                                                it stopped; writes docs/small_world.{json,png}
+                                                and the tables in README.md, docs/results.md
+    python bench/small_world.py --report        only writes these again, from docs/small_world.json,
+                                                and prints all tables
 
 A run is train.py's own: so many steps on pairs drawn from the world by the run's seed, with which
 all runs of one seed see the same pairs in the same order. Nothing is sampled in judging: from the
@@ -324,7 +325,7 @@ def main():
         wanted = {*rate_jobs(), *jobs}
         settings = {"steps": STEPS, "batch": BATCH, "seeds": len(SEEDS), "best": best_worlds()}
         small_world_report.save({j: known[j] for j in known if j in wanted}, rates, settings)
-    small_world_report.write()
+    print(small_world_report.write())
 
 
 if __name__ == "__main__":

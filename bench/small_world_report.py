@@ -1,4 +1,4 @@
-"""What bench/small_world.py found, as tables and a figure: docs/small_world.{json,md,png}, README.
+"""Writes what bench/small_world.py found: docs/small_world.{json,png}, README.md, docs/results.md.
 
 A cell is the mean over seeds, with the standard deviation of one seed behind it. Marks:
 
@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 JSON = ROOT / "docs" / "small_world.json"
 MARKS = "<!-- bench/small_world.py -->", "<!-- /bench/small_world.py -->"
 MEASURES = ("plain", "shown", "refined", "accuracy", "kl", "length", "mass")
+SHORT = ("dpo", "simpo", "kto")  # the objectives that the README shows
 T_4 = 2.776  # 97.5% quantile of Student's t with 4 degrees of freedom: five seeds
 
 
@@ -92,21 +93,32 @@ def table(header, rows):
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
-def form_table(found, measure, start, kind):
+def form_table(found, measure, start, kind, bases=None):
     """Bases in rows, forms in columns, one measure in one world."""
-    forms, world = found.columns("forms"), (start, kind)
-    rows = []
-    for base in found.rows("forms"):
-        cells = [base]
-        for name in forms:
-            values = found.values(measure, "forms", base, name, *world)
-            star = differs(values, found.values(measure, "forms", base, "plain", *world))
-            noisy = measure == "plain" and not validated(values)
-            percent = measure not in ("kl", "length")
-            marks = ("*" if star else "") + (" (n)" if noisy else "")
-            cells.append(spread(values, percent) + marks)
-        rows.append(cells)
-    return table(["", *forms], rows)
+    bases = bases or found.rows("forms")
+    rows = [[base, *form_cells(found, base, measure, start, kind)] for base in bases]
+    return table(["", *found.columns("forms")], rows)
+
+
+def form_cells(found, base, measure, start, kind):
+    """One measure of one base in every form, with its marks."""
+    cells, plain = [], found.values(measure, "forms", base, "plain", start, kind)
+    for name in found.columns("forms"):
+        values = found.values(measure, "forms", base, name, start, kind)
+        noisy = measure == "plain" and not validated(values)
+        marks = ("*" if differs(values, plain) else "") + (" (n)" if noisy else "")
+        cells.append(spread(values, measure not in ("kl", "length")) + marks)
+    return cells
+
+
+def world_table(found, base):
+    """Worlds and ways to ask in rows, forms in columns, one base."""
+    rows = [
+        [f"{kind}, `{start}`", view, *form_cells(found, base, view, start, kind)]
+        for start, kind in WORLDS
+        for view in ("plain", "shown")
+    ]
+    return table(["world, start", "asked", *found.columns("forms")], rows)
 
 
 def stage_table(found):
@@ -194,28 +206,32 @@ def draw(found, file):
 
 
 def readme_part(found):
-    """The table that the README shows, between MARKS."""
+    """The table that the README shows: some objectives, prompt-only."""
     about = found.about
-    return "\n".join(
+    best = 100 * about["best"]["start separable"]["plain"]
+    caption = (
+        f"Exact win rate of prompt-only answers against the start's, percent (50 before training, "
+        f"{best:.1f} at best), mean ± standard deviation of {about['seeds']} seeds, "
+        f"{about['steps']} steps of {about['batch']} pairs. `*`: differs from plain on the same "
+        "seeds (95%). `(n)`: Noisy, a seed at or below 50% or a deviation above 2; the rest is "
+        "Validated. `python bench/small_world.py`."
+    )
+    return "\n".join([form_table(found, "plain", "start", "separable", SHORT), "", caption])
+
+
+def results_part(found):
+    """The tables of docs/results.md."""
+    return "\n\n".join(
         [
-            MARKS[0],
-            form_table(found, "plain", "start", "separable"),
-            "",
-            f"Exact win rate, in percent, of prompt-only answers against the start's (50 before "
-            f"training, {100 * about['best']['start separable']['plain']:.1f} at best): mean ± "
-            f"standard deviation of a seed, {about['seeds']} seeds, {about['steps']} steps of "
-            f"{about['batch']} pairs, learning rate chosen per row. `*`: differs from the plain "
-            "form on the same seeds (95% paired t-interval). `(n)`: Noisy, that is, a seed at or "
-            "below 50% or a standard deviation above 2 points; all others count as Validated. "
-            f"{about['runs']} runs, {about['cpu_minutes']:.0f} CPU minutes: `python "
-            "bench/small_world.py`.",
-            MARKS[1],
+            world_table(found, "dpo"),
+            f"IFSR's stages, from `start-single`. {STAGES}",
+            stage_table(found),
         ]
     )
 
 
 def page(found):
-    """docs/small_world.md: everything, after the words that a person wrote at its head."""
+    """All tables, as a page of text."""
     parts = []
     for start, kind in WORLDS:
         best = found.about["best"][f"{start} {kind}"]
@@ -249,11 +265,15 @@ RATES = (
 
 
 def write():
-    """docs/small_world.{md,png} and the README's table, from docs/small_world.json."""
+    """docs/small_world.png, and what README.md and docs/results.md show of it between MARKS.
+
+    Returns all tables as a text.
+    """
     found = Found()
     draw(found, JSON.with_suffix(".png"))
-    for file, new in ((JSON.with_suffix(".md"), page(found)), (ROOT / "README.md", None)):
+    parts = {ROOT / "README.md": readme_part, ROOT / "docs" / "results.md": results_part}
+    for file, part in parts.items():
         text = file.read_text(encoding="utf-8")
-        inside = readme_part(found) if new is None else f"{MARKS[0]}\n\n{new}\n{MARKS[1]}"
         head, tail = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
-        file.write_text(head + inside + tail, encoding="utf-8")
+        file.write_text(f"{head}{MARKS[0]}\n{part(found)}\n{MARKS[1]}{tail}", encoding="utf-8")
+    return page(found)
