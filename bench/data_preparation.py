@@ -6,7 +6,7 @@ The pairs are as long as UltraFeedback's (log-normal: prompts of about 180 token
 answers of about 280); their texts are joined from the turns of --source, so that the tokenizer does
 real work. Every stage runs in a process of its own, so that its peak memory is its own; times are
 without imports. TRL prepares the first --peer_pairs of the same file (DPOTrainer's own preparation:
-template, tokenise, truncate), in one process, as by default. Figures: docs/data_preparation.md.
+template, tokenise, truncate), in one process, as by default. Figures: docs/data.md.
 """
 
 import json

@@ -9,7 +9,7 @@ files, which the kernel takes back when it needs them.
     python bench/load_memory.py --shape llama-3-8b --dtype bf16     16 GB of disk, 17 GB of memory
 
 bf16 shards instead of fp32 masters, so that 8B parameters fit a machine of 24 GB. Numbers of
-docs/memory.md: --shape llama-3.2-1b.
+docs/performance.md: --shape llama-3.2-1b.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What every objective scores, and behind what, written out for eyes: docs/paths.md.
+"""What every objective scores, and behind what, written out for eyes: tests/golden_paths.md.
 
     python tests/test_golden.py        writes it again, after a change that is meant
 
@@ -19,7 +19,7 @@ from model import visible
 from pairs.read import Pair
 from rows import build_row
 
-PAGE = Path(__file__).parent.parent / "docs" / "paths.md"
+PAGE = Path(__file__).parent / "golden_paths.md"
 BOS, RESERVED = "<|begin_of_text|>", "<|reserved_special_token_0|>"
 TEMPLATES = {  # name: (chat template, its first token, further special tokens)
     "ChatML": (CHATML, "<s>", []),
@@ -104,7 +104,7 @@ def section(name, template):
 
 
 def page(directory):
-    """The whole of docs/paths.md."""
+    """The whole of tests/golden_paths.md."""
     sections = [section(name, load(name, Path(directory) / name)) for name in TEMPLATES]
     return "\n".join([HEAD, *sections])
 

@@ -66,7 +66,7 @@ def test_an_exported_model_answers_the_task_in_transformers(docs):
 
 @pytest.mark.slow
 def test_lm_evaluation_harness_itself(docs, tmp_path):
-    """The command of docs/general_ability.md; its accuracy is the one computed here."""
+    """The command of docs/evaluation.md; its accuracy is the one computed here."""
     if importlib.util.find_spec("lm_eval") is None:
         pytest.skip("lm_eval is not installed: pip install lm_eval==0.4.13")
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--apply_chat_template"]

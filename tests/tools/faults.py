@@ -6,7 +6,7 @@ of the run that nothing disturbed. "Seconds lost" is what the resumed run had to
 steps after its last whole checkpoint. Faults are injected from outside (signals, limits of the
 process, mounts), or inside it by sabotage.py: the product has no hooks.
 
-    python tests/tools/faults.py [--times 5] [--seed 0] [--only NAME …]   # docs/faults.md
+    python tests/tools/faults.py [--times 5] [--seed 0] [--only NAME …]   # docs/guarantees.md
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Parity with transformers: `python tests/tools/parity.py` prints docs/parity.md's table.
+"""Parity with transformers: `python tests/tools/parity.py` prints the table of docs/guarantees.md.
 
 Every family as a tiny random model in fp32, each check against what transformers computes with the
 same files: the largest absolute error over all values of the check. A cell is what a function of
