@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 JSON = ROOT / "docs" / "small_world.json"
 MARKS = "<!-- bench/small_world.py -->", "<!-- /bench/small_world.py -->"
 MEASURES = ("plain", "shown", "refined", "accuracy", "kl", "length", "mass")
-SHORT = ("dpo", "simpo", "kto")  # the objectives that the README shows
+SHORT = ("dpo", "kto")  # the objectives that the README shows
 T_4 = 2.776  # 97.5% quantile of Student's t with 4 degrees of freedom: five seeds
 
 
@@ -210,11 +210,9 @@ def readme_part(found):
     about = found.about
     best = 100 * about["best"]["start separable"]["plain"]
     caption = (
-        f"Exact win rate of prompt-only answers against the start's, percent (50 before training, "
-        f"{best:.1f} at best), mean ± standard deviation of {about['seeds']} seeds, "
-        f"{about['steps']} steps of {about['batch']} pairs. `*`: differs from plain on the same "
-        "seeds (95%). `(n)`: Noisy, a seed at or below 50% or a deviation above 2; the rest is "
-        "Validated. `python bench/small_world.py`."
+        f"Exact win rate of prompt-only answers against the start's, % (at best {best:.0f}), "
+        f"{about['seeds']} seeds ± deviation; `*` differs from plain on the same seeds: "
+        "`bench/small_world.py`."
     )
     return "\n".join([form_table(found, "plain", "start", "separable", SHORT), "", caption])
 

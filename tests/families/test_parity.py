@@ -1,4 +1,4 @@
-"""Every family against transformers: the cells of docs/guarantees.md's table, each with its bound."""
+"""Every family against transformers: the cells of docs/guarantees.md, each with its bound."""
 
 import re
 from pathlib import Path

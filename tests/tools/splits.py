@@ -1,4 +1,4 @@
-"""Same numbers however split: `python tests/tools/splits.py` gives the figures of docs/guarantees.md.
+"""Same numbers however split: `python tests/tools/splits.py` measures for docs/guarantees.md.
 
 50 steps of the embedded model in fp32, split in every way below, beside one process with long rows:
 the largest relative deviation of the loss of a step, and of a weight tensor at the end (norm of the
