@@ -91,7 +91,9 @@ def test_the_files_of_the_readme_are_the_root_files_and_the_wings():
     assert files == set(SIX) and wings == WINGS
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *DOCS], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *DOCS], ids=lambda p: f"{p.parent.name}/{p.name}"
+)
 def test_every_link_leads_somewhere(page):
     """Files exist, beside the page that names them; headings exist in the page that is named."""
     text = page.read_text(encoding="utf-8")
