@@ -10,8 +10,8 @@ import subprocess
 import sys
 
 import pytest
-from test_layouts import PUBLISHED
-from test_pairs import GOOD, say, write
+from dialogues import GOOD, say, write_rows
+from published import PUBLISHED
 
 from data import Dataset, Limits
 from hub.template import SHIELD, Template
@@ -106,7 +106,7 @@ def told(capsys, read):
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_row_stops_with_file_and_row_or_is_counted(name, tmp_path, capsys):
     row, reason = BROKEN[name]
-    file = write(tmp_path, [GOOD, row, GOOD])
+    file = write_rows(tmp_path, [GOOD, row, GOOD])
     with pytest.raises(UserError, match=reason):
         read_pairs(file, Drops())
     assert told(capsys, lambda: read_pairs(file, Drops())).startswith(f"{file}:2: ")
@@ -119,7 +119,7 @@ def test_a_broken_row_stops_with_file_and_row_or_is_counted(name, tmp_path, caps
 @pytest.mark.parametrize("bad_rows", ["stop", "drop"])
 def test_a_row_without_a_pair_is_counted_by_its_rule(name, bad_rows, tmp_path):
     row, rule = DROPPED[name]
-    file, drops = write(tmp_path, [GOOD, row, GOOD]), Drops()
+    file, drops = write_rows(tmp_path, [GOOD, row, GOOD]), Drops()
     assert len(read_pairs(file, drops, bad_rows=bad_rows)) == 2
     assert drops.read == 3 and str(drops) == f"1 {rule} ({file}:2)"
 
@@ -132,7 +132,7 @@ def test_what_parquet_holds_besides_json_is_told_too(tmp_path, capsys):
         ("prompt", datetime.date(2024, 2, 29), "found date"),
     ):
         rows = [GOOD | {"score_chosen": 1.0, "score_rejected": 0.5} | {column: value}]
-        file = write(tmp_path, rows, "a.parquet")
+        file = write_rows(tmp_path, rows, "a.parquet")
         assert reason in told(capsys, lambda f=file: read_pairs(f, Drops()))
 
 
@@ -217,7 +217,7 @@ def test_a_directory_without_data_and_a_file_that_is_not_there(tmp_path, capsys)
 
 
 def test_train_ends_with_that_line_and_status_2(tmp_path, tiny_model_dir):
-    file = write(tmp_path, [GOOD] * 20 + ['{"prompt": '])
+    file = write_rows(tmp_path, [GOOD] * 20 + ['{"prompt": '])
     command = [
         sys.executable,
         "train.py",
@@ -239,7 +239,7 @@ def test_train_ends_with_that_line_and_status_2(tmp_path, tiny_model_dir):
 
 
 def dataset(tmp_path, template, *rows, max_len=200):
-    pairs = read_pairs(write(tmp_path, rows), Drops())
+    pairs = read_pairs(write_rows(tmp_path, rows), Drops())
     return Dataset(pairs, template, recipe("dpo"), Limits(max_len, 0.4), "better")
 
 
@@ -327,7 +327,7 @@ def test_mutated_rows_of_every_layout_leave_no_traceback_and_no_lost_row(for_all
             rows = copy.deepcopy(published)
             for _ in range(rng.randrange(1, 8)):
                 mutate(rng.choice(rows), rng)
-            file = write(tmp_path, rows, "train.jsonl")
+            file = write_rows(tmp_path, rows, "train.jsonl")
             for need_rejected in (True, False):
                 check_reading(file, len(rows), need_rejected)
 

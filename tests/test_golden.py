@@ -1,6 +1,6 @@
 """What every objective scores, and behind what, written out for eyes: tests/golden_paths.md.
 
-    python tests/test_golden.py        writes it again, after a change that is meant
+    PYTHONPATH=.:tests/tools python tests/test_golden.py    writes it again, after a change
 
 The page is read off packed rows by the attention rule, not off the segments that were put in: what
 a path's first scored token sees, and the labels that are scored.
@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from test_template import CHATML, LLAMA3, MISTRAL, SPECIAL, write
+from chat_templates import CHATML, LLAMA3, MISTRAL, SPECIAL, write_checkpoint
 
 from data import Dataset, Limits
 from hub.template import Template
@@ -50,7 +50,7 @@ This page is read off packed rows by `tests/test_golden.py`, which fails when it
 
 def load(name, directory):
     source, bos, special = TEMPLATES[name]
-    return Template(write(directory, source, [*SPECIAL, *special], bos_token=bos))
+    return Template(write_checkpoint(directory, source, [*SPECIAL, *special], bos_token=bos))
 
 
 def entries(template, condition, bridge, loss="dpo"):

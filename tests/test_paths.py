@@ -4,6 +4,7 @@ import string
 
 import numpy as np
 import pytest
+from dialogues import say
 
 from data import Dataset, Limits, plain_paths
 from hub.template import Template
@@ -13,13 +14,6 @@ from pairs.read import Pair
 from rows import lay_out, trie_size
 
 ROOMY = Limits(max_len=10_000, draft_cap=1.0)
-
-
-def say(*texts, system=None):
-    """Texts by turns of user and assistant -> messages."""
-    roles = ("user", "assistant") * len(texts)
-    turns = [{"role": r, "content": c} for r, c in zip(roles, texts, strict=False)]
-    return [{"role": "system", "content": system}] * (system is not None) + turns
 
 
 @pytest.fixture(scope="module")

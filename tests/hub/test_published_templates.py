@@ -9,7 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from test_template import DIALOGUES, say, write
+from chat_templates import DIALOGUES, write_checkpoint
+from dialogues import say
 
 from hub.template import SHIELD, Refused, Template
 from losses import recipe
@@ -45,7 +46,7 @@ def checkpoint(directory, name):
     tokens, more = TOKENS[name]
     text = (PUBLISHED / f"{name}.jinja").read_bytes().decode()
     special = sorted({"<s>", *more, *filter(None, tokens.values())})
-    return write(directory, text, special, **tokens)
+    return write_checkpoint(directory, text, special, **tokens)
 
 
 @pytest.fixture(scope="module", params=TOKENS)
@@ -137,11 +138,11 @@ def test_templates_that_trl_knows(tmp_path):
     transformers = pytest.importorskip("transformers")
     trl = find_spec("trl") or pytest.skip("TRL is not installed")
     files = sorted(Path(trl.origin).parent.glob("chat_templates/*.jinja"))
-    theirs = transformers.AutoTokenizer.from_pretrained(write(tmp_path, "x"))
+    theirs = transformers.AutoTokenizer.from_pretrained(write_checkpoint(tmp_path, "x"))
     same = 0
     for file in files:
         theirs.chat_template = file.read_text(encoding="utf-8")
-        write(tmp_path, theirs.chat_template)
+        write_checkpoint(tmp_path, theirs.chat_template)
         same += _same_text(tmp_path, theirs)
     assert files and same >= 2 * len(files)
 

@@ -1,8 +1,8 @@
 """InSPO's cleaning rules (appendix D.2): each alone, together, and what they count."""
 
 import pytest
-from test_layouts import h4
-from test_pairs import GOOD, say, write
+from dialogues import GOOD, say, write_rows
+from published import h4
 
 from hub.template import Template
 from jobs.cli import UserError
@@ -54,7 +54,7 @@ def test_of_exact_duplicates_the_first_stays(tiny):
 
 
 def test_copies_made_by_a_weight_are_no_duplicates(tmp_path, tiny):
-    file = write(tmp_path, [GOOD, GOOD | {"chosen": "Yes."}, GOOD])
+    file = write_rows(tmp_path, [GOOD, GOOD | {"chosen": "Yes."}, GOOD])
     drops = Drops()
     pairs = clean(read_pairs(f"{file}@2", Drops()), Rules(dedup=True), tiny, drops)
     assert [p.chosen for p in pairs] == ["So.", "Yes."] * 2
@@ -110,7 +110,7 @@ def test_the_papers_rules_together_on_rows_of_ultrafeedback(tmp_path, tiny):
         h4("Who?", "a" * 2049, short, (8.0, 5.0)),
         h4("What?", "c" * 31, short, (8.0, 5.0)),
     ]
-    drops, pairs = Drops(), read_pairs(write(tmp_path, rows, "train_prefs.parquet"), Drops())
+    drops, pairs = Drops(), read_pairs(write_rows(tmp_path, rows, "train_prefs.parquet"), Drops())
     rules = Rules(dedup=True, max_answer=2048, min_answer=32, min_margin=1.0)
     assert clean(pairs, rules, tiny, drops) == pairs[:1]
     assert {rule: len(where) for rule, where in drops.rules.items()} == {

@@ -4,45 +4,16 @@ import gzip
 import json
 
 import pytest
+from dialogues import GOOD, reply, say, write_rows
 
 from jobs.cli import UserError
 from pairs.read import Drops, Pair, hold_out, read_pairs
 
 
-def say(*texts, system=None):
-    """Texts by turns of user and assistant -> messages."""
-    roles = ("user", "assistant") * len(texts)
-    turns = [{"role": r, "content": c} for r, c in zip(roles, texts, strict=False)]
-    return [{"role": "system", "content": system}] * (system is not None) + turns
-
-
-def reply(text):
-    return [{"role": "assistant", "content": text}]
-
-
-def write(directory, rows, name="pairs.jsonl"):
-    """Rows as a file of the kind that its name says; strings are written as they are."""
-    file = directory / name
-    if name.endswith(".parquet"):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        pq.write_table(pa.Table.from_pylist(rows), file)
-        return str(file)
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    if name.endswith(".json"):
-        file.write_text("[" + ",\n".join(lines) + "]", encoding="utf-8")
-    else:
-        opened = gzip.open if name.endswith(".gz") else open
-        with opened(file, "wt", encoding="utf-8") as f:
-            f.write("\n".join(lines) + "\n")
-    return str(file)
-
-
 def read(directory, *rows, **options):
     """([(prompt, chosen, rejected)], drops as text) of these rows."""
     drops = Drops()
-    pairs = read_pairs(write(directory, rows), drops, **options)
+    pairs = read_pairs(write_rows(directory, rows), drops, **options)
     return [(p.prompt, p.chosen, p.rejected) for p in pairs], drops
 
 
@@ -80,7 +51,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "parquet"])
 def test_every_layout_in_every_kind_of_file(name, kind, tmp_path):
     record, prompt = LAYOUTS[name]
-    file = write(tmp_path, [record, record], f"pairs.{kind}")
+    file = write_rows(tmp_path, [record, record], f"pairs.{kind}")
     first, second = read_pairs(file, Drops())
     assert first == Pair(prompt, "So.", "No.", f"{file}:1")
     assert second.where == f"{file}:2"
@@ -115,8 +86,6 @@ def test_the_test_split_of_hh_rlhf(hh_file):
 
 
 # ----------------------------------------------------------------------------- drops and errors
-
-GOOD = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
 
 
 def test_what_is_dropped_is_counted_by_rule_and_place(tmp_path):
@@ -198,7 +167,7 @@ def test_a_missing_file_is_told_with_the_cure(source, tmp_path, monkeypatch):
 
 def test_a_glob_reads_its_files_in_order(tmp_path):
     for name in ("b.jsonl", "a.jsonl"):
-        write(tmp_path, [GOOD | {"chosen": name}], name)
+        write_rows(tmp_path, [GOOD | {"chosen": name}], name)
     (tmp_path / "c.jsonl").mkdir()
     pairs = read_pairs(str(tmp_path / "*.jsonl"), Drops())
     assert [p.chosen for p in pairs] == ["a.jsonl", "b.jsonl"]
@@ -222,7 +191,7 @@ def hub(monkeypatch, tmp_path):
 
     def download(name, file, repo_type, revision):
         assert (name, repo_type, revision) == ("lab/pairs", "dataset", REVISION)
-        return write(tmp_path, [GOOD | {"chosen": file}], file.replace("/", "_"))
+        return write_rows(tmp_path, [GOOD | {"chosen": file}], file.replace("/", "_"))
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_repo_files)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)

@@ -5,7 +5,8 @@ import json
 from collections import Counter
 
 import pytest
-from test_pairs import GOOD, write
+from dialogues import GOOD, write_rows
+from published import TREE
 
 from jobs.cli import UserError
 from pairs.read import Drops, hold_out, read_pairs
@@ -20,7 +21,7 @@ def touch(directory, *files):
     """Files of one pair, whose chosen answer is the file's path."""
     for file in files:
         (directory / file).parent.mkdir(parents=True, exist_ok=True)
-        write(directory, [GOOD | {"chosen": file}], file)
+        write_rows(directory, [GOOD | {"chosen": file}], file)
 
 
 # ----------------------------------------------------------------------------- local
@@ -73,7 +74,7 @@ def test_sources_are_joined_by_commas_in_their_order(tmp_path):
 
 
 def test_a_weight_repeats_all_pairs_and_draws_a_share(tmp_path):
-    file = write(tmp_path, [GOOD | {"chosen": str(i)} for i in range(8)])
+    file = write_rows(tmp_path, [GOOD | {"chosen": str(i)} for i in range(8)])
     for weight, copies in ((1, 8), (2, 16), (0.25, 2), (2.5, 20), (3.0, 24)):
         drops = Drops()
         pairs = read_pairs(f"{file}@{weight}", drops)
@@ -85,7 +86,7 @@ def test_a_weight_repeats_all_pairs_and_draws_a_share(tmp_path):
 
 
 def test_copies_of_a_pair_never_stand_on_both_sides_of_the_hold_out(tmp_path):
-    file = write(tmp_path, [GOOD | {"chosen": str(i)} for i in range(8)])
+    file = write_rows(tmp_path, [GOOD | {"chosen": str(i)} for i in range(8)])
     train, held = hold_out(read_pairs(f"{file}@2.5", Drops()), 3, seed=0)
     assert len(held) == len({p.where for p in held}) == 3
     assert not {p.where for p in held} & {p.where for p in train}
@@ -94,26 +95,25 @@ def test_copies_of_a_pair_never_stand_on_both_sides_of_the_hold_out(tmp_path):
 
 @pytest.mark.parametrize("weight", ["0", "0.0", "-1", "x", "1e3", "nan", ""])
 def test_a_weight_that_is_none_is_told(weight, tmp_path):
-    file = write(tmp_path, [GOOD])
+    file = write_rows(tmp_path, [GOOD])
     with pytest.raises(UserError, match="the weight behind @ must be a number above 0"):
         read_pairs(f"{file}@{weight}", Drops())
 
 
 def test_a_file_name_may_hold_commas_and_at_signs(tmp_path):
-    file = write(tmp_path, [GOOD], "a,b@2.jsonl")
+    file = write_rows(tmp_path, [GOOD], "a,b@2.jsonl")
     assert [s.files for s in parse_sources(file)] == [[file]]
     assert len(read_pairs(file, Drops())) == 1
 
 
 def test_the_limit_counts_what_it_leaves_of_rows_that_had_to_be_read(tmp_path):
     """Over two sources; and of a layout whose rows are all read before the first pair is known."""
-    from test_layouts import TREE
 
-    a, b = (write(tmp_path, [GOOD] * 3, name) for name in ("a.jsonl", "b.jsonl"))
+    a, b = (write_rows(tmp_path, [GOOD] * 3, name) for name in ("a.jsonl", "b.jsonl"))
     drops = Drops()
     assert len(read_pairs(f"{a},{b}", drops, limit=4)) == 4
     assert drops.read == 4 and not drops.total
-    tree, drops = write(tmp_path, TREE, "tree.jsonl"), Drops()
+    tree, drops = write_rows(tmp_path, TREE, "tree.jsonl"), Drops()
     assert len(read_pairs(tree, drops, limit=1)) == 1
     assert drops.read == len(TREE) == 1 + drops.total
     assert len(drops.rules["beyond --limit"]) == 2
@@ -202,7 +202,7 @@ def test_every_kind_of_file_gives_the_same_rows(name, tmp_path):
     if name == "a.json.gz":
         file.write_bytes(gzip.compress(json.dumps(rows).encode()))
     else:
-        write(tmp_path, rows, name)
+        write_rows(tmp_path, rows, name)
     assert list(records(str(file))) == [(f"{file}:{i}", row) for i, row in enumerate(rows, 1)]
 
 
