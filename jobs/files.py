@@ -39,13 +39,14 @@ def written_whole(final):
 def publish(aside, final):
     """Renames a file or folder that is whole: no reader, and no power cut, ever sees half of one.
 
-    A folder cannot replace another in one step: the old one goes only when the new one is in.
+    A folder cannot replace another in one step: the old one goes only when the new one is in. A
+    file never replaces a folder: OSError.
     """
     old = Path(final).with_name(f".{Path(final).name}.old")
     remove(old)
     for path in (*Path(aside).rglob("*"), aside):  # rename may reach the disk before the content
         flush(path)
-    if os.path.isdir(final):
+    if os.path.isdir(final) and os.path.isdir(aside):
         os.rename(final, old)
     os.replace(aside, final)
     flush(old.parent)

@@ -43,6 +43,15 @@ def test_a_folder_goes_only_when_the_new_one_is_in(tmp_path, monkeypatch):
     assert [f.name for f in final.iterdir()] == ["b"] and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_file_never_takes_the_place_of_a_folder(tmp_path):
+    """A folder given as --out of one file stays what it is, with all that is in it."""
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "kept.json").write_text("{}")
+    with pytest.raises(OSError, match="Is a directory"):
+        replace(tmp_path / "results", [b"{}"])
+    assert [file.name for file in tmp_path.rglob("*")] == ["results", "kept.json"]
+
+
 def test_everything_is_flushed_before_it_gets_its_name(tmp_path, monkeypatch):
     seen, real = [], files.flush
     monkeypatch.setattr(
