@@ -32,8 +32,17 @@ from jobs import checkpoint, rundir
 from jobs.cli import UserError, as_user_error, flag, parse, progress, run
 from jobs.files import ASSETS, written_whole
 from jobs.flags import HYPER, DataFlags, HyperFlags, ModelFlags, PathFlags, RunFlags
-from jobs.metrics import Metrics, logger_names, peak_memory
-from jobs.processes import Ranks, Stopped, by_device, reshard, shard
+from jobs.processes import (
+    Ranks,
+    Stopped,
+    by_device,
+    local_part,
+    peak_memory,
+    reshard,
+    shard,
+    whole_tensors,
+)
+from jobs.rundir import Metrics
 from kernels import chains, detached, flex
 from losses import CONDITIONS, unique
 from model import Transformer
@@ -86,7 +95,10 @@ def resolve(s, kind):
     """
     if s.model is not None and s.data is None:
         raise UserError(f"--model {s.model} needs --data: a file, a glob or a hub dataset id")
-    logger_names(s.log)
+    if s.log:
+        from jobs.loggers import logger_names
+
+        logger_names(s.log)
     embedded = s.model is None and s.data is None
     world = ASSETS / "world"
     defaults = {"model": str(ASSETS / "start"), "data": str(world / "pairs.jsonl")}
@@ -307,7 +319,7 @@ def build_model(s, ranks, source, head):
             block.body = torch.compile(block.body)
     shard(model, s, ranks)
     model.to_empty(device="cpu" if s.offload else ranks.device)
-    load_weights(model, source, checkpoint.local_part)
+    load_weights(model, source, local_part)
     return model
 
 
@@ -589,7 +601,7 @@ class Run:
         """OUT/<name>: a HF directory, written aside and renamed when whole."""
         raw, _ = read_config(template.directory)
         dtype = getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or "bfloat16")
-        tensors = checkpoint.whole_tensors(self.model, dtype)
+        tensors = whole_tensors(self.model, dtype)
         if self.ranks.first:
             final, config = Path(self.s.out) / name, self.model.config
             with checkpoint.resumable(final), written_whole(final) as aside:

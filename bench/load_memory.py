@@ -33,7 +33,6 @@ from bench.checkpoints import published, write_noise  # noqa: E402
 from bench.process_memory import smaps  # noqa: E402
 from families import hf_name  # noqa: E402
 from hub import weights  # noqa: E402
-from jobs import checkpoint  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -63,7 +62,7 @@ class Peak:
 def load_and_export(directory, dtype):
     """What a rank of a run does with its weights, as train.py does it; under torchrun."""
     from jobs.cli import parse
-    from jobs.processes import Ranks
+    from jobs.processes import Ranks, whole_tensors
     from train import TrainFlags, build_model
 
     ranks = Ranks("cpu")
@@ -77,7 +76,7 @@ def load_and_export(directory, dtype):
     check(model, directory)
     out = Path(directory).with_name("export")
     with Peak() as exporting:
-        tensors = checkpoint.whole_tensors(model, torch.bfloat16)
+        tensors = whole_tensors(model, torch.bfloat16)
         if ranks.first:
             weights.save(out, model.config, tensors, directory, torch.bfloat16, shard_bytes=10**9)
         else:

@@ -26,8 +26,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from jobs.cli import UserError, flag, parse, run  # noqa: E402
-from jobs.metrics import peak_memory  # noqa: E402
-from jobs.processes import keep_freed_memory  # noqa: E402
+from jobs.processes import (
+    keep_freed_memory,  # noqa: E402
+    peak_memory,  # noqa: E402
+)
 from pairs.read import Drops, read_pairs  # noqa: E402
 
 os.environ.setdefault("TQDM_DISABLE", "1")

@@ -16,7 +16,7 @@ from evals.answers import question_ids, read_answers
 from evals.results import files_of, read_results
 from jobs.cli import UserError, flag, require
 from jobs.files import ASSETS
-from jobs.metrics import read_metrics
+from jobs.rundir import read_metrics
 
 HIDDEN = {"values", "scores", "models", "pairs", "margins", "probabilities"}  # too long for a table
 COLOURS = ("#3366cc", "#dc7a12", "#2a9d5c", "#a43fb5", "#c02f3d", "#5f6b7a")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.cli import UserError, arguments, flag
-from jobs.metrics import draw, read_metrics
+from jobs.rundir import draw, read_metrics
 
 
 @dataclass

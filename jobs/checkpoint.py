@@ -21,62 +21,12 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 
 from jobs.cli import UserError
 from jobs.files import flush, publish, write_json, written_whole
+from jobs.processes import local_part, rows_of_shard, shard_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per parameter
-
-
-def rows_of_shard(n, rank, world):
-    """Rows of an n-row tensor that FSDP2 gives to a rank: equal chunks, the last ones shorter."""
-    chunk = -(-n // world)
-    return slice(min(rank * chunk, n), min((rank + 1) * chunk, n))
-
-
-def place(tensor):
-    """(part, parts) of a DTensor: which of the equal shards this rank holds, and of how many.
-
-    On a 2-D mesh (--shard_group) the shards lie along one dimension, their copies on the other.
-    """
-    for dim, placement in enumerate(tensor.placements):
-        if placement.is_shard():
-            return tensor.device_mesh.get_local_rank(dim), tensor.device_mesh.size(dim)
-    return 0, 1
-
-
-def local_part(tensor):
-    """(the local tensor, which rows of the whole it is), for a DTensor sharded by rows."""
-    if not isinstance(tensor, DTensor):
-        return tensor, slice(0, len(tensor))
-    return tensor.to_local(), rows_of_shard(len(tensor), *place(tensor))
-
-
-def whole_tensors(model, dtype):
-    """On rank 0 (name, whole CPU tensor) of every parameter; the other ranks send it their rows.
-
-    Every rank iterates to the end. Rank 0 holds one whole tensor at a time, the others none, nor do
-    the ranks of further copies (--shard_group) take part.
-    """
-    rank = dist.get_rank()
-    for name, parameter in model.named_parameters():
-        (local, rows), (_, parts) = local_part(parameter.detach()), place(parameter)
-        local = local.to("cpu", dtype)
-        if rank == 0:
-            yield name, local if parts == 1 else _received(local, rows, parameter.shape, parts)
-        elif rank < parts and len(local):
-            dist.send(local, 0)
-
-
-def _received(local, rows, shape, parts):
-    """The whole of a tensor of which this rank holds some rows and other ranks send the rest."""
-    whole = local.new_empty(shape)
-    whole[rows] = local
-    for other in range(1, parts):
-        if len(theirs := whole[rows_of_shard(len(whole), other, parts)]):
-            dist.recv(theirs, other)
-    return whole
 
 
 def _tensors(model, optimizer):
@@ -111,7 +61,7 @@ class Saver:
         """
         self._join()
         tensors = _tensors(model, optimizer)
-        part, parts = place(next(model.parameters()))
+        part, parts = shard_of(next(model.parameters()))
         copy = {n: local_part(t)[0].to("cpu", copy=True) for n, t in tensors.items()}
         writes = dist.get_rank() < parts  # the ranks of the first copy, where there are several
         state = state | {"world": parts, "owner": self.owner}

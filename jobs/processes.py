@@ -7,6 +7,7 @@ over all processes, or with --shard_group over groups of them that hold copies o
 import ctypes
 import os
 import platform
+import resource
 import shutil
 import signal
 import sys
@@ -23,6 +24,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from jobs.cli import UserError
@@ -263,3 +265,63 @@ def reshard(model):
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+# ----------------------------------------------------------------------------- sharded tensors
+
+
+def rows_of_shard(n, rank, world):
+    """Rows of an n-row tensor that FSDP2 gives to a rank: equal chunks, the last ones shorter."""
+    chunk = -(-n // world)
+    return slice(min(rank * chunk, n), min((rank + 1) * chunk, n))
+
+
+def shard_of(tensor):
+    """(part, parts) of a DTensor: which of the equal shards this rank holds, and of how many.
+
+    On a 2-D mesh (--shard_group) the shards lie along one dimension, their copies on the other.
+    """
+    for dim, placement in enumerate(tensor.placements):
+        if placement.is_shard():
+            return tensor.device_mesh.get_local_rank(dim), tensor.device_mesh.size(dim)
+    return 0, 1
+
+
+def local_part(tensor):
+    """(the local tensor, which rows of the whole it is), for a DTensor sharded by rows."""
+    if not isinstance(tensor, DTensor):
+        return tensor, slice(0, len(tensor))
+    return tensor.to_local(), rows_of_shard(len(tensor), *shard_of(tensor))
+
+
+def whole_tensors(model, dtype):
+    """On rank 0 (name, whole CPU tensor) of every parameter; the other ranks send it their rows.
+
+    Every rank iterates to the end. Rank 0 holds one whole tensor at a time, the others none, nor do
+    the ranks of further copies (--shard_group) take part.
+    """
+    rank = dist.get_rank()
+    for name, parameter in model.named_parameters():
+        (local, rows), (_, parts) = local_part(parameter.detach()), shard_of(parameter)
+        local = local.to("cpu", dtype)
+        if rank == 0:
+            yield name, local if parts == 1 else _received(local, rows, parameter.shape, parts)
+        elif rank < parts and len(local):
+            dist.send(local, 0)
+
+
+def _received(local, rows, shape, parts):
+    """The whole of a tensor of which this rank holds some rows and other ranks send the rest."""
+    whole = local.new_empty(shape)
+    whole[rows] = local
+    for other in range(1, parts):
+        if len(theirs := whole[rows_of_shard(len(whole), other, parts)]):
+            dist.recv(theirs, other)
+    return whole
+
+
+def peak_memory(kind):
+    """The most memory that this process has held so far, in GiB: of the GPU, else resident."""
+    if kind == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

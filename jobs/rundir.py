@@ -7,6 +7,8 @@ OUT/.lock         held by the run while it lives
 import contextlib
 import dataclasses
 import fcntl
+import json
+import os
 import platform
 import time
 from pathlib import Path
@@ -14,7 +16,7 @@ from pathlib import Path
 import torch
 
 from jobs.cli import UserError
-from jobs.files import parse_json, write_json
+from jobs.files import parse_json, replace, to_line, write_json
 
 # what a resumed run may change: where and how it runs, not what it computes
 MAY_CHANGE = ("out", "resume", "save_every", "keep", "device", "offload", "checkpoint_activations",
@@ -124,3 +126,104 @@ def write_config(s, ranks, extra):
         write_json(file, content | extra)
 
     ranks.share(write)
+
+
+# ----------------------------------------------------------------------------- metrics
+
+
+class Metrics:
+    """OUT/metrics.jsonl, one line per step, validation and reference pass; and curves.png of it."""
+
+    def __init__(self, s, ranks, step):
+        self.file, self.active, self.loggers = Path(s.out) / "metrics.jsonl", ranks.first, []
+        self.say = ranks.say
+        if self.active:
+            if self.file.exists():
+                self._cut_back(step, ranks.say)
+            if s.log:
+                from jobs.loggers import LOGGERS, logger_names
+
+                self.loggers = [LOGGERS[name](s, step) for name in logger_names(s.log)]
+
+    def _cut_back(self, step, say):
+        """Keep what precedes the resumed step; written whole, so that no kill can lose the rest."""
+        rows = read_metrics(self.file, say)
+        replace(self.file, [to_line(row) for row in rows if self._precedes(row, step)])
+
+    @staticmethod
+    def _precedes(line, step):
+        """A run that resumes after `step` repeats what came later, its validation included."""
+        at = line.get("step", -1)
+        return at < step or (at == step and "loss" in line)
+
+    def write(self, metrics):
+        """One line of numbers; every logger gets the same names."""
+        if self.active:
+            with open(self.file, "a", encoding="utf-8") as f:
+                f.write(json.dumps(metrics) + "\n")
+            for logger in self.loggers:
+                logger.write(metrics)
+
+    def flush(self):
+        """To disk, before a checkpoint claims that these steps are done."""
+        if self.active and self.file.exists():
+            with open(self.file, "rb") as f:
+                os.fsync(f.fileno())
+
+    def close(self):
+        self.plot()
+        for logger in self.loggers:
+            logger.close()
+
+    def plot(self):
+        """Loss, accuracy and margin over steps (InSPO Figure 2). A picture never ends a run."""
+        if not self.active:
+            return
+        figure = self.file.with_name("curves.png")
+        try:
+            draw({None: read_metrics(self.file)}, figure)
+        except Exception as error:  # a full disk, or one of matplotlib's own: fonts, caches, …
+            self.say(f"{figure} could not be drawn: {error}")
+
+
+def read_metrics(file, say=print):
+    """The lines of metrics.jsonl. A last line that a kill tore is left out and said."""
+    if not Path(file).exists():
+        raise UserError(f"{file}: no such file; expected a run directory of train.py")
+    rows, texts = [], Path(file).read_text(encoding="utf-8").splitlines()
+    for n, text in enumerate(texts, 1):
+        try:
+            rows.append(json.loads(text))
+        except ValueError as error:
+            if n < len(texts):
+                raise UserError(f"{file}:{n}: broken JSON; mend or remove the line") from error
+            say(f"{file}:{n}: the last line is torn; left out")
+    return rows
+
+
+def draw(runs, file):
+    """{label or None: lines} -> a figure of loss, accuracy and margin over steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    for axis, name in zip(axes, ("loss", "accuracy", "margin"), strict=True):
+        for n, (label, lines) in enumerate(runs.items()):
+            for key, style in (
+                (name, "-"),
+                (f"eval_{name}", "o-"),
+                (f"eval_plain_{name}", "s--"),
+            ):
+                points = [(x["step"], x[key]) for x in lines if key in x]
+                if points:
+                    shown = {"label": f"{label}: {key}" if label else key}
+                    shown |= {"color": f"C{n}"} if label else {}
+                    axis.plot(*zip(*points, strict=True), style, ms=3.5, lw=1.2, **shown)
+        axis.set(title=name, xlabel="step")
+        axis.grid(alpha=0.3)
+        if axis.has_data():
+            axis.legend(frameon=False, fontsize=8)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)

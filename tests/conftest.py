@@ -14,7 +14,7 @@ from smollm2 import smollm2_dir
 
 from jobs.cli import run
 from jobs.files import write_json
-from jobs.metrics import Metrics
+from jobs.rundir import Metrics
 
 
 def write_model(directory, config=tiny.LLAMA, seed=0):

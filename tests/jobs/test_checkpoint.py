@@ -14,7 +14,7 @@ from runs import final, furthest, lines, losses, torchrun, train_here
 from jobs import checkpoint
 from jobs.checkpoint import newest, saved
 from jobs.cli import UserError, parse
-from jobs.processes import Ranks
+from jobs.processes import Ranks, rows_of_shard
 from train import TrainFlags, build_model, resolve
 
 
@@ -112,7 +112,7 @@ def test_rows_of_ranks_are_those_of_fsdp(n, world):
     chunks = torch.arange(n).chunk(world)
     for rank in range(world):
         expected = chunks[rank].tolist() if rank < len(chunks) else []
-        assert torch.arange(n)[checkpoint.rows_of_shard(n, rank, world)].tolist() == expected
+        assert torch.arange(n)[rows_of_shard(n, rank, world)].tolist() == expected
 
 
 def test_one_process_goes_on_as_two_and_two_as_one(stopped, whole, tmp_path):

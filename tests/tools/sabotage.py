@@ -171,7 +171,7 @@ def inside(names):
 
     import train
     from jobs.cli import run
-    from jobs.metrics import Metrics
+    from jobs.rundir import Metrics
 
     torch.set_num_threads(1)
     if "drawing" not in names:  # two thirds of the time of so short a run
