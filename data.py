@@ -1,23 +1,69 @@
-"""Pairs as tokens: rendered by the checkpoint's template, tokenised, cut, and joined to paths.
+"""Turns preference pairs into rows of tokens for the model, and plans which pairs make up a step.
 
-A pairs.Pair becomes segments of token ids, which `Dataset.path` joins to conditional sequences:
+    pair    prompt, chosen and rejected answer, as texts                  Pair
+    ids     each of them rendered by the chat template and tokenised      Example
+    paths   what is scored behind what, as segments of ids                Dataset.path
+    trie    all paths of one pair, each shared prefix stored once         lay_out
+    row     many tries in one sequence, as the model reads it             build_row
+    plan    which pairs make up step t, and on which rows they fall       Plan, pack
 
-    bridge sep     x sep l sep w*        (InSPO Eq. 14-15; l without its end token)
-    bridge turn    x l turn w*           (IFSR: l ends as an answer does, a user turn brings the
-                                          refining instruction, the reply opens)
+A path names one conditional log-probability, log pi(last segment | all segments before it). The
+paths of a pair share long prefixes, so they are inserted into a trie of segments. Here is that of
+the averaged objective with the dialogue-turn bridge, one token per segment; * is scored:
+
+    x -+- w* - turn - l*          tokens     x  w  turn l  l  turn w
+       |                          until      7  4  4    4  7  7    7
+       +- l* - turn - w*          positions  0  1  2    3  1  2    3
+
+Four paths (x w*, x l*, x w turn l*, x l turn w*) of 12 tokens became 7. The trie is laid out in
+pre-order: a token is followed by its whole subtree, which ends before index `until`. So one rule
+for attention is causality, document boundaries and isolation of the branches at once:
+
+    q sees k  iff  k <= q < until[k]          (k stands before q, and q in the subtree of k)
+
+Legend: N pairs of a dataset, T row tokens, S scored tokens, B pairs of a row, P paths per pair;
+x prompt, w chosen ("winning") answer, l rejected ("losing") answer.
 """
 
+import heapq
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from hub.template import INSTRUCTIONS, Refused, with_suffix
+from hub.template import Template as Template
 from jobs.cli import UserError, progress
 from losses import Path
 from pairs.read import Drops
-from rows import lay_out, trie_size
+from pairs.read import Pair as Pair
+from pairs.read import read_pairs as read_pairs
+
+# ----------------------------------------------------------------------------- bridges
+
+
+class Bridge(NamedTuple):
+    """What stands before and after an answer that is the context of another one.
+
+    before, after: texts in which {sep} is replaced by InSPO's separator (--sep), and {turn} by what
+    the chat template writes from the end of an answer to the opening of the next reply, when the
+    user asks for another one by IFSR's refining instruction (--instruction).
+    ended: whether the context answer keeps its end token.
+    """
+
+    before: str
+    after: str
+    ended: bool
+
+
+BRIDGES = {  # --bridge; a new row here is a new bridge
+    "sep": Bridge("{sep}", "{sep}", ended=False),  # x sep l sep w*      InSPO Eq. 14-15
+    "turn": Bridge("", "{turn}", ended=True),  #     x l turn w*         IFSR Eq. 4
+}
 
 # ----------------------------------------------------------------------------- tokenised pairs
 
@@ -26,26 +72,29 @@ PARTS = ("prompt", "instruct", "chosen", "rejected")
 
 @dataclass
 class Example:
-    """One tokenised pair. Arrays of ids; an answer that was cut has no end token (closed False).
+    """The token ids of one pair, within the limits.
 
-    instruct: the prompt with the refining instruction as a suffix of the question, where a path
-    asks for it; else the prompt again.
+    instruct: the prompt with the refining instruction as a suffix of its question, where a path of
+    the recipe begins with it; else the prompt itself.
+    closed: answer -> whether it has its end token; one that was cut has none.
     """
 
     prompt: np.ndarray
     instruct: np.ndarray
     chosen: np.ndarray
     rejected: np.ndarray
-    closed: dict  # answer -> bool
+    closed: dict
     where: str
 
 
 class Examples:
-    """N examples in flat memory, each made an Example when asked for; arrays may be mapped files.
+    """N Examples in a few flat arrays, which may be files mapped into memory.
 
-    ids      (all tokens,)  the parts of one example after the other
-    starts   (N, 4)         where each of PARTS begins in ids
-    lengths  (N, 4)         its tokens
+    A list of small arrays would take several times the memory of the ids, once in each process.
+
+    ids      (all tokens,)  the PARTS of one example after the other
+    starts   (N,)           where each example begins in ids
+    lengths  (N, 4)         tokens of each of its PARTS; instruct 0: it is the prompt
     closed   (N, 2)         whether chosen and rejected have their end token
     where    list of N      "file:row"
     """
@@ -60,39 +109,41 @@ class Examples:
         return len(self.where)
 
     def __getitem__(self, i):
-        i = range(len(self))[i]
-        spans = zip(self.starts[i].tolist(), self.lengths[i].tolist(), strict=True)
-        parts = [self.ids[start : start + length] for start, length in spans]
-        chosen, rejected = self.closed[i].tolist()
-        return Example(*parts, {"chosen": chosen, "rejected": rejected}, self.where[i])
+        i = range(len(self))[i]  # IndexError where there is none: a for loop ends by it
+        end, parts = self.starts[i].item(), []
+        for length in self.lengths[i].tolist():
+            parts.append(self.ids[end : end + length])
+            end += length
+        prompt, instruct, chosen, rejected = parts
+        instruct = instruct if len(instruct) else prompt
+        closed = dict(zip(("chosen", "rejected"), self.closed[i].tolist(), strict=True))
+        return Example(prompt, instruct, chosen, rejected, closed, self.where[i])
 
     @classmethod
     def flat(cls, blocks):
-        """Blocks of Example lists -> Examples; holds one block of them at a time."""
-        ids, starts, lengths, closed, where, total = [], [], [], [], [], 0
+        """Lists of Example -> Examples; holds one of these lists at a time."""
+        none = np.empty(0, np.int32)
+        ids, lengths, closed, where = [none], [], [], []
         for block in blocks:
             parts = []
             for e in block:
-                own = [e.prompt, e.instruct, e.chosen, e.rejected]
-                shared = e.instruct is e.prompt
-                at = total + np.cumsum([0, *(0 if shared and i == 1 else len(p)
-                                             for i, p in enumerate(own))])  # fmt: skip
-                starts.append([at[0], at[0] if shared else at[1], at[2], at[3]])
-                lengths.append([len(p) for p in own])
+                own = [e.prompt, none if e.instruct is e.prompt else e.instruct]
+                own += [e.chosen, e.rejected]
+                lengths.append([len(part) for part in own])
                 closed.append([e.closed["chosen"], e.closed["rejected"]])
                 where.append(e.where)
-                parts += own[:1] + own[2:] if shared else own
-                total = int(at[-1])
-            ids.append(np.concatenate(parts) if parts else np.empty(0, np.int32))
-        table = np.array(starts, np.int64).reshape(-1, 4)
-        sizes = np.array(lengths, np.int32).reshape(-1, 4)
-        marks = np.array(closed, bool).reshape(-1, 2)
-        return cls(np.concatenate([np.empty(0, np.int32), *ids]), table, sizes, marks, where)
+                parts += own
+            ids.append(np.concatenate([none, *parts]))
+        lengths = np.array(lengths, np.int32).reshape(-1, 4)  # (N, 4), also where N is 0
+        sizes = lengths.sum(1, dtype=np.int64)  # (N,)
+        closed = np.array(closed, bool).reshape(-1, 2)
+        return cls(np.concatenate(ids), np.cumsum(sizes) - sizes, lengths, closed, where)
 
 
 @dataclass
 class Limits:
-    """max_len holds for every path; draft_cap bounds a rejected answer that serves as context."""
+    """max_len: tokens of any single path. draft_cap: share of max_len that a rejected answer may
+    take where it serves as context. score_eos: whether the end token of an answer is scored."""
 
     max_len: int
     draft_cap: float
@@ -100,10 +151,12 @@ class Limits:
 
 
 class Dataset:
-    """Tokenised pairs, and the paths of each as segments.
+    """Tokenised pairs, and the paths of each as segments of ids.
 
-    recipe: decides which contexts occur (losses.Recipe), and so how long an answer may be.
-    stored: (Examples, Drops, cuts) of an earlier run in place of pairs (tokens.py).
+    recipe: losses.Recipe, whose paths decide which texts are needed and how long they may be.
+    instruction: a key of INSTRUCTIONS or a text. sep: None takes the template's separator.
+    stored: (Examples, Drops, cuts) of an earlier run, in place of pairs. shown: a progress bar.
+    drops: pairs without an Example, by reason. cuts: how many prompts and answers were shortened.
     """
 
     BLOCK = 512  # pairs that are rendered and tokenised at once
@@ -113,17 +166,12 @@ class Dataset:
     ):
         self.template, self.recipe, self.limits = template, recipe, limits
         self.score = "last" if recipe.objective.head == "reward" else "tokens"
-        sep = template.separator() if sep is None else sep
         self.instruction = INSTRUCTIONS.get(instruction, instruction)
-        self.sep, self.turn = template.encode([sep, template.turn(self.instruction)])
-        if set(self.sep) & set(template.end_ids):
-            raise UserError(f"--sep {sep!r} holds the token that ends generation; choose another")
-        bridge = len(self.sep) * 2 if recipe.bridge == "sep" else len(self.turn)
-        in_context = any(path.context in ("chosen", "rejected") for path in recipe.paths)
-        self.bridge_len = bridge + len(template.end_ids) if in_context else 0
-        self.in_context = in_context
-        self.instructed = any(path.context == "instruct" for path in recipe.paths)
-        self.twice = Path("rejected", "rejected") in recipe.paths
+        contexts = {path.context for path in recipe.paths}
+        self.in_context = bool(contexts & {"chosen", "rejected"})
+        self.instructed = "instruct" in contexts
+        self.twice = Path("rejected", "rejected") in recipe.paths  # the same answer on one path
+        self._bridge(template.separator() if sep is None else sep)
         self.drops, self.cuts = Drops(), defaultdict(int)
         if stored is None:
             self.examples = Examples.flat(self._blocks(pairs, shown))
@@ -135,33 +183,42 @@ class Dataset:
     def __len__(self):
         return len(self.examples)
 
-    def _blocks(self, pairs, shown):
-        """Lists of Example, a block of pairs at a time; while one is encoded, the next is rendered.
+    def _bridge(self, sep):
+        """Tokenises what stands before and after a context answer, and counts its tokens."""
+        if self.recipe.bridge not in BRIDGES:
+            known = ", ".join(BRIDGES)
+            raise UserError(f"--bridge {self.recipe.bridge}: unknown; choose from {known}")
+        end = self.template.end_ids
+        if set(self.template.encode([sep])[0]) & set(end):
+            raise UserError(f"--sep {sep!r} holds the token that ends generation; choose another")
+        before, after, self.ended = BRIDGES[self.recipe.bridge]
+        known = {"sep": sep, "turn": self.template.turn(self.instruction)}
+        texts = [before.format(**known), after.format(**known)]
+        self.before, self.after = self.template.encode(texts)
+        bridge = len(self.before) + len(self.after) + len(end)
+        self.bridge_len = bridge if self.in_context else 0
 
-        (The tokenizer works outside the interpreter's lock; templates stay in the main thread.)
+    # ------------------------------------------------------------------------- texts to ids
+
+    def _blocks(self, pairs, shown):
+        """Yields lists of Example; while one block is encoded, the next is rendered.
+
+        The tokenizer works outside of Python's lock; templates stay in the main thread, where a
+        signal can stop one that never ends.
         """
-        blocks = [pairs[i : i + self.BLOCK] for i in range(0, len(pairs), self.BLOCK)]
         bar = progress("tokenise", len(pairs), "pair", not shown, leave=False)
         with bar, ThreadPoolExecutor(1) as encoder:
-            waiting = []
-            for block in blocks:
+            waiting = None
+            for start in range(0, len(pairs), self.BLOCK):
+                block = pairs[start : start + self.BLOCK]
                 rendered = [(pair, texts) for pair in block if (texts := self._render(pair))]
-                texts = [text for _, texts in rendered for text in texts]
-                waiting.append((rendered, encoder.submit(self.template.encode, texts)))
-                if len(waiting) > 1:
-                    yield self._examples(*waiting.pop(0))
+                every = [text for _, texts in rendered for text in texts]
+                last, waiting = waiting, (rendered, encoder.submit(self.template.encode, every))
+                if last:
+                    yield self._examples(*last)
                 bar.update(len(block))
-            for block in waiting:
-                yield self._examples(*block)
-
-    def _examples(self, rendered, encoded):
-        """Rendered pairs and the future of their texts' ids -> Examples, cut by the limits."""
-        ids, examples = iter(encoded.result()), []
-        for pair, texts in rendered:
-            prompt, *instruct, chosen, rejected = (next(ids) for _ in texts)
-            instruct = instruct[0] if instruct else prompt
-            examples.append(self._cut(pair, prompt, instruct, chosen, rejected))
-        return [example for example in examples if example is not None]
+            if waiting:
+                yield self._examples(*waiting)
 
     def _render(self, pair):
         """Texts of prompt, instructed prompt where a path asks for it, chosen and rejected.
@@ -177,69 +234,88 @@ class Dataset:
                 texts += [t.render(with_suffix(pair.prompt, self.instruction), generation=True)]
             texts += [t.answer(pair.prompt, pair.chosen, closed, prompt)]
             rejected = pair.rejected and t.answer(pair.prompt, pair.rejected, closed, prompt)
-            return [*texts, rejected or ""]
+            return [*texts, rejected or ""]  # supervised training has no rejected answer
         except Refused as error:
             return self.drops.add(f"the chat template refuses: {error.reason}", pair.where)
 
+    def _examples(self, rendered, encoded):
+        """Rendered pairs, and the future of the ids of all their texts -> list of Example."""
+        ids, examples = iter(encoded.result()), []
+        for pair, texts in rendered:
+            prompt, *instruct, chosen, rejected = (next(ids) for _ in texts)
+            instruct = instruct[0] if instruct else prompt
+            examples.append(self._cut(pair, prompt, instruct, chosen, rejected))
+        return [example for example in examples if example is not None]
+
     def _cut(self, pair, prompt, instruct, chosen, rejected):
-        """Apply the length limits: prompt to at most half, then rejected, then chosen."""
-        limits, closed = self.limits, {"chosen": True, "rejected": True}
-        answers = (
-            len(chosen) + len(rejected) if self.in_context else max(len(chosen), len(rejected))
-        )
-        room = max(limits.max_len // 2, limits.max_len - self.bridge_len - answers)
-        if len(instruct if self.instructed else prompt) > room:
+        """Shortens the prompt to at least half of max_len, then the rejected, then the chosen one.
+
+        Answers lose their right end. -> Example, or None where nothing is left to be scored.
+        """
+        free = self.limits.max_len - self.bridge_len
+        both = (len(chosen), len(rejected))
+        room = max(self.limits.max_len // 2, free - (sum(both) if self.in_context else max(both)))
+        if len(instruct) > room:
             self.cuts["prompts"] += 1
         shared, refine = instruct is prompt, with_suffix(pair.prompt, self.instruction)
         prompt = self._shorten(pair.prompt, prompt, room)
         instruct = prompt if shared else self._shorten(refine, instruct, room)
-        room = limits.max_len - self.bridge_len - max(len(prompt), len(instruct))
-        if self.in_context:
-            free = room // 2 if self.twice else max(room // 2, room - len(chosen))
-            rejected_room = min(int(limits.draft_cap * limits.max_len), free)
-            chosen_room = room - min(len(rejected), rejected_room)
-        else:
-            rejected_room = chosen_room = room
-        if len(rejected) > rejected_room:
-            rejected, closed["rejected"] = rejected[: max(0, rejected_room)], False
-            self.cuts["rejected answers"] += 1
-        if len(chosen) > chosen_room:
-            chosen, closed["chosen"] = chosen[: max(0, chosen_room)], False
-            self.cuts["chosen answers"] += 1
+        room = free - max(len(prompt), len(instruct))
+        rooms = self._rooms(room, *both) if self.in_context else (room, room)
+        kept, closed = {}, {}
+        for name, ids, room in zip(("rejected", "chosen"), (rejected, chosen), rooms, strict=True):
+            closed[name] = len(ids) <= room
+            kept[name] = ids if closed[name] else ids[: max(0, room)]
+            if not closed[name]:
+                self.cuts[f"{name} answers"] += 1
         if not len(prompt):
             return self.drops.add("empty prompt", pair.where)
-        example = Example(prompt, instruct, chosen, rejected, closed, pair.where)
         answers = ("chosen",) if pair.rejected is None else ("chosen", "rejected")
-        if any(self._scored(getattr(example, a), closed[a]) < 1 for a in answers):
+        if any(self._scored(kept[name], closed[name]) < 1 for name in answers):
             return self.drops.add("no room for an answer", pair.where)
-        return example
+        return Example(prompt, instruct, kept["chosen"], kept["rejected"], closed, pair.where)
+
+    def _rooms(self, room, chosen, rejected):
+        """Most tokens of the rejected and of the chosen answer, which share `room` on one path.
+
+        chosen, rejected: their lengths. The chosen one may take what the rejected one leaves.
+        """
+        half = room // 2 if self.twice else max(room // 2, room - chosen)
+        capped = min(int(self.limits.draft_cap * self.limits.max_len), half)
+        return capped, room - min(rejected, capped)
 
     def _shorten(self, messages, ids, room):
-        """Drop whole turns from the left (a system turn stays), then tokens from the left."""
+        """Drops whole turns from the left (a system turn stays), then tokens from the left."""
         if len(ids) <= room:
             return ids
         system = messages[:1] if messages[0]["role"] == "system" else []
         turns = messages[len(system) :]
         while len(ids) > room and len(turns) > 2:
-            turns = turns[2:]
+            turns = turns[2:]  # a question and its answer, so that roles still alternate
             ids = self.template.encode([self.template.render(system + turns, generation=True)])[0]
         return ids[max(0, len(ids) - room) :]
 
     def _scored(self, answer, closed):
-        """How many of an answer's tokens are scored."""
-        return len(answer) - (
-            len(self.template.end_ids) if closed and not self.limits.score_eos else 0
-        )
+        """How many of an answer's tokens are scored: all, or all but its end token (InSPO C.1)."""
+        unscored = len(self.template.end_ids) if closed and not self.limits.score_eos else 0
+        return len(answer) - unscored
+
+    # ------------------------------------------------------------------------- ids to paths
 
     def path(self, i, path):
-        """Segments of `path` for pair i, and how many tokens of the last one are scored."""
+        """Joins the segments of a losses.Path for pair i.
+
+        -> (list of id arrays, how many tokens of the last one are scored, from its first on).
+        """
         example = self.examples[i]
         if path.context == "instruct" and not self.instructed:
             raise ValueError(f"{path}: the recipe of this dataset has no instructed path")
         segments = [example.instruct if path.context == "instruct" else example.prompt]
         if path.context in ("chosen", "rejected"):
             segments += self._bridged(example, path.context)
-        if path.target == "mismatched":  # KTO: the next pair's chosen answer
+        elif path.context not in (None, "instruct"):
+            raise ValueError(f"{path}: unknown context; give None, instruct, chosen or rejected")
+        if path.target == "mismatched":  # KTO: the next pair's chosen answer, whatever its length
             other = self.examples[(i + 1) % len(self.examples)]
             room = self.limits.max_len - sum(map(len, segments))
             target, closed = other.chosen[: max(1, room)], other.closed["chosen"]
@@ -249,19 +325,25 @@ class Dataset:
         return [*segments, target], self._scored(target, closed)
 
     def _bridged(self, example, context):
-        """The segments from a context answer to the opening of the next reply."""
+        """The segments from the end of the prompt to the opening of the answer that is scored.
+
+        A context answer that ends as it does where it is scored is the very same segment there, so
+        that the trie stores it once.
+        """
         answer, closed = getattr(example, context), example.closed[context]
-        end = self.template.end_ids
-        if self.recipe.bridge == "turn":
-            return [answer, self.turn] if closed else [answer, end, self.turn]
-        return [self.sep, answer[: len(answer) - len(end)] if closed else answer, self.sep]
+        end, ending = self.template.end_ids, []
+        if self.ended and not closed:  # one that was cut gets its end token back
+            ending = [end]
+        elif closed and not self.ended:
+            answer = answer[: len(answer) - len(end)]
+        return [s for s in (self.before, answer, *ending, self.after) if len(s)]
 
     def trie(self, i, paths):
-        """rows.Trie of these paths of pair i."""
+        """The Trie of these paths of pair i."""
         return lay_out([self.path(i, path) for path in paths], self.score)
 
     def size(self, i, paths):
-        """Tokens of that trie."""
+        """Counts the tokens of that trie, without laying it out."""
         return trie_size([self.path(i, path) for path in paths])
 
     def report(self):
@@ -273,3 +355,229 @@ class Dataset:
 def plain_paths(recipe):
     """The prompt-only paths: what is deployed, and validated beside the conditioned ones."""
     return [Path(None, answer) for answer in recipe.objective.answers]
+
+
+# ----------------------------------------------------------------------------- paths to a trie
+
+
+@dataclass
+class Trie:
+    """The paths of one pair, laid out in pre-order; integer vectors as described in `Row`."""
+
+    tokens: list = field(default_factory=list)
+    positions: list = field(default_factory=list)
+    until: list = field(default_factory=list)
+    source: list = field(default_factory=list)
+    label: list = field(default_factory=list)
+    path: list = field(default_factory=list)
+
+    def __len__(self):
+        return len(self.tokens)
+
+
+def lay_out(paths, score="tokens"):
+    """Inserts paths into a trie of segments and lays it out in pre-order -> Trie.
+
+    paths: list of (segments, n): segments are int arrays from the root on, and the first n tokens
+    of the last one are scored. score="last" scores each path once, at its last token (for a
+    reward head). Equal prefixes, compared segment by segment, are stored once. The first segment
+    must not be empty: every scored token needs a token before it.
+    """
+    trie, children = Trie(), {}  # children: bytes of a segment -> (segment, its children, ends)
+    for p, (segments, n) in enumerate(paths):
+        branches = children
+        for segment in segments:
+            if len(segment):
+                _, branches, ends = branches.setdefault(segment.tobytes(), (segment, {}, []))
+        ends.append((p, n))  # path p ends at this node, and n tokens of it are scored
+    _walk(trie, children, depth=0, parent=-1, score=score)
+    return trie
+
+
+def _walk(trie, children, depth, parent, score):
+    """Appends the subtrees of one node, whose last token stands at `parent`, in pre-order."""
+    for segment, branches, ends in children.values():
+        start, size = len(trie), len(segment)
+        trie.tokens.extend(segment.tolist())
+        trie.positions.extend(range(depth, depth + size))
+        trie.until.extend([0] * size)  # known once the subtree is written
+        for p, n in ends:
+            if score == "last":
+                trie.source.append(start + size - 1)
+                trie.label.append(0)
+                trie.path.append(p)
+            else:
+                # a token is predicted by the one before it: the segment's first by the parent's
+                # last, which need not be the token before it in the row
+                trie.source.extend([parent, *range(start, start + n - 1)][:n])
+                trie.label.extend(segment[:n].tolist())
+                trie.path.extend([p] * n)
+        _walk(trie, branches, depth + size, start + size - 1, score)
+        trie.until[start : start + size] = [len(trie)] * size
+
+
+def trie_size(paths):
+    """Counts the tokens of the trie that `lay_out(paths)` would make."""
+    sizes = {}
+    for segments, _ in paths:
+        key = ()
+        for segment in segments:
+            if len(segment):
+                key = (*key, segment.tobytes())
+                sizes[key] = len(segment)
+    return sum(sizes.values())
+
+
+# ----------------------------------------------------------------------------- tries to a row
+
+
+@dataclass
+class Row:
+    """Several tries in one sequence, as the model reads it.
+
+    tokens     (T,)  ids
+    positions  (T,)  distance from the root along the token's own path (for RoPE)
+    until      (T,)  the index just past the token's subtree
+    source     (S,)  the row index whose hidden state predicts the scored token
+    label      (S,)  the id to be predicted
+    path       (S,)  which conditional log-probability it adds to: pair of the row * P + path
+    spans      list of (start, end), one per trie
+    pairs      list of B dataset indices
+    n_paths    P
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    until: torch.Tensor
+    source: torch.Tensor
+    label: torch.Tensor
+    path: torch.Tensor
+    spans: list
+    pairs: list
+    n_paths: int
+
+    def to(self, device):
+        """The same row with its vectors on `device`."""
+        values = (getattr(self, f.name) for f in fields(self))
+        return Row(*(v.to(device) if torch.is_tensor(v) else v for v in values))
+
+    def sums(self, values):
+        """(S,) values of the scored tokens -> (B, P) sums per pair and path."""
+        total = values.new_zeros(len(self.pairs) * self.n_paths)  # (B * P,)
+        return total.index_add(0, self.path, values).view(len(self.pairs), self.n_paths)  # (B, P)
+
+    def counts(self):
+        """(B, P) number of scored tokens."""
+        return self.sums(torch.ones_like(self.path, dtype=torch.float32))
+
+
+def build_row(tries, pairs, n_paths, pad_to=0):
+    """Concatenates tries to a Row of at least `pad_to` tokens; padding sees only itself.
+
+    pairs: the dataset's index of each trie. A row without tries gets one padding token: all ranks
+    must run equally many rows, or the collectives of FSDP wait forever.
+    """
+    columns = {f.name: [] for f in fields(Trie)}
+    spans, start = [], 0
+    for i, trie in enumerate(tries):
+        columns["tokens"] += trie.tokens
+        columns["positions"] += trie.positions
+        columns["until"] += [start + u for u in trie.until]  # row indices from trie indices
+        columns["source"] += [start + s for s in trie.source]
+        columns["label"] += trie.label
+        columns["path"] += [i * n_paths + p for p in trie.path]
+        spans.append((start, start + len(trie)))
+        start += len(trie)
+    padding = range(start, max(pad_to, start, 1))
+    columns["tokens"] += [0] * len(padding)
+    columns["positions"] += [0] * len(padding)
+    columns["until"] += [k + 1 for k in padding]
+    spans += [(k, k + 1) for k in padding[:1]] if not tries else []
+    tensors = {name: torch.tensor(column, dtype=torch.long) for name, column in columns.items()}
+    return Row(**tensors, spans=spans, pairs=list(pairs), n_paths=n_paths)
+
+
+def pack(sizes, row_tokens, multiple=1):
+    """Distributes items over as few rows as hold them, evenly: longest first, to the emptiest row.
+
+    sizes: tokens per item. Returns a list of rows (lists of item numbers); their number is a
+    multiple of `multiple` (the ranks), and no row is over `row_tokens`.
+    """
+    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    n_rows = max(1, -(-sum(sizes) // row_tokens))  # -(-a // b) rounds up
+    n_rows = -(-n_rows // multiple) * multiple
+    while True:  # with more and more rows, until all fit
+        rows = [[] for _ in range(n_rows)]
+        heap = [(0, r) for r in range(n_rows)]
+        for i in order:
+            filled, r = heapq.heappop(heap)
+            rows[r].append(i)
+            heapq.heappush(heap, (filled + sizes[i], r))
+        if max(filled for filled, _ in heap) <= row_tokens:
+            return rows
+        if n_rows >= len(sizes):
+            raise ValueError(f"an item of {max(sizes)} tokens does not fit {row_tokens}")
+        n_rows += multiple
+
+
+@torch.no_grad()
+def scored_rows(model, trie, sizes, n_paths, row_tokens=None, label="score"):
+    """Runs N items through the model in rows, in one process; yields (items, row, values).
+
+    trie(n) makes the Trie of item n, of sizes[n] tokens. items: which of the N the row holds;
+    values: (S,) what the model gives its scored tokens. row_tokens: longest row, unless one item
+    is longer; None: by the device.
+    """
+    device = model.embed.weight.device
+    row_tokens = row_tokens or (8192 if device.type == "cuda" else 2048)
+    with progress(label, len(sizes), "item", leave=False) as bar:
+        for items in pack(sizes, max(row_tokens, *sizes)):
+            row = build_row([trie(n) for n in items], items, n_paths).to(device)
+            yield items, row, model(row)
+            bar.update(len(items))
+
+
+# ----------------------------------------------------------------------------- the batch plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which pairs make up step t: a pure function of (n_pairs, batch, seed, t).
+
+    The stream of pairs is one random permutation of the dataset per epoch, end to end; step t
+    takes the next `batch` of it. A last step may be smaller, so that no pair is left out. Nothing
+    is remembered, so that a run that resumes at step t needs t alone.
+    """
+
+    n_pairs: int
+    batch: int
+    seed: int
+    epochs: float
+    max_steps: int | None = None  # in place of epochs
+
+    @property
+    def total(self):
+        """Pairs of the whole run."""
+        if self.max_steps is not None:
+            return self.max_steps * self.batch
+        return round(self.epochs * self.n_pairs)
+
+    @property
+    def steps(self):
+        return -(-self.total // self.batch)  # rounded up
+
+    def pairs(self, step):
+        """Dataset indices of the pairs of this step, counted from 0."""
+        stream = range(step * self.batch, min((step + 1) * self.batch, self.total))
+        epochs = ((k // self.n_pairs, k % self.n_pairs) for k in stream)
+        return [int(permutation(self.n_pairs, self.seed, epoch)[k]) for epoch, k in epochs]
+
+    def epoch(self, step):
+        """Passes over the dataset completed after this step, as a fraction."""
+        return min((step + 1) * self.batch, self.total) / self.n_pairs
+
+
+@lru_cache(maxsize=4)  # a step may take the end of one epoch and the beginning of the next
+def permutation(n, seed, epoch):
+    """The order of the dataset in one epoch."""
+    return np.random.default_rng((seed, epoch)).permutation(n)

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data import Dataset, Limits
+from data import Dataset, Limits, lay_out, scored_rows
 from evals import (
     alpaca,
     arena,
@@ -56,8 +56,6 @@ from jobs.cli import UserError, as_user_error, flag, parse, require, run
 from jobs.files import Store, read_json
 from losses import recipe
 from pairs.read import Drops, read_pairs
-from rows import lay_out
-from scoring import scored_rows
 
 # ----------------------------------------------------------------------------- scores from rows
 
@@ -65,7 +63,7 @@ from scoring import scored_rows
 def score(model, trie, sizes, n_paths, row_tokens=None, label="score"):
     """Sums of the scored values of N items, and how many were scored: (N, P) and (N, P), on CPU.
 
-    The arguments are those of scoring.scored_rows.
+    The arguments are those of data.scored_rows.
     """
     sums = torch.zeros(len(sizes), n_paths)
     counts = torch.zeros_like(sums)

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 import losses
-from data import Dataset, Limits, plain_paths
+from data import Dataset, Limits, Plan, build_row, pack, plain_paths
 from hub import weights
 from hub.template import Template
 from hub.weights import load_weights, read_config
@@ -50,7 +50,6 @@ from pairs import token_cache
 from pairs.cleaning import Rules, clean
 from pairs.read import Drops, hold_out, read_pairs
 from pairs.sources import parse_sources
-from rows import Plan, build_row, pack
 
 # ----------------------------------------------------------------------------- flags
 

@@ -22,11 +22,11 @@ import gc  # noqa: E402
 import torch  # noqa: E402
 
 from bench.process_memory import private_bytes  # noqa: E402
+from data import build_row, lay_out  # noqa: E402
 from evals.plan import measure  # noqa: E402
 from hub.weights import read_config  # noqa: E402
 from kernels import chains  # noqa: E402
 from model import Transformer  # noqa: E402
-from rows import build_row, lay_out  # noqa: E402
 
 TOKENS = 512
 SHAPES = ("llama-3.2-1b", "pythia-2.8b", "gemma-2-9b")

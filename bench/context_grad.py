@@ -23,14 +23,13 @@ from smollm2 import smollm2_dir  # noqa: E402
 
 from bench.measuring import table, tell  # noqa: E402
 from bench.training import CONTENDERS  # noqa: E402
-from data import Dataset, Limits  # noqa: E402
+from data import Dataset, Limits, build_row  # noqa: E402
 from generate import load_model  # noqa: E402
 from jobs.cli import flag, parse, run  # noqa: E402
 from kernels import detached  # noqa: E402
 from losses import recipe  # noqa: E402
 from model import scored_states  # noqa: E402
 from pairs.read import Drops, read_pairs  # noqa: E402
-from rows import build_row  # noqa: E402
 
 NAMES = ("ins_dpo", "ins_dpo, turn", "averaged, sep", "averaged, turn", "dpo")
 FORMS = {name: CONTENDERS[name] for name in NAMES}  # as flags

@@ -77,9 +77,9 @@ def write_pairs(file, n, source):
 
 def ours(s):
     """What train.py does before its model: prepare, size every pair, plan and pack an epoch."""
+    from data import Plan, pack
     from hub.template import Template
     from losses import recipe
-    from rows import Plan, pack
     from train import TrainFlags as Train
     from train import load_data
 

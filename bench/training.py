@@ -29,11 +29,11 @@ import torch  # noqa: E402
 from bench.flops import Flops  # noqa: E402
 from bench.measuring import execute, last_json, synchronize  # noqa: E402
 from bench.process_memory import kept_bytes, smaps  # noqa: E402
+from data import Plan  # noqa: E402
 from hub.template import Template  # noqa: E402
 from jobs.cli import flag, parse, run  # noqa: E402
 from jobs.processes import Ranks, peak_memory  # noqa: E402
 from losses import recipe  # noqa: E402
-from rows import Plan  # noqa: E402
 from train import Run, TrainFlags, build_model, fit_to_data, load_data, resolve  # noqa: E402
 
 IMPORTED = time.perf_counter()

@@ -28,12 +28,12 @@ from bench.checkpoints import published, resized, write_noise  # noqa: E402
 from bench.flops import Flops  # noqa: E402
 from bench.lengths import Mix, write_pairs  # noqa: E402
 from bench.measuring import DTYPES, percent, table  # noqa: E402
+from data import build_row  # noqa: E402
 from evals.plan import HEADROOM, per_gpu  # noqa: E402
 from evals.plan import measure as sizes_of  # noqa: E402
 from families import Config  # noqa: E402
 from jobs.cli import UserError, flag, parse, run  # noqa: E402
 from model import load  # noqa: E402
-from rows import build_row  # noqa: E402
 
 TRIE = 1350  # tokens of ins_dpo's trie of an UltraFeedback-like pair, a little more than the mean
 FARTHEST = {"fp32": (1e-4, 1e-3), "bf16": (0.05, 1.0)}  # mean and largest |difference|, nats

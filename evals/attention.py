@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data import build_row, lay_out
 from evals.context import Context, Settings, open_views
 from evals.results import save, table
 from evals.stats import estimate
@@ -25,7 +26,6 @@ from generate import load_model
 from jobs.cli import UserError, flag, progress, require
 from kernels import chains
 from model import visible
-from rows import build_row, lay_out
 
 MEASURES = ("mass", "variance", "skewness")
 PARTS = ("first", "x", "ỹ", "i", "y+")

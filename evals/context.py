@@ -23,14 +23,12 @@ import numpy as np
 import torch
 
 import losses
-from data import Dataset, Limits
+from data import Dataset, Limits, lay_out, scored_rows, trie_size
 from evals.results import save, table
 from evals.stats import estimate
 from generate import load_model
 from jobs.cli import UserError, flag, progress, require
 from pairs.read import Drops, read_pairs
-from rows import lay_out, trie_size
-from scoring import scored_rows
 
 # ----------------------------------------------------------------------------- contexts
 

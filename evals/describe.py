@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import PARTS, Dataset, Limits
+from data import PARTS, Dataset, Limits, pack
 from hub.template import Template
 from hub.weights import resolve
 from jobs.cli import UserError, as_user_error, flag, require
@@ -20,7 +20,6 @@ from jobs.flags import CheckpointFlags, PathFlags
 from losses import CONDITIONS, recipe
 from pairs.cleaning import Rules, clean
 from pairs.read import Drops, read_pairs
-from rows import pack
 
 QUANTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 SAMPLE = 1000  # pairs whose path sets are laid out

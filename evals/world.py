@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from assets import world as small_world
-from data import Dataset, Limits
+from data import Dataset, Limits, lay_out, scored_rows
 from evals.results import save
 from generate import load_model
 from jobs.cli import flag, require
@@ -19,8 +19,6 @@ from jobs.files import ASSETS
 from jobs.flags import CheckpointFlags, InstructionFlags
 from losses import Path, recipe
 from pairs.layouts import Pair
-from rows import lay_out
-from scoring import scored_rows
 
 
 @dataclass
@@ -77,7 +75,7 @@ def world_probabilities(model, template, bridge=None, instruction="better"):
 
 @functools.lru_cache(maxsize=4)
 def world_tries(template, bridge=None, instruction="better"):
-    """One rows.Trie per question, or with a bridge per question and answer shown: its paths end in
+    """One data.Trie per question, or with a bridge per question and answer shown: its paths end in
     the 16 answers. Kept, since many models share a template."""
     pairs = [  # the same answer in both places: as what is said and as what is shown
         Pair([{"role": "user", "content": question}], answer, answer, question)

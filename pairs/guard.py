@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
+from data import build_row, lay_out
 from hub.template import Refused, Template
 from hub.weights import Weights, resolve
 from jobs.cli import progress
 from pairs.token_cache import folder
-from rows import build_row, lay_out
 
 
 def safe(pairs, source, threshold, drops, device="auto"):

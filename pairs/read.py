@@ -41,14 +41,14 @@ class Drops:
         return "; ".join(rules) or "none"
 
 
-def read_pairs(source, drops, limit=None, need_rejected=True, bad_rows="stop", revision=None):
+def read_pairs(source, drops=None, limit=None, need_rejected=True, bad_rows="stop", revision=None):
     """All pairs of the sources in `source` (sources.py has the grammar), in their order.
 
     limit: stop after that many. bad_rows: a row that is broken or of no known layout raises
     UserError ("stop") or is counted in `drops` ("drop"). revision: branch, tag or commit of hub
     datasets. UserError for a missing or damaged file, and where no pair is left.
     """
-    pairs = []
+    pairs, drops = [], Drops() if drops is None else drops
     for part in parse_sources(source, revision):
         rest = sys.maxsize if limit is None else max(0, limit - len(pairs))
         found = Reader(drops, need_rejected, bad_rows).pairs(part.files, rest)

@@ -35,10 +35,10 @@ from bench import (
     utilisation,
 )
 from bench.flops import Flops
+from data import build_row, lay_out
 from hub.template import Template
 from jobs.cli import UserError, parser_of
 from model import load
-from rows import build_row, lay_out
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {

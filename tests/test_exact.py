@@ -14,13 +14,12 @@ import torch
 from runs import lines, train_here
 
 import train
-from data import Dataset, Limits
+from data import Dataset, Limits, build_row
 from hub.template import INSTRUCTIONS, Template
 from hub.weights import hf_name
 from losses import recipe
 from model import load
 from pairs.read import Drops, read_pairs
-from rows import build_row
 
 pytestmark = pytest.mark.slow
 

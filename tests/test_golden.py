@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 from chat_templates import CHATML, LLAMA3, MISTRAL, SPECIAL, write_checkpoint
 
-from data import Dataset, Limits
+from data import Dataset, Limits, build_row
 from hub.template import Template
 from losses import CONDITIONS, recipe
 from model import visible
 from pairs.read import Pair
-from rows import build_row
 
 PAGE = Path(__file__).parent / "golden_paths.md"
 BOS, RESERVED = "<|begin_of_text|>", "<|reserved_special_token_0|>"

@@ -8,8 +8,8 @@ import tiny
 import torch
 
 import model as model_file
-import rows
 from conftest import write_model
+from data import build_row, lay_out
 from families import Config, hf_name
 from jobs.cli import UserError
 from kernels import chains, flex
@@ -201,7 +201,7 @@ def test_a_row_equals_its_sequences_run_alone(seed, pad_to, family, tmp_path):
     model = trainable(write_model(tmp_path, MODELS[family], seed))
     rng = np.random.default_rng(seed)
     pairs = [random_paths(rng) for _ in range(3)]
-    row = rows.build_row([rows.lay_out(paths) for paths in pairs], range(3), 5, pad_to)
+    row = build_row([lay_out(paths) for paths in pairs], range(3), 5, pad_to)
     assert pad_to == 0 or len(row.tokens) == pad_to > row.spans[-1][1]
     sums = row.sums(model(row))  # (B, P)
     apart = [torch.stack([alone(model, *path).sum() for path in paths]) for paths in pairs]
@@ -219,7 +219,7 @@ def test_a_row_equals_its_sequences_run_alone(seed, pad_to, family, tmp_path):
 def test_an_empty_row_has_no_values_and_gives_zero_gradients(tiny_model_dir):
     """Ranks without pairs run one, since FSDP's collectives must line up."""
     model = trainable(tiny_model_dir)
-    row = rows.build_row([], [], n_paths=2)
+    row = build_row([], [], n_paths=2)
     values = model(row)
     assert values.shape == (0,) and row.sums(values).shape == (0, 2)
     row.sums(values).sum().backward()
@@ -230,8 +230,8 @@ def test_an_empty_row_has_no_values_and_gives_zero_gradients(tiny_model_dir):
 def test_flex_attention_equals_sdpa(family, tmp_path):
     """Forward only: FlexAttention has no backward on a CPU."""
     model, rng = load(write_model(tmp_path, MODELS[family])), np.random.default_rng(0)
-    tries = [rows.lay_out(random_paths(rng)) for _ in range(3)]
-    row = rows.build_row(tries, range(3), 5, pad_to=128)
+    tries = [lay_out(random_paths(rng)) for _ in range(3)]
+    row = build_row(tries, range(3), 5, pad_to=128)
     with torch.no_grad():
         expected = model(row)
         model.attend = flex.attend
@@ -245,7 +245,7 @@ def test_attention_spelt_out_in_bf16_equals_sdpa_in_value_and_gradient(kv_heads)
     q, k, v = (
         torch.randn(1, h, 20, 8).bfloat16().requires_grad_() for h in (4, kv_heads, kv_heads)
     )
-    trie = rows.build_row([rows.lay_out(random_paths(np.random.default_rng(1)))], [0], 5, pad_to=20)
+    trie = build_row([lay_out(random_paths(np.random.default_rng(1)))], [0], 5, pad_to=20)
     mask = model_file.visible(trie.until, trie.positions, window=6)
     exact = [t.detach().float().requires_grad_() for t in (q, k, v)]
     expected = torch.nn.functional.scaled_dot_product_attention(*exact, mask, enable_gqa=True)
@@ -260,7 +260,7 @@ def test_attention_spelt_out_in_bf16_equals_sdpa_in_value_and_gradient(kv_heads)
 
 
 def test_recomputed_blocks_give_the_same_gradient(tiny_model_dir, monkeypatch):
-    row = rows.build_row([rows.lay_out(random_paths(np.random.default_rng(0)))], [0], 5)
+    row = build_row([lay_out(random_paths(np.random.default_rng(0)))], [0], 5)
     gradients, calls = [], []
     body = model_file.Block.body
     monkeypatch.setattr(model_file.Block, "body", lambda *a: calls.append(0) or body(*a))
@@ -286,9 +286,9 @@ def test_a_reward_head_scores_each_answer_as_transformers_does(family, tmp_path)
         directory, dtype=torch.float32
     ).eval()
     prompt, answers = segment(rng), [segment(rng), segment(rng)]
-    trie = rows.lay_out([([prompt, answer], 1) for answer in answers], score="last")
+    trie = lay_out([([prompt, answer], 1) for answer in answers], score="last")
     with torch.no_grad():
-        found = model(rows.build_row([trie], [0], 2))
+        found = model(build_row([trie], [0], 2))
         sequences = [torch.tensor(np.concatenate([prompt, a])).long() for a in answers]
         expected = torch.stack([theirs(tokens[None]).logits[0, 0] for tokens in sequences])
     assert found.dtype == torch.float32

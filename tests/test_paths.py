@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from dialogues import say
 
-from data import Dataset, Limits, plain_paths
+from data import Dataset, Limits, lay_out, plain_paths, trie_size
 from hub.template import Template
 from jobs.cli import UserError
 from losses import CONDITIONS, Path, recipe, unique
 from pairs.read import Pair
-from rows import lay_out, trie_size
 
 ROOMY = Limits(max_len=10_000, draft_cap=1.0)
 
@@ -113,7 +112,7 @@ def test_the_instruction_is_one_of_the_papers_or_the_users_own(instruction, tiny
         Dataset(TWO, tiny, rule, ROOMY, instruction)
         for rule in (recipe("ifsr_dpo"), recipe("dpo", "instruct"))
     )
-    for ids, text in ((turn.turn, TURN), (suffix.examples[0].instruct, XI)):
+    for ids, text in ((turn.after, TURN), (suffix.examples[0].instruct, XI)):
         told = text.replace("please generate a better response", OWN[instruction])
         assert tiny.decode(ids, skip_special=False) == told
 
@@ -152,7 +151,7 @@ def test_the_trie_of_a_pair_is_that_of_its_paths(tiny):
     assert dataset.size(0, both.paths) == trie_size(paths)
     answers = len(dataset.examples[0].chosen) + len(dataset.examples[0].rejected)
     extra = dataset.size(0, both.paths) - dataset.size(0, plain.paths)
-    assert extra == 2 * len(dataset.turn) + answers
+    assert extra == 2 * len(dataset.after) + answers
 
 
 # ----------------------------------------------------------------------------- limits

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from data import Plan, build_row, lay_out, pack, permutation, trie_size
 from losses import recipe, unique
 from model import visible
-from rows import Plan, build_row, lay_out, pack, permutation, trie_size
 
 
 def segment(*ids):

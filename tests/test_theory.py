@@ -13,12 +13,11 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from data import Dataset, Limits
+from data import Dataset, Limits, build_row
 from hub.template import Template
 from losses import recipe
 from model import load
 from pairs.read import Pair
-from rows import build_row
 
 PROMPT, REAL = -1, pytest.param("smollm2", marks=pytest.mark.slow)
 PSI = {"identity": lambda p: p, "logit": lambda p: np.log(p / (1 - p)), "exp": np.exp}

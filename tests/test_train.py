@@ -16,9 +16,9 @@ import torch
 from runs import command, final, furthest, lines, losses, torchrun, train_here
 from safetensors.torch import load_file
 
-import rows
 import train
 from conftest import write_model
+from data import Plan
 from jobs.cli import run
 from losses import PRESETS
 from model import load
@@ -342,7 +342,7 @@ def test_every_epoch_takes_every_pair_once(flags, no_plots):
     del flags["steps"]
     train_here(flags | {"loss": "simpo", "epochs": 1.5, "batch": 8})
     assert [line["pairs"] for line in lines(flags["out"])] == [8, 8, 8, 6]  # 1.5 x 20
-    seen = [i for step in range(3) for i in rows.Plan(20, 8, 0, 1.5).pairs(step)]
+    seen = [i for step in range(3) for i in Plan(20, 8, 0, 1.5).pairs(step)]
     assert sorted(seen[:20]) == list(range(20))
 
 

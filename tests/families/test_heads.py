@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 from conftest import write_model
+from data import build_row, lay_out
 from evals.answers import Answer
 from families import Config, hf_name
 from heads import GatedHead
@@ -19,7 +20,6 @@ from hub.template import Template
 from jobs.cli import UserError
 from jobs.files import write_json
 from model import Transformer, load
-from rows import build_row, lay_out
 
 END = list(GatedHead.PROMPT_END)
 ARMO = tiny.LLAMA | {

@@ -8,8 +8,8 @@ import parity
 import pytest
 import torch
 
-import rows
 from conftest import write_model
+from data import build_row, lay_out
 from kernels import chains, flex
 from model import load
 
@@ -61,8 +61,8 @@ def test_each_part_of_a_family_is_visible_in_its_logits(name, off, tmp_path):
 def test_flex_attention_and_bf16_rows_equal_sdpa(name, tmp_path):
     """Soft cap, scale and windows in every attention that a row may run through."""
     directory = write_model(tmp_path, parity.CONFIGS[name])
-    laid = [rows.lay_out(paths) for paths in parity.tries()]
-    row = rows.build_row(laid, range(3), 4, pad_to=256)
+    laid = [lay_out(paths) for paths in parity.tries()]
+    row = build_row(laid, range(3), 4, pad_to=256)
     with torch.no_grad():
         model = load(directory)
         expected = model(row)
@@ -80,7 +80,7 @@ def test_gradients_of_a_row_equal_those_of_its_sequences_in_transformers(name, t
     directory = write_model(tmp_path, parity.CONFIGS[name])
     ours, other = load(directory).requires_grad_(True), parity.theirs(directory)
     pairs = parity.tries()
-    row = rows.build_row([rows.lay_out(paths) for paths in pairs], range(3), 4)
+    row = build_row([lay_out(paths) for paths in pairs], range(3), 4)
     (row.sums(ours(row)) * torch.arange(1.0, 5.0) / 100).sum().backward()
     for paths in pairs:
         for j, (segments, n) in enumerate(paths, 1):

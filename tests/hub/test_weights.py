@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import write_model
+from data import build_row, lay_out
 from families import Config
 from hub import weights
 from jobs.cli import UserError
 from jobs.files import write_json
 from model import Transformer, load
-from rows import build_row, lay_out
 
 FP32 = tiny.LLAMA | {"dtype": "float32"}
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from conftest import write_model
+from data import build_row, lay_out
 from kernels import chains, detached, flex
 from model import load, plain_attention, scored_states, visible
-from rows import build_row, lay_out
 from test_model import MODELS, random_paths, trainable
 
 CONFIGS = {name: MODELS[name] for name in ("llama tied", "mistral sliding")}

@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import tiny
 from smollm2 import smollm2_dir
 
-import rows
 from conftest import write_model
+from data import build_row, lay_out
 from families import FAMILIES, hf_name
 from generate import KVCache
 from hub import weights
@@ -171,7 +171,7 @@ def tries(seed=0):
 @torch.no_grad()
 def packed(directory):
     model, other, pairs = load(directory), theirs(directory), tries()
-    row = rows.build_row([rows.lay_out(paths) for paths in pairs], range(3), 4, pad_to=256)
+    row = build_row([lay_out(paths) for paths in pairs], range(3), 4, pad_to=256)
     found, expected = row.sums(model(row)), torch.zeros(3, 4)
     for i, paths in enumerate(pairs):
         for j, (segments, n) in enumerate(paths):
@@ -191,9 +191,9 @@ def as_reward(config):
 def last_scores(directory, sequences):
     """Our scores of sequences (int arrays), all in one row."""
     model, n = load(directory), len(sequences)
-    laid = [rows.lay_out([([s[:2], s[2:]], 1)], score="last") for s in sequences]
+    laid = [lay_out([([s[:2], s[2:]], 1)], score="last") for s in sequences]
     with torch.no_grad():
-        return model(rows.build_row(laid, range(n), 1, pad_to=256))
+        return model(build_row(laid, range(n), 1, pad_to=256))
 
 
 @torch.no_grad()
