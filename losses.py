@@ -47,6 +47,8 @@ def ipo(chosen, rejected, ref_chosen, ref_rejected, *, tau=0.1):
 
     The log-ratio gap is regressed to 1/(2 tau): a larger tau keeps nearer to the reference.
     """
+    # no sigmoid: the loss grows again beyond its target, so certain labels do not drive the
+    # policy away without end, as they do DPO's
     gap = (chosen - ref_chosen) - (rejected - ref_rejected)
     return (gap - 1 / (2 * tau)) ** 2
 
@@ -82,6 +84,7 @@ def orpo(mean_chosen, mean_rejected, *, lam=0.1):
 
 def _log_odds(mean_logp):
     """logit(e^A) = A - log(1 - e^A), kept finite where the answer is certain (A = 0)."""
+    # e^0 has infinite odds; expm1 keeps digits that 1 - e^A loses where A is near 0
     mean_logp = mean_logp.clamp(max=-1e-6)
     return mean_logp - torch.log(-torch.expm1(mean_logp))
 
@@ -110,6 +113,7 @@ def kto(chosen, rejected, ref_chosen, ref_rejected, kl, *, beta=0.1, lambda_w=1.
 
     z = max(0, mean log-ratio of mismatched answers), taken over the whole batch without gradient.
     """
+    # each answer is held against z alone, so unpaired data would do as well
     wins = torch.sigmoid(beta * (chosen - ref_chosen - kl))
     losses = torch.sigmoid(beta * (kl - (rejected - ref_rejected)))
     return lambda_w * (1 - wins) + lambda_l * (1 - losses)
@@ -143,6 +147,7 @@ class Objective:
     @cached_property
     def inputs(self):
         """Names of the (B,) arguments that the function takes."""
+        # what stands before the `*` of the signature
         return tuple(p.name for p in self._parameters if p.kind is not p.KEYWORD_ONLY)
 
     @cached_property
@@ -152,6 +157,7 @@ class Objective:
 
     @property
     def uses_reference(self):
+        # the function itself says so: no list of reference-free objectives to keep in step
         return "ref_chosen" in self.inputs
 
     @property
@@ -216,6 +222,7 @@ class Preset(NamedTuple):
 
 
 PRESETS = {name: Preset(name) for name in OBJECTIVES}
+# sft and reward have no pair of log-probabilities whose contexts could be crossed
 for _name in [name for name in OBJECTIVES if name not in ("sft", "reward")]:
     PRESETS[f"ins_{_name}"] = Preset(_name, "cross", "sep", "plain")  # InSPO Table 1
     PRESETS[f"ifsr_{_name}"] = Preset(_name, "cross", "turn", "conditioned")  # IFSR Eq. 4
@@ -246,7 +253,7 @@ class Recipe:
     @cached_property
     def views(self):
         """One dict {answer: Path} per view of the condition."""
-        contexts = CONDITIONS[self.condition]
+        contexts = CONDITIONS[self.condition]  # ((context of chosen, context of rejected), …)
         pairs = [dict(zip(("chosen", "rejected"), view, strict=True)) for view in contexts]
         return [{a: Path(view[a], a) for a in self.objective.answers} for view in pairs]
 
@@ -260,10 +267,12 @@ class Recipe:
         """A mismatched answer behind each context, for KTO's reference point; else none."""
         if "kl" not in self.objective.inputs:
             return []
+        # the other pair's answer stands where this pair's would, behind the same context
         return unique(Path(path.context, "mismatched") for path in self.paths)
 
     def reference_path(self, path):
         """The path on which the reference scores what the policy scores on `path`."""
+        # plain: InSPO, Algorithm 1, line 4; conditioned: IFSR Eq. 4
         return path if self.reference == "conditioned" else Path(None, path.target)
 
     @property
@@ -271,6 +280,7 @@ class Recipe:
         """The paths that the reference pass must compute; empty without a reference."""
         if not self.objective.uses_reference:
             return []
+        # KTO's z is a log-ratio too, so its mismatched answers have a reference as well
         return unique(self.reference_path(path) for path in self.paths + self.kl_paths)
 
     def __call__(self, sums, counts, reference, kl=None):
@@ -280,20 +290,21 @@ class Recipe:
         log-probability under the reference. kl: KTO's z. Returns PairLosses.
         """
         per_view = [self._view(view, sums, counts, reference, kl) for view in self.views]
-        losses = sum(losses for losses, _ in per_view)
+        losses = sum(losses for losses, _ in per_view)  # (B,)
         rewards = {
             answer: sum(rewards[answer] for _, rewards in per_view) / len(per_view)
             for answer in self.objective.answers
         }
+        # likelihood counts every target token alike, however they fall on pairs and views
         if self.objective.per == "token":
             units = sum(counts[path] for view in self.views for path in view.values())
             return PairLosses(losses, units, rewards)
         return PairLosses(losses / len(per_view), torch.ones_like(losses), rewards)
 
     def _view(self, view, sums, counts, reference, kl):
-        known = {"kl": kl}
+        known = {"kl": kl}  # every name that a function may ask for
         for answer, path in view.items():
-            known[answer] = sums[path]
+            known[answer] = sums[path]  # (B,), from here on blind to the path
             known[f"mean_{answer}"] = sums[path] / counts[path]
             known[f"len_{answer}"] = counts[path]
             if self.objective.uses_reference:
@@ -314,6 +325,7 @@ class Recipe:
         else:
             summed = "chosen" in self.objective.inputs
             value = known[answer] if summed else known[f"mean_{answer}"]
+        # for metrics alone: no gradient
         return self.scale * value.detach()
 
 
@@ -331,6 +343,7 @@ def recipe(name, condition=None, bridge=None, reference=None, **hyper):
         raise ValueError(f"--loss {name}: unknown objective; choose from {', '.join(PRESETS)}")
     preset = PRESETS[name]
     objective = OBJECTIVES[preset.objective]
+    # None: the flag was not given, so the table's default holds
     given = {key: value for key, value in hyper.items() if value is not None}
     for key in given:
         if key not in objective.defaults:
