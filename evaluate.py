@@ -1,67 +1,39 @@
 """Evaluate a model: `python evaluate.py COMMAND --help` lists the flags of a command.
 
-    reward    score answers with a reward model, and count wins against other answers
-    pairs     accuracy and margin of the implicit reward on preference pairs: of the plain policy,
-              which is what gets deployed, and of the cross-conditioned one, which was trained
-    alpaca    AlpacaEval 2: win rate, raw and length-controlled, from annotations (alpaca.py)
-    arena     Arena-Hard: scores from verdicts, raw and style-controlled (arena.py)
-    compare   two models, question by question, with a paired interval (compare.py)
-    report    one self-contained page of all of it (report.py)
-    mtbench   MT-Bench: scores by turn and category (mtbench.py)
-    world     exact win rate in the embedded small world (assets/world.py)
-    describe  what a training run would make of its data (describe.py)
-    plan      the memory that a training run would take (plan.py)
-    context, next_token, attention
-              why conditioning works: IFSR's Tables 2 and 7 and Figure 4 (analysis.py, attention.py)
-    judge     let a model compare answers, or grade them; files as the benchmarks' tools write
-    runs      draw training runs over each other, and tabulate their ends (runs.py)
-
 Scores and log-probabilities come from rows, as in training. Brackets hold 95% bootstrap intervals
-over prompts or pairs (stats.py).
+over prompts or pairs (evals/stats.py).
 
 Legend: N answers or pairs, P paths, Q questions, A answers of a question.
 """
 
 import dataclasses
 import hashlib
+import importlib
 import os
 import sys
+import textwrap
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from data import Dataset, Limits, lay_out, scored_rows
-from evals import (
-    alpaca,
-    arena,
-    attention,
-    compare,
-    mtbench,
-    plan,
-    report,
-    rewardbench,
-    runs,
-    world,
-)
-from evals import context as analysis
-from evals import describe as data_report
 from evals.answers import align, question_ids, read_answers, read_both
-from evals.judge import JudgeSettings, judge
 from evals.results import number, refuse, save, table
 from evals.stats import estimate, win_rate
 from generate import load_model
 from hub.weights import Weights, pin
 from jobs.cli import UserError, as_user_error, flag, parse, require, run
 from jobs.files import Store, read_json
+from jobs.flags import ModelFlags, PathFlags, ResultFlags, VerdictFlags
 from losses import recipe
 from pairs.read import Drops, read_pairs
 
 # ----------------------------------------------------------------------------- scores from rows
 
 
-def score(model, trie, sizes, n_paths, row_tokens=None, label="score"):
-    """Sums of the scored values of N items, and how many were scored: (N, P) and (N, P), on CPU.
+def path_sums(model, trie, sizes, n_paths, row_tokens=None, label="score"):
+    """Sums over each path's scored values, and how many there are: (N, P) and (N, P), on CPU.
 
     The arguments are those of data.scored_rows.
     """
@@ -72,14 +44,14 @@ def score(model, trie, sizes, n_paths, row_tokens=None, label="score"):
     return sums, counts
 
 
-def score_pairs(model, dataset, paths, row_tokens=None, label="score"):
+def pair_logps(model, dataset, paths, row_tokens=None, label="score"):
     """Log-probabilities of these paths of a data.Dataset: {Path: (N,)} sums and token counts."""
     sizes = [dataset.size(i, paths) for i in range(len(dataset))]
 
     def trie(i):
         return dataset.trie(i, paths)
 
-    columns = score(model, trie, sizes, len(paths), row_tokens, label)
+    columns = path_sums(model, trie, sizes, len(paths), row_tokens, label)
     return [dict(zip(paths, values.unbind(1), strict=True)) for values in columns]
 
 
@@ -87,11 +59,10 @@ def score_pairs(model, dataset, paths, row_tokens=None, label="score"):
 
 
 @dataclass
-class RewardSettings:
+class RewardFlags(ModelFlags, VerdictFlags):
     """Every flag of `evaluate.py reward`."""
 
     model: str | None = flag(None, "reward model: HF directory or hub id")
-    revision: str | None = flag(None, "branch, tag or commit of --model on the hub")
     answers: str | None = flag(None, "rows of prompt, answer (or instruction, output)")
     against: str | None = flag(None, "answers to the same prompts, or pairs: the chosen answers")
     pairs: str | None = flag(None, "instead of answers: how often the chosen beats the rejected")
@@ -104,13 +75,9 @@ class RewardSettings:
     row_tokens: int | None = flag(None, "tokens per row; default: 8192 on CUDA, else 2048")
     cache: str | None = flag(None, "directory of scores to keep, by model and tokens")
     max_missing: float = flag(0.0, "largest share of scores that are no number")
-    seed: int = flag(0, "of the bootstrap")
-    dtype: str | None = flag(None, "default: bf16 on CUDA, else fp32", ("bf16", "fp32"))
-    device: str = flag("auto", "where to run", ("auto", "cpu", "cuda"))
-    out: str | None = flag(None, "json file for the numbers and every score")
 
 
-def reward(s):
+def evaluate_reward(s):
     """Score --answers, and --against or both sides of --pairs; print and write what came out."""
     require(s, "model", *(() if s.pairs else ("answers",)))
     sides = read_sides(s)
@@ -121,7 +88,7 @@ def reward(s):
     scores = dict(zip(sides, np.split(scores, len(sides)), strict=True))
     results = {"command": "reward", "model": s.model, "seed": s.seed}
     for name, (file, rows) in sides.items():
-        results[name] = side = describe(file, rows, scores[name], s)
+        results[name] = side = side_results(file, rows, scores[name], s)
         mean, std = side["reward"], side["std"]
         print(f"{file}: {len(rows)} answers, reward {mean:.4f}, std {std:.4f}")
     results["models"] = {
@@ -150,7 +117,7 @@ def read_sides(s):
     return sides
 
 
-def describe(file, rows, scores, s):
+def side_results(file, rows, scores, s):
     """Mean, spread and every score of one side; scores that are no number are counted."""
     drops, fine = Drops(), np.isfinite(scores)
     for n in np.flatnonzero(~fine):
@@ -178,6 +145,8 @@ def compare_sides(ours, theirs, our_scores, their_scores, s):
     subsets = by_subset(our_scores, their_scores, names, fine, s.seed)
     found = {"win_rate": wins, "ties": ties, "difference": gap, "subsets": subsets}
     if s.pairs:
+        from evals import rewardbench
+
         won = our_scores[fine] > their_scores[fine]
         found["sections"] = rewardbench.report(names[fine], won, s.seed)
     return found
@@ -226,7 +195,7 @@ def reward_scores(model, template, answers, pool="last", row_tokens=None, cache=
     ids = template.encode(texts)
     if pool == "not_pad":
         pad = read_json(template.directory / "config.json").get("pad_token_id")
-        ids = [trim(x, pad) for x in ids] if pad is not None else ids
+        ids = [without_padding(x, pad) for x in ids] if pad is not None else ids
     paths = [
         [([x, y], len(y))] for x, y in zip(ids[: len(answers)], ids[len(answers) :], strict=True)
     ]
@@ -236,13 +205,13 @@ def reward_scores(model, template, answers, pool="last", row_tokens=None, cache=
     if first:
         tries = [lay_out(paths[n], "last") for n in first.values()]
         sizes = list(map(len, tries))
-        sums, _ = score(model, tries.__getitem__, sizes, 1, row_tokens, "reward")
+        sums, _ = path_sums(model, tries.__getitem__, sizes, 1, row_tokens, "reward")
         for key, value in zip(first, sums[:, 0].tolist(), strict=True):
             known[key] = value
     return np.array([known[key] for key in keys], dtype=np.float64)
 
 
-def trim(ids, pad):
+def without_padding(ids, pad):
     """ids without what equals `pad` at their end."""
     kept = np.flatnonzero(ids != pad)
     return ids[: kept[-1] + 1] if len(kept) else ids[:0]
@@ -252,26 +221,15 @@ def trim(ids, pad):
 
 
 @dataclass
-class PairsSettings:
+class PairsFlags(ModelFlags, PathFlags, ResultFlags):
     """Every flag of `evaluate.py pairs`."""
 
     model: str | None = flag(None, "the policy: HF directory or hub id")
-    revision: str | None = flag(None, "branch, tag or commit of --model on the hub")
     ref: str | None = flag(None, "the reference, if the objective has one: where training started")
     data: str | None = flag(None, "jsonl, json, parquet, glob or hub dataset id[:split]")
     loss: str = flag("ins_dpo", "objective whose implicit reward is read; the README has the table")
-    bridge: str | None = flag(None, "between a context answer and what follows", ("sep", "turn"))
     beta: float | None = flag(None, "scale of the margins; default: the objective's")
-    instruction: str = flag("better", "refining instruction: better, another, worse, or your text")
-    sep: str | None = flag(None, "InSPO's separator; default: a reserved token, else a blank line")
-    max_len: int = flag(4096, "tokens of every single path")
-    draft_cap: float = flag(0.4, "share of max_len that a rejected context answer may take")
     limit: int | None = flag(None, "only the first N pairs")
-    row_tokens: int | None = flag(None, "tokens per row; default: 8192 on CUDA, else 2048")
-    seed: int = flag(0, "of the bootstrap")
-    dtype: str | None = flag(None, "default: bf16 on CUDA, else fp32", ("bf16", "fp32"))
-    device: str = flag("auto", "where to run", ("auto", "cpu", "cuda"))
-    out: str | None = flag(None, "json file for the numbers and every margin")
 
 
 def readings(s):
@@ -299,7 +257,7 @@ def readings(s):
     return rules, every
 
 
-def pairs(s):
+def evaluate_pairs(s):
     """Score every path of every pair once per model, and read the margins off."""
     require(s, "model", "data")
     rules, every = readings(s)
@@ -310,14 +268,14 @@ def pairs(s):
     dataset = Dataset(rows, template, every, limits, s.instruction, s.sep, shown=True)
     print(f"{s.data}: {len(rows)} pairs read, dropped: {drops}; scored: {dataset.report()}")
     vocab = model.config.vocab
-    sums, counts = score_pairs(model, dataset, every.paths, s.row_tokens, "policy")
+    sums, counts = pair_logps(model, dataset, every.paths, s.row_tokens, "policy")
     del model  # one model in memory at a time
     reference = {}
     if every.objective.uses_reference:
         other, _ = load_model(s.ref, s.dtype, s.device, name="--ref")
         if other.config.vocab != vocab:
             raise UserError(f"--ref {s.ref}: its vocabulary is not that of {s.model}")
-        reference, _ = score_pairs(other, dataset, every.paths, s.row_tokens, "reference")
+        reference, _ = pair_logps(other, dataset, every.paths, s.row_tokens, "reference")
     results = {"model": s.model, "ref": s.ref, "loss": s.loss, "bridge": every.bridge}
     results |= {"hyper": every.hyper, "n": len(dataset)}
     for name, rule in rules.items():
@@ -336,34 +294,55 @@ def margins(rule, sums, counts, reference):
 
 # ----------------------------------------------------------------------------- the command line
 
-COMMANDS = {
-    "reward": (RewardSettings, reward),
-    "pairs": (PairsSettings, pairs),
-    "world": (world.WorldFlags, world.world),
-    "alpaca": (alpaca.Settings, alpaca.alpaca),
-    "arena": (arena.Settings, arena.arena),
-    "mtbench": (mtbench.Settings, mtbench.mtbench),
-    "compare": (compare.Settings, compare.compare),
-    "report": (report.Settings, report.report),
-    "context": (analysis.ContextSettings, analysis.context),
-    "next_token": (analysis.NextTokenSettings, analysis.next_token),
-    "attention": (attention.AttentionSettings, attention.attention),
-    "judge": (JudgeSettings, judge),
-    "runs": (runs.RunsFlags, runs.runs),
-    "describe": (data_report.DescribeFlags, data_report.describe),
-    "plan": (plan.PlanFlags, plan.plan),
-}
+COMMANDS = {  # name: (module of evals/ or None for this file, function, flags, what it does)
+    "reward": (None, "evaluate_reward", "RewardFlags",
+               "score answers with a reward model, and count wins against other answers"),
+    "pairs": (None, "evaluate_pairs", "PairsFlags",
+              "accuracy and margin of the implicit reward on preference pairs: of the plain "
+              "policy, which gets deployed, and of the cross-conditioned one, which was trained"),
+    "alpaca": ("alpaca", "alpaca", "Settings",
+               "AlpacaEval 2: win rate, raw and length-controlled, from annotations"),
+    "arena": ("arena", "arena", "ArenaFlags",
+              "Arena-Hard: scores from verdicts, raw and style-controlled"),
+    "mtbench": ("mtbench", "mtbench", "MtbenchFlags", "MT-Bench: scores by turn and category"),
+    "judge": ("judge", "judge", "JudgeFlags",
+              "let a model compare answers, or grade them; files as the benchmarks' tools write"),
+    "compare": ("compare", "compare", "Settings",
+                "two models, question by question, with a paired interval"),
+    "report": ("report", "report", "Settings", "one self-contained page of all of it"),
+    "context": ("context", "context", "ContextSettings",
+                "why conditioning works: answers with and without another one (IFSR's Table 2)"),
+    "next_token": ("context", "next_token", "NextTokenSettings",
+                   "the same for the next token's distribution (IFSR's Table 7)"),
+    "attention": ("attention", "attention", "AttentionSettings",
+                  "where the attention of a conditioned answer goes (IFSR's Figure 4)"),
+    "world": ("world", "world", "WorldFlags", "exact win rate in the embedded small world"),
+    "describe": ("describe", "describe", "DescribeFlags",
+                 "what a training run would make of its data"),
+    "plan": ("plan", "plan", "PlanFlags", "the memory that a training run would take"),
+    "runs": ("runs", "runs", "RunsFlags",
+             "draw training runs over each other, and tabulate their ends"),
+}  # fmt: skip
+
+
+def find_command(name):
+    """(flags dataclass, function) of a command; its module is imported only now."""
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name}; the commands are {', '.join(COMMANDS)}")
+    module, function, flags, _ = COMMANDS[name]
+    home = importlib.import_module(f"evals.{module}") if module else sys.modules[__name__]
+    return getattr(home, flags), getattr(home, function)
 
 
 def main():
     name, *argv = sys.argv[1:] or ["(none)"]
     if name in ("-h", "--help"):
         print(__doc__)
-    elif name not in COMMANDS:
-        raise UserError(f"unknown command {name}; the commands are {', '.join(COMMANDS)}")
+        for command, (*_, about) in COMMANDS.items():
+            print(textwrap.fill(f"{command:12}{about}", 100, subsequent_indent=" " * 12))
     else:
-        settings, command = COMMANDS[name]
-        command(pin(parse(settings, f"evaluate.py {name}: {command.__doc__}", argv)))
+        flags, command = find_command(name)
+        command(pin(parse(flags, f"evaluate.py {name}: {command.__doc__}", argv)))
 
 
 if __name__ == "__main__":

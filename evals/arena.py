@@ -18,30 +18,22 @@ Intervals: 95%, by the bootstrap over questions (upstream: over games, which com
 pairs, and 90%). Legend: Q questions, M models, G games, S style columns, R resamples.
 """
 
-import re
 from dataclasses import dataclass
 
 import numpy as np
 
 from evals.results import collect, number, refuse, rows_of, save, table
 from evals.stats import Estimate, interval, logistic, ratio_of_sums, resample, sigmoid
+from evals.verdicts import VERDICTS, read_verdict, to_label
 from jobs.cli import UserError, flag, progress, require
+from jobs.flags import VerdictFlags
 
-STRONG = 3  # how often a strong verdict counts
-VERDICTS = {  # label -> (score of A, weight)
-    "A>>B": (1.0, STRONG),
-    "A>B": (1.0, 1),
-    "A=B": (0.5, 1),
-    "B>A": (0.0, 1),
-    "B>>A": (0.0, STRONG),
-}
-VERDICTS |= {k.translate(str.maketrans("AB><", "BA<>")): v for k, v in VERDICTS.items()}
 STYLE = ("token_len", "header_count", "list_count", "bold_count")
 CONTROLS = {"none": [], "length": [0], "markdown": [1, 2, 3], "both": [0, 1, 2, 3]}
 
 
 @dataclass
-class Settings:
+class ArenaFlags(VerdictFlags):
     """Every flag of `evaluate.py arena`."""
 
     judgments: str | None = flag(None, "judgment files, a path or glob: jsonl of model, games")
@@ -52,22 +44,9 @@ class Settings:
     baseline: str | None = flag(None, "the baseline's name in --answers; for --control")
     category: str | None = flag(None, "only questions of this category, say hard_prompt")
     resamples: int = flag(1000, "of the bootstrap over questions")
-    max_missing: float = flag(0.05, "largest share of missing or faulty verdicts of a model")
-    seed: int = flag(0, "of the bootstrap")
-    out: str | None = flag(None, "json file for the numbers")
 
 
 # ----------------------------------------------------------------------------- verdicts
-
-
-def parse_verdict(text):
-    """A judge's text -> the label in its double brackets, or None: none there, or two that differ.
-
-    >>> parse_verdict("Mine is better. My final verdict is: [[A>>B]].")
-    'A>>B'
-    """
-    found = set(re.findall(r"\[\[\s*([AB<>=]+)\s*\]\]", text))
-    return found.pop() if len(found) == 1 and found <= VERDICTS.keys() else None
 
 
 def verdict_of(game):
@@ -78,9 +57,8 @@ def verdict_of(game):
     text = text.get("answer") if isinstance(text, dict) else text
     if label is None and not (isinstance(text, str) and text.strip()):
         return None, "null"
-    label = label if label is not None else parse_verdict(text)
-    found = VERDICTS.get(label) if isinstance(label, str) else None
-    return found, None if found else "unparsable"
+    label = read_verdict(text) if label is None else to_label(str(label))
+    return (VERDICTS[label], None) if label else (None, "unparsable")
 
 
 def read_games(row):
@@ -97,14 +75,14 @@ def read_games(row):
 
 def read_judgments(pattern, category=None):
     """{model: {question: games or None}} and {model: Drops} of all files."""
-    models, drops = collect(judgments(pattern, category))
+    models, drops = collect(judged_games(pattern, category))
     if not models:
         only = f" of category {category}" if category is not None else ""
         raise UserError(f"--judgments {pattern}: no judgments{only}")
     return models, drops
 
 
-def judgments(pattern, category):
+def judged_games(pattern, category):
     """What results.collect takes, of all files."""
     for where, row in rows_of(pattern, "--judgments"):
         question = row.get("uid", row.get("question_id"))

@@ -23,11 +23,13 @@ import numpy as np
 
 from evals.answers import align, read_answers
 from evals.stats import estimate
+from evals.verdicts import VERDICTS, read_grade, read_verdict
 from generate import answerer
 from hub.benchmarks import json_digest, question_id, refuse_twins, transcript, write_rows
 from hub.weights import Weights, resolve
 from jobs.cli import UserError, flag, progress, require
 from jobs.files import Store
+from jobs.flags import EndpointFlags, ModelFlags, SamplingFlags
 from pairs.questions import Ask
 
 # ----------------------------------------------------------------------------- what is asked
@@ -115,32 +117,6 @@ def known(name):
 
 # ----------------------------------------------------------------------------- what is answered
 
-LABELS = {"A": "A>B", "B": "B>A", "C": "A=B", "B=A": "A=B", "A<B": "B>A", "B<A": "A>B"}
-LABELS |= {"A<<B": "B>>A", "B<<A": "A>>B"}
-WINS_OF_B = {"A>>B": 0.0, "A>B": 0.0, "A=B": 0.5, "B>A": 1.0, "B>>A": 1.0}
-
-
-def read_verdict(text):
-    """The last verdict of a judge's text, as "A>>B" … "B>>A"; None where there is none.
-
-    [[A>B]], or [A>B] where no doubled brackets are, as Arena-Hard reads it; MT-Bench's [[A]],
-    [[B]] and [[C]], a tie, too.
-    """
-    for pattern in (r"\[\[([ABC<>=]+)\]\]", r"\[([AB][<>=]+[AB])\]"):
-        if found := re.findall(pattern, text.upper()):
-            label = LABELS.get(found[-1], found[-1])
-            return label if label in WINS_OF_B else None
-    return None
-
-
-def read_grade(text):
-    """The first [[7]] or [[7.5]] of a judge's text, else of its [7]; None if not from 1 to 10."""
-    for pattern in (r"\[\[(\d+\.?\d*)\]\]", r"\[(\d+\.?\d*)\]"):
-        if found := re.search(pattern, text):
-            grade = float(found[1])
-            return grade if 1 <= grade <= 10 else None
-    return None
-
 
 class Words(NamedTuple):
     """What a judge said, and at what expense of tokens; None where it is not known."""
@@ -195,8 +171,13 @@ def count_tokens(answers, row):
 
 def share(games):
     """A question's mean win of --answers over both orders, ties half; None unless both are read."""
-    first, second = (game and WINS_OF_B.get(game["score"]) for game in games)
+    first, second = (game and wins_of_b(game) for game in games)
     return None if first is None or second is None else (first + 1 - second) / 2
+
+
+def wins_of_b(game):
+    """1, 1/2 or 0 for who is shown as B, a strong verdict as any; None where none was read."""
+    return None if game["score"] is None else 1 - VERDICTS[game["score"]][0]
 
 
 def names(s, ours, theirs):
@@ -234,7 +215,7 @@ def arena_row(s, ours, theirs, games):
 def pair_row(s, ours, theirs, games):
     models, winners = dict(zip(("model_1", "model_2"), names(s, ours, theirs), strict=True)), []
     for game, (a, b) in zip(games, (models, reversed(models)), strict=True):
-        wins = game and WINS_OF_B.get(game["score"])
+        wins = game and wins_of_b(game)
         winners.append({None: "error", 0.0: a, 0.5: "tie", 1.0: b}[wins])
     turn = ours.about["turn"]
     row = {"question_id": question_id({"prompt": ours.prompt} | ours.about)} | models
@@ -246,7 +227,7 @@ def pair_row(s, ours, theirs, games):
     return row | {"turn": turn, "tstamp": time.time()}
 
 
-FORMATS = {  # of --out: what makes a row of two games; None where nothing is compared
+VERDICT_FORMATS = {  # of --out: what makes a row of two games; None where nothing is compared
     "alpaca_eval": annotation,
     "arena_hard": arena_row,
     "mt_bench": None,
@@ -258,16 +239,15 @@ FORMATS = {  # of --out: what makes a row of two games; None where nothing is co
 
 
 @dataclass
-class JudgeSettings:
+class JudgeFlags(ModelFlags, SamplingFlags, EndpointFlags):
     """Every flag of `evaluate.py judge`."""
 
     model: str | None = flag(
         None, "the judge: HF directory, hub id, or the --endpoint's name for it"
     )
-    revision: str | None = flag(None, "branch, tag or commit of --model on the hub")
     answers: str | None = flag(None, "answers in any format that generate.py writes")
     against: str | None = flag(None, "answers to the same prompts, or pairs: their chosen answers")
-    format: str = flag("alpaca_eval", "of --out", tuple(FORMATS))
+    format: str = flag("alpaca_eval", "of --out", tuple(VERDICT_FORMATS))
     out: str | None = flag(None, "file of verdicts")
     questions: str | None = flag(None, "question file: categories, references; MT-Bench's turns")
     template: str | None = flag(None, "file of your own prompt; default: judge.py's")
@@ -277,22 +257,14 @@ class JudgeSettings:
     price_in: float = flag(0.0, "dollars per million tokens that the judge reads")
     price_out: float = flag(0.0, "dollars per million tokens that it writes")
     limit: int | None = flag(None, "only the first N answers")
-    temperature: float = flag(0.0, "of the judge")
-    top_p: float = flag(1.0, "of the judge")
-    max_new_tokens: int = flag(2048, "longest judgment")
+    temperature: float = flag(0.0, "of the judge; 0 takes the likeliest token")
+    top_p: float = flag(1.0, "mass of the nucleus that the judge's tokens are drawn from")
     seed: int = flag(0, "of the judge and of the bootstrap")
-    batch: int = flag(16, "sequences that a local judge has at once")
-    dtype: str | None = flag(None, "default: bf16 on CUDA, else fp32", ("bf16", "fp32"))
-    device: str = flag("auto", "where a local judge runs", ("auto", "cpu", "cuda"))
-    endpoint: str | None = flag(None, "OpenAI-compatible server, as http://127.0.0.1:8000/v1")
-    concurrency: int = flag(8, "judgments that --endpoint has at once")
-    timeout: float = flag(600.0, "seconds that --endpoint may take for one judgment")
-    retries: int = flag(8, "further tries of a request before --endpoint is given up")
 
 
 def judge(s):
     """Let --model compare --answers with --against, or grade them; write verdicts, print rates."""
-    single = FORMATS[s.format] is None
+    single = VERDICT_FORMATS[s.format] is None
     require(s, "model", "answers", "out", *([] if single else ["against"]))
     if single and s.against:
         raise UserError("--format mt_bench grades single answers; leave --against out")
@@ -300,7 +272,11 @@ def judge(s):
     answers = read_answers(s.answers, "--answers", s.questions)[: s.limit]
     others = None if single else read_others(s, answers)
     ask = Judge(s)
-    rows = grade(s, prompt, answers, ask) if single else compare(s, prompt, answers, others, ask)
+    rows = (
+        grade(s, prompt, answers, ask)
+        if single
+        else compare_answers(s, prompt, answers, others, ask)
+    )
     write_rows(s.out, rows, lines=s.format != "alpaca_eval")
     report_cost(s, ask, len(answers) * (1 if single else 2))
 
@@ -324,7 +300,7 @@ def read_template(file, single):
         raise UserError(f"--template {file}: not readable: {error}") from error
 
 
-def compare(s, prompt, answers, others, ask):
+def compare_answers(s, prompt, answers, others, ask):
     """Two games per question, --against first as A and then as B -> rows of the file."""
     prompts = []
     for ours, theirs in zip(answers, others, strict=True):
@@ -339,7 +315,7 @@ def compare(s, prompt, answers, others, ask):
     ]
     games = list(zip(games[::2], games[1::2], strict=True))
     report_games(s, games)
-    write = FORMATS[s.format]
+    write = VERDICT_FORMATS[s.format]
     return [write(s, *row) for row in zip(answers, others, games, strict=True)]
 
 
@@ -384,7 +360,7 @@ def report_games(s, games):
     rate, ties = estimate(read, s.seed), int((read == 0.5).sum())
     print(f"win rate {rate:.1%}, ties as half; {ties} of {len(read)} undecided over both orders")
     both = [pair for pair, x in zip(games, shares, strict=True) if x is not None]
-    wins = np.array([[WINS_OF_B[game["score"]] for game in pair] for pair in both])  # (N, 2)
+    wins = np.array([[wins_of_b(game) for game in pair] for pair in both])  # (N, 2)
     agree = (wins.sum(1) == 1).mean()
     print(f"both orders agree on {agree:.1%}; the answer shown last won {wins.mean():.1%}")
 

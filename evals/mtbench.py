@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evals.judge import read_grade
 from evals.results import collect, number, refuse, rows_of, save, table
 from evals.stats import ratio_of_sums
+from evals.verdicts import read_grade
 from jobs.cli import UserError, flag, require
+from jobs.flags import VerdictFlags
 
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem",
               "humanities")  # fmt: skip
@@ -27,7 +28,7 @@ FIRST = 81  # ten questions per category, 81 to 160
 
 
 @dataclass
-class Settings:
+class MtbenchFlags(VerdictFlags):
     """Every flag of `evaluate.py mtbench`."""
 
     judgments: str | None = flag(
@@ -37,9 +38,6 @@ class Settings:
         None, "question file with categories; default: MT-Bench's own numbers, 81 to 160"
     )
     resamples: int = flag(10_000, "of the bootstrap over questions")
-    max_missing: float = flag(0.05, "largest share of missing or faulty scores of a model")
-    seed: int = flag(0, "of the bootstrap")
-    out: str | None = flag(None, "json file for the numbers")
 
 
 def score_of(row):
@@ -63,13 +61,13 @@ def share_of(row, us):
 
 def read_scores(pattern):
     """{model: {(question, turn): score or None}} and {model: Drops} of all files."""
-    models, drops = collect(judgments(pattern))
+    models, drops = collect(judged_turns(pattern))
     if not models:
         raise UserError(f"--judgments {pattern}: no judgments")
     return models, drops
 
 
-def judgments(pattern):
+def judged_turns(pattern):
     """What results.collect takes, of all files."""
     for where, row in rows_of(pattern, "--judgments"):
         names = [row.get(name) for name in (PAIR if "g1_winner" in row else ("model",))]
@@ -103,7 +101,7 @@ def mean_score(scores, seed, resamples):
     return ratio_of_sums(*zip(*sums.values(), strict=True), seed, resamples)
 
 
-def evaluate_model(scores, categories, seed, resamples):
+def mean_scores(scores, categories, seed, resamples):
     """Everything the tables show of one model -> dict."""
 
     def part(keep):
@@ -140,20 +138,21 @@ def mtbench(s):
         if all(score is None for score in scores.values()):
             raise UserError(f"{model}: not one score")
     results = {
-        model: evaluate_model(scores, categories, s.seed, s.resamples)
+        model: mean_scores(scores, categories, s.seed, s.resamples)
         for model, scores in models.items()
     }
     order = sorted(results, key=lambda model: -results[model]["score"].mean)
     print(table([
         {"model": m, "n": results[m]["n"], "score": f"{results[m]['score']:.2f}"}
-        | {f"turn {t}": cell(v) for t, v in results[m]["turns"].items()}
+        | {f"turn {t}": two_digits(v) for t, v in results[m]["turns"].items()}
         for m in order
     ]))  # fmt: skip
     print(table([
-        {"model": m} | {c: cell(v) for c, v in results[m]["categories"].items()} for m in order
+        {"model": m} | {c: two_digits(v) for c, v in results[m]["categories"].items()}
+        for m in order
     ]))  # fmt: skip
     save(s.out, {"command": "mtbench", "seed": s.seed, "models": results})
 
 
-def cell(estimate):
+def two_digits(estimate):
     return f"{estimate.mean:.2f}" if estimate else "-"

@@ -19,7 +19,7 @@ from evals.answers import Answer
 from evals.stats import Estimate, estimate, win_rate
 from evals.world import world_probabilities, world_win_rate
 from evaluate import open_scores, reward_scores
-from evaluate import score as real
+from evaluate import path_sums as real
 from generate import load_model
 from hub.template import Template
 from jobs.cli import UserError
@@ -178,8 +178,8 @@ def pairs_of(tiny_model_dir, start_dir, pairs_file, tmp_path):
         flags = {"model": tiny_model_dir, "ref": start_dir, "data": pairs_file, "limit": 6} | flags
         out = tmp_path / "out.json"
         words = [f"--{k}={v}" for k, v in flags.items() if v is not None]
-        settings = evaluate.parse(evaluate.PairsSettings, "", [*words, f"--out={out}"])
-        evaluate.pairs(settings)
+        settings = evaluate.parse(evaluate.PairsFlags, "", [*words, f"--out={out}"])
+        evaluate.evaluate_pairs(settings)
         return json.loads(out.read_text())
 
     return go
@@ -352,7 +352,7 @@ def test_cached_scores(reward_dir, tmp_path, monkeypatch):
     """Only new answers are scored again, also after a line was cut; other weights have others."""
     model, template = load(reward_dir), Template(reward_dir)
     expected, asked = reward_scores(model, template, ANSWERS), []
-    monkeypatch.setattr(evaluate, "score", lambda *a: asked.append(len(a[2])) or real(*a))
+    monkeypatch.setattr(evaluate, "path_sums", lambda *a: asked.append(len(a[2])) or real(*a))
 
     def scores(answers):
         cache = open_scores(tmp_path, model, reward_dir)
@@ -400,7 +400,7 @@ def test_world_command(tiny_model_dir, start_dir, command, tmp_path):
 
 
 def test_answers_are_joined_by_prompt(files, tmp_path):
-    settings = evaluate.RewardSettings("rm", answers=str(files[0]), against=str(files[1]))
+    settings = evaluate.RewardFlags("rm", answers=str(files[0]), against=str(files[1]))
     answers = evaluate.read_answers(settings.answers, "--answers")
     others = evaluate.read_answers(settings.against, "--against")
     assert [a.text for a in evaluate.align(answers, others, "")] == [f"b{i}" for i in range(5)]

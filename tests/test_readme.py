@@ -43,7 +43,7 @@ CALLS = [call for text in shell_texts() for call in commands(text)]
 
 def known_flags(script, arguments):
     if script == "evaluate":
-        return parser_of(evaluate.COMMANDS[arguments[0]][0], "")
+        return parser_of(evaluate.find_command(arguments[0])[0], "")
     return parser_of({"train": TrainFlags, "generate": generate.GenerateFlags}[script], "")
 
 

@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 
 from evals import arena, mtbench
-from evals.arena import bradley_terry, parse_verdict, raw_score, read_games, style_difference
+from evals.arena import bradley_terry, raw_score, read_games, style_difference
 from evals.stats import sigmoid
+from evals.verdicts import read_verdict
 from jobs.cli import UserError, parse
+
+FLAGS = {arena: arena.ArenaFlags, mtbench: mtbench.MtbenchFlags}
 
 
 def call(module, command, *words, out=None):
     words = [*words, *([f"--out={out}"] if out else [])]
-    command(parse(module.Settings, "", list(map(str, words))))
+    command(parse(FLAGS[module], "", list(map(str, words))))
     return json.loads(out.read_text())["models"] if out else None
 
 
@@ -32,11 +35,11 @@ def judged(question, first, second, model="ours", **more):
 
 @pytest.mark.parametrize("text, label", [
     ("… [[A>>B]]", "A>>B"), ("[[A>B]] and again [[A>B]]", "A>B"), ("[[ B>A ]]", "B>A"),
-    ("[[A<<B]]", "A<<B"), ("[[A=B]]", "A=B"), ("[[A>B]] or [[B>A]]", None), ("A>B", None),
-    ("[[A>>>B]]", None), ("[[B]]", None), ("", None),
+    ("[[A<<B]]", "B>>A"), ("[[A=B]]", "A=B"), ("[[A>B]] or [[B>A]]", "B>A"), ("A>B", None),
+    ("[[A>>>B]]", None), ("[[B]]", "B>A"), ("", None),
 ])  # fmt: skip
 def test_verdicts(text, label):
-    assert parse_verdict(text) == label
+    assert read_verdict(text) == label
 
 
 def test_the_model_is_b_first_and_a_second():

@@ -9,7 +9,8 @@ from chat_server import ChatServer
 import evaluate
 import generate
 from conftest import write_model
-from evals.judge import COMPARE, GRADE, WINS_OF_B, Prompt, read_grade, read_verdict
+from evals.judge import COMPARE, GRADE, Prompt
+from evals.verdicts import VERDICTS, read_grade, read_verdict
 from hub import endpoint
 from jobs.cli import UserError
 
@@ -108,12 +109,12 @@ def rows(file):
 )
 def test_verdicts(text, label):
     assert read_verdict(text) == label
-    assert label is None or label in WINS_OF_B
+    assert label is None or label in VERDICTS
 
 
 @pytest.mark.parametrize(
     "text, grade",
-    [("[[7]]", 7), ("[[7.5]] or [[8]]", 7.5), ("[3]", 3), ("[[0]]", None), ("[[11]]", None)]
+    [("[[7]]", 7), ("[[8]]? no: [[7.5]]", 7.5), ("[3]", 3), ("[[0]]", None), ("[[11]]", None)]
     + [("Rating: 7", None), ("[[seven]]", None), ("[2] then [[9]]", 9)],
 )
 def test_grades(text, grade):
