@@ -283,6 +283,16 @@ class Recipe:
         # KTO's z is a log-ratio too, so its mismatched answers have a reference as well
         return unique(self.reference_path(path) for path in self.paths + self.kl_paths)
 
+    def kl(self, sums, reference):
+        """KTO's z from (B,) values of the kl_paths: the mean log-ratio, at least 0; else None.
+
+        Without gradient: the caller hands in detached values.
+        """
+        if not self.kl_paths:
+            return None
+        ratios = [sums[path] - reference[self.reference_path(path)] for path in self.kl_paths]
+        return torch.stack(ratios).mean().clamp(min=0)
+
     def __call__(self, sums, counts, reference, kl=None):
         """Losses of B pairs.
 

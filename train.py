@@ -149,17 +149,16 @@ def data_key(s, template, recipe):
     """Digest of all that decides the tokens. A guard counts by its weights, not its path."""
     sources = parse_sources(s.data, s.data_revision)
     sources += parse_sources(s.eval_data, s.eval_revision) if s.eval_data else []
-    names = ("data", "eval_data", "eval_pairs", "limit", "bad_rows", "max_len", "draft_cap",
-             "score_eos", "instruction", "sep", "seed")  # fmt: skip
-    choices = {name: getattr(s, name) for name in names} | dataclasses.asdict(Rules.of(s))
+    names = ["eval_data", "eval_pairs", "max_len", "draft_cap", "score_eos", "instruction", "sep"]
+    names += [f.name for flags in (Rules, DataFlags) for f in dataclasses.fields(flags)]
+    choices = {name: getattr(s, name) for name in (*names, "seed")}
     if s.guard:
         from pairs.guard import identity
 
         choices["guard"] = identity(s.guard)
     decides = [recipe.paths, recipe.bridge, recipe.objective.head, recipe.objective.answers]
-    choices |= {"recipe": str(decides)}
     files = [file for source in sources for file in source.files]
-    return token_cache.key_of(files, template, choices)
+    return token_cache.key_of(files, template, choices | {"recipe": str(decides)})
 
 
 def read_and_tokenise(s, template, recipe, shown=False):
@@ -354,6 +353,7 @@ class Run:
         # What the reference must score. Validation pairs in the very tries of `validate`, so that
         # policy and reference round alike, and a plain policy that has not moved has margin 0.
         self.wanted, self.reference = {}, {}
+        self.reference_file = Path(s.out) / "reference.safetensors"
         if r.objective.head == "logps" and len(r.objective.answers) == 2:
             paths = {"train": r.reference_paths, "validation": self.validation_paths}
             self.wanted = {name: paths[name] for name in sets if paths[name]}
@@ -414,27 +414,26 @@ class Run:
         """
         if not self.wanted:
             return None
-        ranks, start = self.ranks, time.monotonic()
-        file = Path(self.s.out) / "reference.safetensors"
-        key = ranks.share(lambda: self.reference_key(digest))
-        found = ranks.share(lambda: checkpoint.read_keyed(file, key, ranks.say))
-        tensors = found or {}
-        if not found:
-            model = self.model
+        start = time.monotonic()
+
+        def score():
+            model, tensors = self.model, {}
             if self.s.ref_model is not None:
-                model = build_model(self.s, ranks, source, "logps")
+                model = build_model(self.s, self.ranks, source, "logps")
             for name, paths in self.wanted.items():
                 pairs = range(len(self.sets[name]))
                 values = self.score(model, self.sets[name], pairs, paths, f"reference {name}")
-                tensors[name] = values.cpu()
-            for name, values in tensors.items():
                 if len(bad := (~values.isfinite()).any(1).nonzero()):
                     where = self.sets[name].examples[bad[0].item()].where
                     raise UserError(f"{where}: its reference log-probability is not finite")
-            ranks.share(lambda: checkpoint.write_keyed(tensors, file, key))
+                tensors[name] = values.cpu()
+            return tensors
+
+        key = self.ranks.share(lambda: self.reference_key(digest))
+        tensors, new = checkpoint.computed_once(self.reference_file, key, score, self.ranks)
         for name, paths in self.wanted.items():
-            self.reference[name] = by_path(tensors[name].to(ranks.device), paths)
-        if found:
+            self.reference[name] = by_path(tensors[name].to(self.ranks.device), paths)
+        if not new:
             return None
         n = sum(len(self.sets[name]) for name in self.wanted)
         return {"reference_seconds": round(time.monotonic() - start, 3), "reference_pairs": n}
@@ -471,16 +470,9 @@ class Run:
         if not gap <= (5e-2 if self.s.dtype == "bf16" else 1e-3):
             raise UserError(
                 f"step 0: policy and reference differ by {gap:.3g} nats per token where they must "
-                f"agree; remove {Path(self.s.out) / 'reference.safetensors'} and start again"
+                f"agree; remove {self.reference_file} and start again"
             )
         self.ranks.say(f"step 0: policy and reference agree within {gap:.1g} nats per token")
-
-    def kl(self, sums, reference):
-        """KTO's z: mean log-ratio of mismatched answers, at least 0. None for other objectives."""
-        if not (paths := self.recipe.kl_paths):
-            return None
-        ratios = [sums[path] - reference[self.recipe.reference_path(path)] for path in paths]
-        return torch.stack(ratios).mean().clamp(min=0)
 
     # -- one optimizer step
 
@@ -519,21 +511,19 @@ class Run:
         line |= {"chosen_reward": chosen / len(pairs), "lr": self.learning_rate(step)}
         line |= {"grad_norm": norm, "pairs": len(pairs), "tokens": int(tokens)}
         fill = tokens / (len(rows) * self.ranks.world * self.s.row_tokens)
-        return line | {"row_fill": round(fill, 4)} | self.speed(start, line), stop > 0
-
-    def speed(self, start, line):
-        """Seconds since `start`, what they did, and peak memory (GiB) of the fullest process."""
-        seconds = time.monotonic() - start
-        rates = {f"{k}_per_second": round(line[k] / seconds, 2) for k in ("pairs", "tokens")}
-        memory = round(self.ranks.most(peak_memory(self.ranks.kind)), 3)
-        return {"seconds": round(seconds, 4)} | rates | {"memory_gib": memory}
+        line |= {"row_fill": round(fill, 4), "seconds": round(time.monotonic() - start, 4)}
+        line |= {
+            f"{k}_per_second": round(line[k] / line["seconds"], 2) for k in ("pairs", "tokens")
+        }
+        memory = self.ranks.most(peak_memory(self.ranks.kind))  # of the fullest process
+        return line | {"memory_gib": round(memory, 3)}, stop > 0
 
     def kl_of_step(self, pairs):
         """KTO's z over the pairs of this step, by a pass without gradient; else None."""
         if not (paths := self.recipe.kl_paths):
             return None
         sums = by_path(self.score(self.model, self.train, pairs, paths), paths)
-        return self.kl(sums, self.reference_of("train", pairs))
+        return self.recipe.kl(sums, self.reference_of("train", pairs))
 
     def backward(self, row, pairs, paths, kl, units):
         """Forward and backward of one row -> (5,) loss, accuracy, rewards, tokens, summed."""
@@ -580,7 +570,7 @@ class Run:
         sums = by_path(self.score(self.model, dataset, pairs, paths, "validate"), paths)
         counts = by_path(self.counts(dataset, pairs, paths), paths)
         reference = self.reference_of("validation")
-        out = recipe(sums, counts, reference, self.kl(sums, reference))
+        out = recipe(sums, counts, reference, recipe.kl(sums, reference))
         line = {"step": step, "eval_loss": (out.losses.sum() / out.units.sum()).item()}
         if "rejected" in recipe.objective.answers:
             margin = out.rewards["chosen"] - out.rewards["rejected"]
@@ -646,8 +636,14 @@ def loop(job, metrics, template, first):
                     job.save(done)
             validate(job, metrics, template, plan.steps)
             job.saver.wait()
-        except Stopped:
-            stop_here(job, metrics, done)
+        except Stopped:  # a signal: save what is done, say so, end well
+            metrics.flush()
+            if job.state["step"] != done:
+                job.save(done)
+            job.saver.wait()
+            ranks.say(f"stopped by a signal after step {done}; --resume goes on from here")
+            dist.barrier()
+            raise SystemExit(0) from None
 
 
 def validate(job, metrics, template, step):
@@ -664,17 +660,6 @@ def validate(job, metrics, template, step):
         job.state |= {"best": line["eval_loss"], "best_step": step}
         job.export("best", template)
     metrics.plot()
-
-
-def stop_here(job, metrics, done):
-    """After a signal: save what is done, say so, end well."""
-    metrics.flush()
-    if job.state["step"] != done:
-        job.save(done)
-    job.saver.wait()
-    job.ranks.say(f"stopped by a signal after step {done}; --resume goes on from here")
-    dist.barrier()
-    raise SystemExit(0)
 
 
 if __name__ == "__main__":

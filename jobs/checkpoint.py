@@ -240,6 +240,19 @@ def _read_rows(files, name, n, part, rows):
 # ----------------------------------------------------------------------------- tensors with a key
 
 
+def computed_once(file, key, compute, ranks):
+    """Returns ({name: tensor}, whether they were computed now): those of `file`, if of this key.
+
+    Else what compute() gives on every rank, which is written to `file`.
+    """
+    found = ranks.share(lambda: read_keyed(file, key, ranks.say))
+    if found:
+        return found, False
+    tensors = compute()
+    ranks.share(lambda: write_keyed(tensors, file, key))
+    return tensors, True
+
+
 def write_keyed(tensors, file, key):
     """Writes {name: tensor} with a key of what they depend on: aside, flushed, renamed."""
     with resumable(file), written_whole(file) as aside:
