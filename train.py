@@ -311,12 +311,7 @@ def build_model(s, ranks, source, head):
     model.attend = (flex if s.attention == "flex" else chains).attend
     if not s.context_grad:
         model.states = detached.states
-    for block in model.blocks:
-        block.recompute = s.checkpoint_activations
-        if s.compile:
-            block.body = torch.compile(block.body)
     shard(model, s, ranks)
-    model.to_empty(device="cpu" if s.offload else ranks.device)
     load_weights(model, source, local_part)
     return model
 

@@ -237,7 +237,9 @@ def need_compiler():
 
 
 def shard(model, s, ranks):
-    """FSDP2: fp32 shards and reductions, compute in --dtype; one unit per block, one for the rest.
+    """Shards a model on the meta device by FSDP2 and gives it memory, still without values.
+
+    fp32 shards and reductions, compute in --dtype; one unit per block, one for the rest.
 
     The root (embedding, final norm, head) stays gathered through forward, so that the chunked head
     does not gather once per chunk. A single rank keeps everything gathered for the whole step.
@@ -256,8 +258,12 @@ def shard(model, s, ranks):
         "reshard_after_forward": ranks.world > 1,
     }
     for block in model.blocks:
+        block.recompute = s.checkpoint_activations
+        if s.compile:
+            block.body = torch.compile(block.body)
         fully_shard(block, **options)
     fully_shard(model, **options | {"reshard_after_forward": False})
+    model.to_empty(device="cpu" if s.offload else ranks.device)
 
 
 def reshard(model):
