@@ -1,53 +1,68 @@
-"""What --context_grad false changes: `python bench/context_grad.py`.
+"""What does `--context_grad false` change? The gradient, and win rates in the small world.
+
+    python -m bench.context_grad --pairs 6
 
     gradient    at the start of DPO, where every pair weighs the same: its cosine with the exact one
                 and its share of the exact norm, over all parameters, mean over pairs
     win rates   in the small world (bench/small_world.py's runs, learning rate and seeds), of the
-                policy as deployed and as shown the answer to beat
+                policy as deployed and as shown the answer to beat; percent, mean ± standard
+                deviation over seeds
 
-What it saves is a row of bench/overhead.py and bench/pairs_per_second.py.
+What it saves is a row of bench/pairs_per_second.py.
 """
 
 import statistics
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests")]
+import torch
 
-import small_world  # noqa: E402
-import torch  # noqa: E402
-from smollm2 import smollm2_dir  # noqa: E402
+import losses
+from bench import small_world
+from bench.inputs import WorkloadFlags
+from bench.measuring import table, tell
+from bench.training import CONTENDERS
+from data import Dataset, Limits, build_row
+from hub.template import Template
+from jobs.cli import flag, parse, run
+from kernels import detached
+from model import load, scored_states
+from pairs.read import Drops, read_pairs
 
-from bench.measuring import table, tell  # noqa: E402
-from bench.training import CONTENDERS  # noqa: E402
-from data import Dataset, Limits, build_row  # noqa: E402
-from generate import load_model  # noqa: E402
-from jobs.cli import flag, parse, run  # noqa: E402
-from kernels import detached  # noqa: E402
-from losses import recipe  # noqa: E402
-from model import scored_states  # noqa: E402
-from pairs.read import Drops, read_pairs  # noqa: E402
-
-NAMES = ("ins_dpo", "ins_dpo, turn", "averaged, sep", "averaged, turn", "dpo")
-FORMS = {name: CONTENDERS[name] for name in NAMES}  # as flags
+FORMS = ("ins_dpo", "ins_dpo, turn", "averaged, sep", "averaged, turn", "dpo")
 START, KIND, LR = "start", "separable", 4e-4  # as bench/small_world.py runs dpo
 
 
 @dataclass
-class Settings:
+class ContextGradFlags(WorkloadFlags):
     """Flags."""
 
-    model: str | None = flag(
-        None, "HF directory; default: SmolLM2-135M, see tests/tools/smollm2.py"
-    )
-    data: str = flag("../shared/data/hh-harmless-test.jsonl.gz", "preference pairs")
     pairs: int = flag(8, "pairs whose gradients are compared")
     seeds: int = flag(5, "runs of each form in the small world; 0: none")
     workers: int = flag(2, "runs side by side")
-    out: str = flag("bench/context_grad.json", "where the figures go")
+    out: str = flag("bench/out/context_grad.json", "where the figures go")
+
+
+def distances(s, directory, data):
+    """{form: (cosine, share of the norm)}, mean over pairs."""
+    model, template = load(directory).requires_grad_(True), Template(directory)
+    pairs, found = read_pairs(data, Drops(), s.pairs), {}
+    for name in FORMS:
+        form = CONTENDERS[name]
+        recipe = losses.recipe(form["loss"], form.get("condition"), form.get("bridge"))
+        dataset = Dataset(pairs, template, recipe, Limits(s.max_len, 0.4), "better")
+        lines = [distance(model, dataset, i, recipe.paths) for i in range(len(dataset))]
+        found[name] = [statistics.mean(column) for column in zip(*lines, strict=True)]
+    return found
+
+
+def distance(model, dataset, i, paths):
+    """(cosine, share of the norm) of one pair's gradient without that of contexts."""
+    row = build_row([dataset.trie(i, paths)], [i], len(paths))
+    signs = torch.tensor([1.0 if path.target == "chosen" else -1.0 for path in paths])
+    exact, cut = (gradient(model, row, signs, grad) for grad in (True, False))
+    return torch.cosine_similarity(exact, cut, 0).item(), (cut.norm() / exact.norm()).item()
 
 
 def gradient(model, row, signs, context_grad):
@@ -58,52 +73,17 @@ def gradient(model, row, signs, context_grad):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def distances(s):
-    """{form: (cosine, share of the norm)}, mean over pairs."""
-    model, template = load_model(s.model or smollm2_dir(build=True), "fp32", "cpu")
-    model.requires_grad_(True)
-    pairs = read_pairs(s.data, Drops(), s.pairs)
-    found = {}
-    for name, form in FORMS.items():
-        rule = recipe(form["loss"], form.get("condition"), form.get("bridge"))
-        dataset = Dataset(pairs, template, rule, Limits(1024, 0.4), "better")
-        signs = torch.tensor([1.0 if path.target == "chosen" else -1.0 for path in rule.paths])
-        lines = []
-        for i in range(len(dataset)):
-            row = build_row([dataset.trie(i, rule.paths)], [i], len(rule.paths))
-            exact, cut = (gradient(model, row, signs, grad) for grad in (True, False))
-            cosine = torch.cosine_similarity(exact, cut, 0).item()
-            lines.append((cosine, (cut.norm() / exact.norm()).item()))
-        found[name] = [statistics.mean(column) for column in zip(*lines, strict=True)]
-    return found
-
-
 def win_rates(s):
     """{(form, context_grad): [result of each seed]} of runs in the small world."""
     jobs = {}
-    for name, form in FORMS.items():
-        for grad in (True, False):
-            stages = (small_world.Stage(**form, lr=LR, context_grad=grad),)
-            made = (
-                small_world.Job((name, str(grad)), START, KIND, n, stages) for n in range(s.seeds)
-            )
-            jobs[name, grad] = list(made)
+    for key in ((name, grad) for name in FORMS for grad in (True, False)):
+        stages = (small_world.Stage(**CONTENDERS[key[0]], lr=LR, context_grad=key[1]),)
+        name = ("context_grad", key[0], str(key[1]))
+        jobs[key] = [small_world.Job(name, START, KIND, n, stages) for n in range(s.seeds)]
     with tempfile.TemporaryDirectory() as folder:
         every = [job for group in jobs.values() for job in group]
         known = small_world.run_all(every, Path(folder) / "results.jsonl", {}, s.workers)
     return {key: [known[job] for job in group] for key, group in jobs.items()}
-
-
-def main():
-    s = parse(Settings, __doc__.splitlines()[0])
-    near = distances(s)
-    tables = [table(("form", "cosine", "norm / exact"), [(k, *v) for k, v in near.items()])]
-    figures = {"gradient": near}
-    if s.seeds:
-        results = win_rates(s)
-        tables.append(world_table(results))
-        figures["win_rates"] = {" ".join(map(str, key)): runs for key, runs in results.items()}
-    tell(s, figures, *tables)
 
 
 def world_table(results):
@@ -121,6 +101,19 @@ def spread(runs, view):
     values = [100 * run[view] for run in runs]
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{deviation}"
+
+
+def main():
+    s = parse(ContextGradFlags, __doc__.splitlines()[0])
+    with s.ready() as (model, data):
+        near = distances(s, model, data)
+    tables = [table(("form", "cosine", "norm / exact"), [(k, *v) for k, v in near.items()])]
+    figures = {"gradient": near}
+    if s.seeds:
+        results = win_rates(s)
+        tables.append(world_table(results))
+        figures["win_rates"] = {" ".join(map(str, key)): runs for key, runs in results.items()}
+    tell(s, figures, *tables)
 
 
 if __name__ == "__main__":

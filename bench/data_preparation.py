@@ -1,34 +1,34 @@
 """Data preparation, timed: read, tokenise, plan and pack; again from the cache; and TRL beside it.
 
-    python bench/data_preparation.py --source hh-harmless-test.jsonl.gz --sizes 15000,30000,60000
+    python -m bench.data_preparation --source hh-harmless-test.jsonl.gz --sizes 15000,30000,60000
 
 The pairs are as long as UltraFeedback's (log-normal: prompts of about 180 tokens on average,
 answers of about 280); their texts are joined from the turns of --source, so that the tokenizer does
 real work. Every stage runs in a process of its own, so that its peak memory is its own; times are
 without imports. TRL prepares the first --peer_pairs of the same file (DPOTrainer's own preparation:
-template, tokenise, truncate), in one process, as by default. Figures: docs/data.md.
+template, tokenise, truncate), in one process, as by default.
 """
 
 import json
 import os
 import random
-import resource
-import subprocess
-import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from jobs.cli import UserError, flag, parse, require, run  # noqa: E402
-from pairs.read import Drops, read_pairs  # noqa: E402
+import losses
+from bench import measuring
+from bench.measuring import whole_numbers
+from data import Plan, pack
+from hub.template import Template
+from jobs.cli import flag, parse, require, run
+from jobs.processes import peak_memory
+from pairs.read import Drops, read_pairs
+from train import TrainFlags, load_data
 
 
 @dataclass
-class Settings:
+class PreparationFlags:
     """Every flag."""
 
     model: str = flag("~/.cache/nanopo/smollm2-135m-instruct", "HF directory: its tokenizer")
@@ -63,48 +63,30 @@ def write_pairs(file, n, source):
         return words[: max(8, size)].strip()
 
     with open(file, "w", encoding="utf-8") as f:
-        for i in range(n):
+        for _ in range(n):
             texts = {part: text(*length) for part, length in LENGTHS.items()}
-            asked = {"role": "user", "content": texts["prompt"]}
-            row = {"prompt": texts["prompt"], "prompt_id": str(i)}
+            asked, row = {"role": "user", "content": texts["prompt"]}, {"prompt": texts["prompt"]}
             for name in ("chosen", "rejected"):
                 row[name] = [asked, {"role": "assistant", "content": texts[name]}]
-            f.write(json.dumps(row | {"score_chosen": 8.0, "score_rejected": 6.0}) + "\n")
+            f.write(json.dumps(row) + "\n")
 
 
 # ----------------------------------------------------------------------------- the stages
 
 
 def ours(s):
-    """What train.py does before its model: prepare, size every pair, plan and pack an epoch."""
-    from data import Plan, pack
-    from hub.template import Template
-    from losses import recipe
-    from train import TrainFlags as Train
-    from train import load_data
-
+    """What train.py does before its model: tokenise, size every pair, plan and pack an epoch."""
     start, cpu = time.time(), time.process_time()
-    rule = recipe(s.loss)
-    t = Train(model=s.model, data=s.file, max_len=s.max_len, loss=s.loss)
-    sets, lines = load_data(t, Template(os.path.expanduser(s.model)), rule)
-    prepared = time.time()
+    recipe = losses.recipe(s.loss)
+    flags = TrainFlags(model=s.model, data=s.file, max_len=s.max_len, loss=s.loss)
+    sets, _ = load_data(flags, Template(s.model), recipe)
     train = sets["train"]
-    sizes = [train.size(i, rule.paths) for i in range(len(train))]
-    plan = Plan(len(train), 128, 0, 1.0)
-    row_tokens = max(8192, max(sizes))
-    rows = [pack([sizes[i] for i in plan.pairs(t)], row_tokens) for t in range(plan.steps)]
-    end, n_rows = time.time(), sum(map(len, rows))
-    return {
-        "cpu_seconds": time.process_time() - cpu,
-        "pairs": sum(map(len, sets.values())),
-        "tokens": int(sum(len(d.examples.ids) for d in sets.values())),
-        "read_and_tokenise_seconds": prepared - start,
-        "plan_and_pack_seconds": end - prepared,
-        "seconds": end - start,
-        "rows": n_rows,
-        "fill": sum(sizes) / (n_rows * row_tokens),
-        "report": lines,
-    }
+    sizes = [train.size(i, recipe.paths) for i in range(len(train))]
+    plan, row_tokens = Plan(len(train), 128, 0, 1.0), max(8192, max(sizes))
+    for step in range(plan.steps):
+        pack([sizes[i] for i in plan.pairs(step)], row_tokens)
+    seconds, cpu = time.time() - start, time.process_time() - cpu
+    return {"pairs": sum(map(len, sets.values())), "seconds": seconds, "cpu_seconds": cpu}
 
 
 def trl(s):
@@ -113,7 +95,7 @@ def trl(s):
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from trl import DPOConfig, DPOTrainer
 
-    tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(s.model))
+    tokenizer = AutoTokenizer.from_pretrained(s.model)
     with open(s.file, encoding="utf-8") as f:
         rows = [json.loads(line) for line, _ in zip(f, range(s.peer_pairs), strict=False)]
     data = Dataset.from_list([{k: r[k] for k in ("chosen", "rejected")} for r in rows])
@@ -132,48 +114,34 @@ def trl(s):
 STAGES = {"first": ours, "cached": ours, "trl": trl}
 
 
-def stage(s, name, file, tokens):
-    """One stage in its own process -> its figures, with its peak memory in GB."""
-    flags = asdict(s) | {"stage": name, "file": str(file)}
-    words = [w for k, v in flags.items() if v is not None for w in (f"--{k}", str(v))]
-    env = os.environ | {"NANOPO_TOKENS": str(tokens), "TOKENIZERS_PARALLELISM": "true"}
-    command = [sys.executable, __file__, *words]
-    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise UserError(f"stage {name} failed")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def measure(s):
-    """(size, stage, figures), as they come."""
-    sizes = [int(size) for size in s.sizes.split(",")]
+    """(size of the file, stage, figures) of every stage, each in a process of its own."""
+    sizes = whole_numbers(s.sizes)
     for size in sizes:
         with tempfile.TemporaryDirectory() as scratch:
-            file, tokens = Path(scratch) / "pairs.jsonl", Path(scratch) / "tokens"
+            file, cache = f"{scratch}/pairs.jsonl", f"{scratch}/tokens"
             write_pairs(file, size, s.source)
             peer = size == sizes[-1] and s.peer_pairs
             for name in STAGES if peer else ("first", "cached"):
-                yield size, name, stage(s, name, file, tokens)
+                flags = measuring.flag_words(asdict(s) | {"stage": name, "file": file})
+                command = [*measuring.python("data_preparation"), *flags]
+                env = {"NANOPO_TOKENS": cache, "TOKENIZERS_PARALLELISM": "true"}
+                yield size, name, measuring.worker(command, **env)
 
 
 def main():
-    s = parse(Settings, __doc__.splitlines()[0])
+    s = parse(PreparationFlags, __doc__.splitlines()[0])
+    s = replace(s, model=os.path.expanduser(s.model))
     if s.stage:
-        figures = STAGES[s.stage](s)
-        figures["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(json.dumps(figures))
-        return
+        return print(json.dumps(STAGES[s.stage](s) | {"peak_gib": peak_memory("cpu")}))
     require(s, "source")
-    print("| file | stage | pairs | seconds | CPU seconds | CPU ms per pair | peak GB |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    results = []
-    Path(s.out).parent.mkdir(parents=True, exist_ok=True)
+    lines, figures = [], {}
     for size, name, r in measure(s):
-        each = r["cpu_seconds"] / r["pairs"] * 1000
-        print(f"| {size} | {name} | {r['pairs']} | {r['seconds']:.1f} | {r['cpu_seconds']:.1f} "
-              f"| {each:.2f} | {r['peak_gb']:.2f} |", flush=True)  # fmt: skip
-        results.append({"file": size, "stage": name} | r)
-        Path(s.out).write_text(json.dumps({"settings": asdict(s), "results": results}, indent=1))
+        each = 1e3 * r["cpu_seconds"] / r["pairs"]
+        lines.append([size, name, r["pairs"], r["seconds"], r["cpu_seconds"], each, r["peak_gib"]])
+        figures[f"{size} {name}"] = r
+    headers = ("file", "stage", "pairs", "seconds", "CPU seconds", "CPU ms per pair", "peak GiB")
+    measuring.tell(s, figures, measuring.table(headers, lines))
 
 
 if __name__ == "__main__":

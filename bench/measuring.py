@@ -1,9 +1,19 @@
-"""How a measurement is taken and told: fresh processes, medians, the machine and its matmul rate.
+"""What all measurements share: the machine, fresh processes, medians, memory, FLOPs, tables.
 
-Every file of bench/ writes one JSON file (`tell`): machine with versions and commit, settings, the
-figures of every single run; and prints Markdown tables of their medians.
+Model FLOPs are what an objective's log-probabilities need, counted by formula:
+
+    forward of a trie = 2 N T + 4 H C sum_layers(visible pairs) + 2 V D S
+
+    N   weights in the linear layers of all blocks (norms, embedding and head are not in it)
+    T   tokens of the trie, S those scored, D width, V vocabulary, H heads of C dimensions
+    visible pairs   (query, key) that the attention rule lets see each other: a token sees its own
+                    path back to the root, positions + 1 tokens, or a sliding window of them
+
+Training costs three forwards (6 N per token), a reference log-probability one. Recomputation,
+padding and scores behind the mask are not useful and not counted: none can raise a utilisation.
 """
 
+import ctypes
 import importlib.metadata
 import json
 import math
@@ -12,20 +22,18 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import torch
+
+from jobs.cli import UserError
+from jobs.files import write_json
+from model import Transformer
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import torch  # noqa: E402
-
-from jobs.cli import UserError  # noqa: E402
-from jobs.files import write_json  # noqa: E402
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DATASHEET = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}  # bf16, dense
 SQUARE = {"cuda": 8192, "cpu": 2048}  # side of the big matrices
@@ -70,31 +78,71 @@ def commit():
     return done.stdout.strip() or None
 
 
-def datasheet_rate():
-    """bf16 FLOP/s that the GPU's maker states (dense), or None for a device not known here."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((rate for part, rate in DATASHEET.items() if part in name), None)
+# ----------------------------------------------------------------------------- memory
+
+
+def smaps():
+    """{field: bytes} of this process, of /proc/self/smaps_rollup: Rss, Anonymous, …
+
+    Anonymous is what no file backs; Rss counts the mapped pages of files too.
+    """
+    lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()[1:]
+    return {name.rstrip(":"): int(size) * 1024 for name, size, _ in map(str.split, lines)}
+
+
+class Mallinfo2(ctypes.Structure):
+    """glibc's malloc.h."""
+
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+
+def kept_bytes():
+    """Bytes that this process has freed and glibc has not given back; 0 where it cannot tell."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        return 0
+    libc.mallinfo2.restype = Mallinfo2
+    return libc.mallinfo2().fordblks
+
+
+def held_gib(device):
+    """GiB that this process holds now: of the GPU, else resident and not freed."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated() / 2**30
+    return (smaps()["Rss"] - kept_bytes()) / 2**30
 
 
 # ----------------------------------------------------------------------------- taking figures
 
 
-def execute(command):
-    """Run a command in the project's folder -> (stdout, peak resident memory in GiB)."""
-    command = [str(part) for part in command]
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=errors, text=True)
-        _, status, usage = os.wait4(process.pid, 0)
-        for stream in (output, errors):
-            stream.seek(0)
-        if status != 0:
-            raise UserError(f"{' '.join(command)} failed:\n{errors.read()[-2000:]}")
-        return output.read(), usage.ru_maxrss / 2**20  # Linux counts KiB
+def python(module, processes=1):
+    """The words of a command that runs a module of bench/, under torchrun where several do."""
+    words = [sys.executable]
+    if processes > 1:
+        words += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [*words, "-m", f"bench.{module}"]
 
 
-def last_json(output):
-    """The JSON object that a worker printed as its last line."""
-    return json.loads(output.strip().splitlines()[-1])
+def worker(command, **env):
+    """Runs a command in the project's folder -> the JSON that its last line of stdout is."""
+    command = [str(word) for word in command]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | env, **pipes)
+    if done.returncode:
+        raise UserError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def flag_words(flags):
+    """{flag: value} as words: True and False become --flag and --no-flag, None is left out."""
+    words = []
+    for name, value in flags.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            words.append(f"--{name}={value}")
+    return words
 
 
 def chosen(text, names):
@@ -103,6 +151,11 @@ def chosen(text, names):
     if unknown := set(wanted) - set(names):
         raise UserError(f"{'; '.join(sorted(unknown))}: choose from {'; '.join(names)}")
     return [name for name in names if name in wanted]
+
+
+def whole_numbers(text):
+    """ "1,2,3" -> [1, 2, 3]."""
+    return [int(number) for number in text.split(",")]
 
 
 def in_turn(contenders, repeat):
@@ -121,24 +174,53 @@ def median(runs):
     return {k: None if None in v else statistics.median(v) for k, v in columns.items()}
 
 
-def median_seconds(function, device="cpu", repeat=5, calls=1):
-    """Median seconds of a call over `repeat` timings of `calls` calls each, after a warm-up."""
-
-    def timed():
-        start = time.perf_counter()
-        for _ in range(calls):
-            function()
-        synchronize(device)
-        return (time.perf_counter() - start) / calls
-
-    timed()
-    return statistics.median(timed() for _ in range(repeat))
-
-
 def synchronize(device):
     """Wait for what a device has still to do."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
+
+
+# ----------------------------------------------------------------------------- FLOPs, and rates
+
+
+class Flops:
+    """The formula at the head, for one Config. shapes: (out, in) of one block's linear weights."""
+
+    def __init__(self, config):
+        self.config = config
+        with torch.device("meta"):
+            blocks = Transformer(config).blocks
+        self.shapes = [tuple(p.shape) for p in blocks[0].parameters() if p.ndim == 2]
+        self.linear = len(blocks) * sum(n * k for n, k in self.shapes)  # N
+
+    def visible(self, trie):
+        """(query, key) pairs of one trie that see each other, summed over layers."""
+        path = torch.as_tensor(trie.positions) + 1  # tokens from the root to each token
+        windows = self.config.windows
+        seen = {w: int((path if w is None else path.clamp(max=w)).sum()) for w in set(windows)}
+        return sum(seen[w] for w in windows)
+
+    def forward(self, trie):
+        """FLOPs of one forward of one trie."""
+        c = self.config
+        scores = 4 * c.heads * c.head_width * self.visible(trie)
+        head = 2 * c.vocab * c.width * len(trie.source)
+        return 2 * self.linear * len(trie.tokens) + scores + head
+
+    def of_pairs(self, dataset, pairs, recipe):
+        """(training, reference) FLOPs of these pairs of a data.Dataset, each done once."""
+        passes = ((3, recipe.paths), (1, recipe.reference_paths))
+        return tuple(
+            sum(n * self.forward(dataset.trie(i, paths)) for i in pairs) if paths else 0
+            for n, paths in passes
+        )
+
+
+def ceilings(shapes, rows, dtype, device="cpu", repeat=5):
+    """Matmul rates at the shapes of a model's own linear layers, and at a big square."""
+    side = SQUARE[torch.device(device).type]
+    square = matmul_rate([(side, side)], side, dtype, device, repeat)
+    return {"model": matmul_rate(shapes, rows, dtype, device, repeat), "square": square}
 
 
 def matmul_rate(shapes, rows, dtype, device="cpu", repeat=5):
@@ -164,11 +246,24 @@ def product_seconds(m, k, n, dtype, device, repeat):
     return best
 
 
-def ceilings(shapes, rows, dtype, device="cpu", repeat=5):
-    """Matmul rates at the shapes of a model's own linear layers, and at a big square."""
-    side = SQUARE[torch.device(device).type]
-    square = matmul_rate([(side, side)], side, dtype, device, repeat)
-    return {"model": matmul_rate(shapes, rows, dtype, device, repeat), "square": square}
+def median_seconds(function, device="cpu", repeat=5, calls=1):
+    """Median seconds of a call over `repeat` timings of `calls` calls each, after a warm-up."""
+
+    def timed():
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        synchronize(device)
+        return (time.perf_counter() - start) / calls
+
+    timed()
+    return statistics.median(timed() for _ in range(repeat))
+
+
+def datasheet_rate():
+    """bf16 FLOP/s that the GPU's maker states (dense), or None for a device not known here."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((rate for part, rate in DATASHEET.items() if part in name), None)
 
 
 # ----------------------------------------------------------------------------- telling them
@@ -182,6 +277,7 @@ def table(headers, rows):
 
 
 def cell(value):
+    """One value as text."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -194,9 +290,14 @@ def percent(part, whole):
     return f"{100 * part / whole:.0f}%" if whole else None
 
 
-def tell(settings, figures, *tables):
-    """Print the tables and write everything to settings.out."""
-    content = {"machine": machine(), "settings": asdict(settings), "figures": figures}
-    Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
-    write_json(settings.out, content)
+def times(part, whole):
+    """A ratio as text, "1.25x"; None where one of the two is missing."""
+    return f"{part / whole:.2f}x" if part and whole else None
+
+
+def tell(flags, figures, *tables):
+    """Print the tables and write everything to flags.out."""
+    content = {"machine": machine(), "settings": asdict(flags), "figures": figures}
+    Path(flags.out).parent.mkdir(parents=True, exist_ok=True)
+    write_json(flags.out, content)
     print("\n\n".join(tables))

@@ -1,129 +1,188 @@
-"""How fast are `dpo`, `ins_dpo` and the averaged objective here, and TRL's plain DPO beside them?
+"""How fast, large and costly are `dpo` and its conditioned forms here, and TRL's plain DPO?
 
-    python bench/pairs_per_second.py --dtype fp32 --pairs 32 --batch 16 --repeat 3
-    python bench/pairs_per_second.py --device cuda --dtype bf16 --shape llama-3.2-1b \
+    python -m bench.pairs_per_second --dtype fp32 --pairs 32 --batch 16 --repeat 3
+    python -m bench.pairs_per_second --device cuda --dtype bf16 --shape llama-3.2-1b \
         --mix ultrafeedback --pairs 128 --batch 32 --micro 8 --only "ins_dpo; TRL dpo, bf16 weights"
+    python -m bench.pairs_per_second --shape small --mix hh --pairs 16 --batch 8 --max_len 8192 \
+        --only "dpo; ins_dpo; one_sided"                       what conditioning costs over dpo
+    python -m bench.pairs_per_second --no-train --mix hh       the arithmetic of it alone
 
-One run, one machine, one contender at a time, in turn: same model, pairs, dtype, batch and length
-limit, each in a process of its own. A pair costs its share of the reference pass and of the steps;
-imports, loading, tokenising and the first `--warmup` steps are not counted. Peak memory is that of
-the GPU or the resident set. Without TRL its rows are left out, and it says so.
+Speed: one run, one machine, one contender at a time, in turn: same model, pairs, dtype, batch and
+length limit, each in a process of its own. A pair costs its share of the reference pass and of the
+steps; imports, loading, tokenising and the first `--uncounted` steps are not counted. Peak memory
+is that of the GPU or the resident set. Without TRL its rows are left out, and it says so.
 
-Utilisation is the model FLOPs of a pair (bench/flops.py: 6 N per trained token, 2 N per reference
-token, visible scores, scored tokens' head) per second over the rate of plain matrix products of
-the model's own shapes, measured between the contenders. TRL's is held against the FLOPs of `dpo`
-here, that is, of what plain DPO needs; that of `--context_grad false` against the exact gradient's.
+Utilisation is the model FLOPs of a pair (bench/measuring.py) per second over the rate of plain
+matrix products of the model's own shapes, measured between the contenders. TRL's is held against
+the FLOPs of `dpo` here, that is, of what plain DPO needs; that of `--context_grad false` against
+the exact gradient's.
+
+Work: a pair costs the tokens of its trie three times (forward and backward), and those of its
+reference trie once. *Alone* is the same for an engine that runs every path by itself. FLOPs are
+those of Llama-3-8B's shape. InSPO's Table 7 has 1.18 to 1.25 times the time of DPO and 1.15 to 1.20
+times its memory.
+
+Start: seconds until a run trains. *Template* compiles the chat template; *data* reads, renders and
+tokenises, or maps the cache of the contender before; the *reference* pass comes once per run; the
+*first step* allocates, and on CUDA compiles, what the later ones find there.
 """
 
 import importlib.util
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from bench import measuring, training  # noqa: E402
-from bench.flops import Flops  # noqa: E402
-from bench.measuring import DTYPES, median, percent, table  # noqa: E402
-from bench.workload import Workload  # noqa: E402
-from hub.weights import read_config  # noqa: E402
-from jobs.cli import flag, parse, run  # noqa: E402
+import losses
+from bench import measuring, training
+from bench.inputs import WorkloadFlags, published
+from bench.measuring import DTYPES, Flops, median, percent, table, times
+from data import Dataset, Limits
+from families import Config
+from hub.template import Template
+from hub.weights import read_config
+from jobs.cli import flag, parse, run
+from pairs.read import Drops, read_pairs
 
 
 @dataclass
-class Settings(Workload):
+class SpeedFlags(WorkloadFlags):
     """Flags of the comparison."""
 
     only: str | None = flag(None, 'contenders, as "dpo; ins_dpo"; default: all')
+    train: bool = flag(True, "train and take time; no: the arithmetic alone")
     batch: int = flag(16, "pairs per optimizer step")
     micro: int = flag(4, "TRL: pairs per forward")
-    warmup: int = flag(1, "steps that are not counted")
+    uncounted: int = flag(1, "first steps, that are not counted")
     row_tokens: int | None = flag(None, "here: tokens per row; default: train.py's")
     repeat: int = flag(3, "runs of each contender, in turn")
     out: str = flag("bench/out/pairs_per_second.json", "where the figures go")
 
 
 PEER = {
-    "TRL dpo, reference precomputed": ["--precompute"],
-    "TRL dpo, compiled": ["--precompute", "--compile"],
-    "TRL dpo, reference in each step": ["--no-precompute"],
-    "TRL dpo, its defaults": ["--no-precompute", "--no-tuned"],
-    "TRL dpo, bf16 weights": ["--precompute", "--dtype", "bf16_pure"],
+    "TRL dpo, reference precomputed": {"precompute": True},
+    "TRL dpo, compiled": {"precompute": True, "compile": True},
+    "TRL dpo, reference in each step": {"precompute": False},
+    "TRL dpo, its defaults": {"precompute": False, "tuned": False},
+    "TRL dpo, bf16 weights": {"precompute": True, "dtype": "bf16_pure"},
 }
 
 
-def steps(s):
-    return max(1, s.pairs // s.batch)
-
-
-def measure_here(s, model, data, flags):
-    """Figures of bench/training.py with these flags of train.py."""
-    flags = flags | s.train_flags(model, data) | {"batch": s.batch, "steps": steps(s)}
-    found = training.in_fresh_process(flags | {"warmup": s.warmup, "row_tokens": s.row_tokens})
-    kept = ("pairs_per_second", "reference_seconds_per_pair", "tokens_per_pair")
-    return {name: found[name] for name in (*kept, "flops_per_pair", "peak_gib")}
-
-
-def measure_peer(s, model, data, flags):
-    """Pairs per second of TRL's DPOTrainer, from bench/trl_dpo.py."""
-    command = [sys.executable, measuring.ROOT / "bench" / "trl_dpo.py", "--dtype", s.dtype, *flags]
-    command += ["--model", model, "--data", data, "--pairs", s.pairs, "--batch", s.batch]
-    command += ["--micro", s.micro, "--max_len", s.max_len, "--device", s.device]
-    command += ["--steps", steps(s), "--warmup", s.warmup]
-    found = measuring.last_json(measuring.execute(command)[0])
-    kept = ("pairs_per_second", "reference_seconds_per_pair", "peak_gib")
-    return {k: found[k] for k in kept} | {"tokens_per_pair": None, "flops_per_pair": None}
-
-
-def contenders(s, model, data):
-    """{name: measure()} of what is asked for and installed."""
-    here = training.CONTENDERS
-    peers = PEER if s.dtype == "bf16" else {n: f for n, f in PEER.items() if "bf16" not in n}
-    names = measuring.chosen(s.only, [*here, *peers])
-    if not importlib.util.find_spec("trl") and set(names) & set(peers):
+def names_of(s):
+    """The contenders that are asked for and installed."""
+    peers = [n for n in PEER if s.dtype == "bf16" or "bf16" not in n]
+    names = measuring.chosen(s.only, [*training.CONTENDERS, *peers])
+    if not importlib.util.find_spec("trl") and set(names) & set(PEER):
         print("TRL is not installed (requirements-dev.txt): its rows are left out")
-        names = [name for name in names if name in here]
-
-    def measured(name):
-        if name in here:
-            return lambda: measure_here(s, model, data, here[name])
-        return lambda: measure_peer(s, model, data, peers[name])
-
-    return {name: measured(name) for name in names}
+        names = [name for name in names if name not in PEER]
+    return names
 
 
-HEADERS = ("contender", "pairs/s", "against TRL's best", "reference pass, ms/pair", "tokens/pair")
-HEADERS += ("GFLOP/pair", "of matmul rate", "peak GiB")
+# ----------------------------------------------------------------------------- speed
 
 
-def rows(runs):
-    """Lines of the table: medians, the ratio to the fastest run of the peer, utilisation."""
+def measure(s, model, data, name):
+    """Figures of one contender in a process of its own."""
+    common = {"batch": s.batch, "steps": max(1, s.pairs // s.batch), "uncounted": s.uncounted}
+    if name in training.CONTENDERS:
+        flags = training.CONTENDERS[name] | s.train_flags(model, data) | common
+        return training.in_fresh_process(flags | {"row_tokens": s.row_tokens})
+    flags = {"model": model, "data": data, "pairs": s.pairs, "micro": s.micro, "dtype": s.dtype}
+    flags |= common | {"max_len": s.max_len, "device": s.device} | PEER[name]
+    found = measuring.worker([*measuring.python("trl_dpo"), *measuring.flag_words(flags)])
+    return found | {"flops_per_pair": None}
+
+
+SPEED = ("contender", "pairs/s", "against TRL's best", "time over dpo", "reference pass, ms/pair")
+SPEED += ("tokens/pair", "GFLOP/pair", "of matmul rate", "peak GiB", "memory over dpo")
+
+
+def speed_rows(runs, rate):
+    """Lines of the table: medians, ratios to TRL's fastest run and to dpo here, utilisation."""
     middle = {name: median(figures) for name, figures in runs.items()}
-    rates = middle.pop("matmul rate")["model"]
     best = max((m["pairs_per_second"] for name, m in middle.items() if name in PEER), default=None)
-    needed = middle["dpo"]["flops_per_pair"] if "dpo" in middle else None
+    dpo = middle.get("dpo", dict.fromkeys(("pairs_per_second", "flops_per_pair", "peak_gib")))
     for name, m in middle.items():
-        speed, flops = m["pairs_per_second"], m["flops_per_pair"] or needed
-        ratio = f"{speed / best:.2f}x" if best else None
-        used = percent(flops * speed, rates) if flops else None
-        reference, per_pair = 1e3 * m["reference_seconds_per_pair"], m["flops_per_pair"]
-        gflops = per_pair / 1e9 if per_pair else None
-        yield name, speed, ratio, reference, m["tokens_per_pair"], gflops, used, m["peak_gib"]
+        speed, memory = m["pairs_per_second"], m["peak_gib"]
+        flops = m["flops_per_pair"] or dpo["flops_per_pair"]
+        ratios = times(speed, best), times(dpo["pairs_per_second"], speed)
+        gflops = m["flops_per_pair"] / 1e9 if m["flops_per_pair"] else None
+        used = percent(flops * speed, rate) if flops else None
+        reference = 1e3 * m["reference_seconds_per_pair"]
+        yield [name, speed, *ratios, reference, m["tokens_per_pair"], gflops, used, memory,
+               times(memory, dpo["peak_gib"])]  # fmt: skip
+
+
+def start_rows(runs):
+    """A line per stage: the seconds of each contender here."""
+    middle = [median(figures) for name, figures in runs.items() if name not in PEER]
+    return [[stage, *(m[f"{stage} seconds"] for m in middle)] for stage in training.STAGES]
+
+
+# ----------------------------------------------------------------------------- work
+
+CHEAPER = {"context_grad", "compile"}  # flags that change what a token costs, not which there are
+WORK = ("contender", "tokens/pair", "reference tokens", "over dpo", "FLOPs over dpo, 8B")
+WORK += ("alone over dpo",)
+
+
+def work(s, model, data, flags):
+    """Tokens per pair of policy and reference trie, and what these cost over an epoch."""
+    recipe = losses.recipe(flags["loss"], flags.get("condition"), flags.get("bridge"))
+    instruction = s.train_flags(model, data).get("instruction", "better")
+    pairs, limits = read_pairs(data, Drops(), s.pairs), Limits(s.max_len, 0.4)
+    dataset = Dataset(pairs, Template(model), recipe, limits, instruction)
+    every, trained = range(len(dataset)), (recipe.paths, recipe.reference_paths)
+
+    def alone(paths):
+        return sum(sum(map(len, dataset.path(i, path)[0])) for i in every for path in paths)
+
+    tokens, reference = (sum(dataset.size(i, paths) for i in every) for paths in trained)
+    flops = Flops(Config.from_hf(published("llama-3-8b"))).of_pairs(dataset, every, recipe)
+    return {
+        "tokens": tokens / len(every),
+        "reference_tokens": reference / len(every),
+        "work": (3 * tokens + reference) / len(every),
+        "flops": sum(flops) / len(every),
+        "alone": (3 * alone(recipe.paths) + alone(recipe.reference_paths)) / len(every),
+    }
+
+
+def work_rows(counts):
+    """Lines of the table; counts: {contender: work()}."""
+    dpo = counts.get("dpo", {})
+    for name, c in counts.items():
+        ratios = [times(c[kind], dpo.get(kind)) for kind in ("work", "flops", "alone")]
+        yield [name, round(c["tokens"]), round(c["reference_tokens"]), *ratios]
+
+
+# ----------------------------------------------------------------------------- the command
 
 
 def main():
-    s = parse(Settings, __doc__.splitlines()[0])
+    s = parse(SpeedFlags, __doc__.splitlines()[0])
+    names = names_of(s)
+    here = {n: training.CONTENDERS[n] for n in names if n in training.CONTENDERS}
     with s.ready() as (model, data):
-        shapes = Flops(read_config(model)[1]).shapes
-        size = s.row_tokens or (8192 if s.device == "cuda" else 2048)
-        measures = {
-            "matmul rate": lambda: measuring.ceilings(shapes, size, DTYPES[s.dtype], s.device)
-        }
-        runs = measuring.in_turn(measures | contenders(s, model, data), s.repeat)
+        counts = {n: work(s, model, data, f) for n, f in here.items() if not f.keys() & CHEAPER}
+        tables, runs = [table(WORK, work_rows(counts))], {}
+        if s.train:
+            runs, speed = trained(s, names, model, data)
+            tables = [*speed, *tables]
+    measuring.tell(s, {"work": counts, "runs": runs}, *tables)
+
+
+def trained(s, names, model, data):
+    """(runs, tables) of every contender, and of plain matrix products between them."""
+    shapes = Flops(read_config(model)[1]).shapes
+    size = s.row_tokens or (8192 if s.device == "cuda" else 2048)
+    measures = {"matmul rate": lambda: measuring.ceilings(shapes, size, DTYPES[s.dtype], s.device)}
+    measures |= {name: lambda name=name: measure(s, model, data, name) for name in names}
+    runs = measuring.in_turn(measures, s.repeat)
     rate = median(runs["matmul rate"])
+    only = {name: figures for name, figures in runs.items() if name in names}
     headers = ("matrix products", "model's shapes, TFLOP/s", f"square, TFLOP/s ({s.dtype})")
-    ceiling = table(headers, [("", rate["model"] / 1e12, rate["square"] / 1e12)])
-    measuring.tell(s, runs, table(HEADERS, rows(runs)), ceiling)
+    tables = [table(SPEED, speed_rows(only, rate["model"]))]
+    tables.append(table(headers, [("", rate["model"] / 1e12, rate["square"] / 1e12)]))
+    here = [name for name in names if name not in PEER]
+    return runs, [*tables, table(("start, seconds", *here), start_rows(only))]
 
 
 if __name__ == "__main__":

@@ -1,36 +1,31 @@
 """Where does the time of one training step go? `dpo` and `ins_dpo`, part by part.
 
-    python bench/profile_step.py                          # SmolLM2-135M on hh-rlhf, fp32
-    python bench/profile_step.py --shape small --mix hh --pairs 8 --batch 8 --dtype bf16
+    python -m bench.profile_step                          # SmolLM2-135M on hh-rlhf, fp32
+    python -m bench.profile_step --shape small --mix hh --pairs 8 --batch 8 --dtype bf16
 
-torch.profiler records a step after two to warm up. Every moment belongs to the innermost operation
-under way, and that to the part of the model whose forward it is in, or whose forward made the
-gradient that it computes (autograd numbers both alike); so on a CPU the parts sum to the whole
+torch.profiler records a step after two that do not count. Every moment belongs to the innermost
+operation under way, and that to the part of the model whose forward it is in, or whose forward made
+the gradient that it computes (autograd numbers both alike); so on a CPU the parts sum to the whole
 step. Recording costs time of its own, most of it where operations are small.
 
 On CUDA blocks are not compiled here, since a compiled block has no parts: the shares are those of
 kernels, and *host* is what is left of the step's wall-clock.
 """
 
-import sys
 from collections import defaultdict
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
 
-import torch  # noqa: E402
-from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E402
-
-from bench import measuring, training  # noqa: E402
-from bench.measuring import percent, table  # noqa: E402
-from bench.workload import Workload  # noqa: E402
-from jobs.cli import flag, parse, run  # noqa: E402
+from bench import measuring, training
+from bench.inputs import WorkloadFlags
+from bench.measuring import percent, table
+from jobs.cli import flag, parse, run
 
 
 @dataclass
-class Settings(Workload):
+class ProfileFlags(WorkloadFlags):
     """Flags."""
 
     pairs: int = flag(16, "pairs of the dataset")
@@ -39,7 +34,7 @@ class Settings(Workload):
     out: str = flag("bench/out/profile_step.json", "where the figures go")
 
 
-WARMUP = 2  # steps, after which the heap holds all that a step takes
+UNCOUNTED = 2  # steps, after which the heap holds all that a step takes
 PARTS = ("attention: projections", "attention: scores", "MLP", "norms", "embedding", "head")
 PARTS += ("optimizer", "clip", "sharding", "rows", "rest of the model", "host")
 PREFIXES = {  # of what the profiler or FSDP name by themselves -> part
@@ -48,59 +43,44 @@ PREFIXES = {  # of what the profiler or FSDP name by themselves -> part
     "FSDP::": "sharding",
 }
 
-
-def part_of(name):
-    """The part that a recorded name opens, or None for an operation inside one."""
-    if name in PARTS:
-        return name
-    return next((part for prefix, part in PREFIXES.items() if name.startswith(prefix)), None)
+# ----------------------------------------------------------------------------- naming the parts
 
 
-def label_modules(model):
-    """Forward hooks that record each part of the model under its name; returns their handles."""
-    labelled = [(model.embed, "embedding"), (model.norm, "norms")]
+def label(job):
+    """Records every part of a step of a train.Run under its name."""
+    model = job.model
+    for owner, method, part in (
+        (job, "step", "host"),
+        (job, "update", "clip"),
+        (model, "hidden", "rest of the model"),
+        (model.embed, "forward", "embedding"),
+        (model.norm, "forward", "norms"),
+    ):
+        record(owner, method, part)
+    rows = job.rows
+    job.rows = lambda *args: list(rows(*args))  # built one after the other, in the step
+    record(job, "rows", "rows")
     for block in model.blocks:
-        labelled += [(block.attn, "attention: scores"), (block.mlp, "MLP")]
-        linear = [m for m in block.attn.children() if isinstance(m, torch.nn.Linear)]
-        labelled += [(m, "attention: projections") for m in linear]
-        inside = {*block.attn.modules(), *block.mlp.modules()}
-        norms = [m for m in block.children() if m not in inside]
-        labelled += [(m, "norms") for m in norms]
-    handles = []
-    for module, part in labelled:
-        handles += _record_forward(module, part)
-    return handles
+        record(block.attn, "forward", "attention: scores")
+        record(block.mlp, "forward", "MLP")
+        for linear in (m for m in block.attn.children() if isinstance(m, torch.nn.Linear)):
+            record(linear, "forward", "attention: projections")
+        for norm in (m for m in block.children() if m not in (block.attn, block.mlp)):
+            record(norm, "forward", "norms")
 
 
-def _record_forward(module, part):
-    """Two hooks: a range opens before a module's forward and closes behind it."""
-    open_ranges = []
+def record(owner, method, part):
+    """Puts a method into a range of the profiler that has the part's name."""
+    function = getattr(owner, method)
 
-    def enter(*_):
-        open_ranges.append(record_function(part))
-        open_ranges[-1].__enter__()
+    def recorded(*args, **kwargs):
+        with record_function(part):
+            return function(*args, **kwargs)
 
-    def leave(*_):
-        open_ranges.pop().__exit__(None, None, None)
-
-    return module.register_forward_pre_hook(enter), module.register_forward_hook(leave)
+    setattr(owner, method, recorded)
 
 
-def label_step(job):
-    """Name what a step does outside its modules: rows, the model's own glue, clipping, the rest."""
-    rows, update, hidden, step = job.scorer.rows, job.update, job.model.hidden, job.step
-
-    def named(part, function):
-        def call(*args, **kwargs):
-            with record_function(part):
-                return function(*args, **kwargs)
-
-        return call
-
-    job.scorer.rows = named("rows", lambda *args: list(rows(*args)))
-    job.update = named("clip", update)
-    job.model.hidden = named("rest of the model", hidden)
-    job.step = named("host", step)
+# ----------------------------------------------------------------------------- reading the profile
 
 
 def attribute(events, device="cpu"):
@@ -129,6 +109,13 @@ def attribute(events, device="cpu"):
     return dict(spent)
 
 
+def part_of(name):
+    """The part that a recorded name opens, or None for an operation inside one."""
+    if name in PARTS:
+        return name
+    return next((part for prefix, part in PREFIXES.items() if name.startswith(prefix)), None)
+
+
 def backward(event):
     """Whether this is the engine at work on one node of the graph."""
     return event.name.startswith("autograd::engine::evaluate_function")
@@ -141,28 +128,22 @@ def in_backward(event):
     return event is not None
 
 
-@contextmanager
-def labelled(job):
-    """The job with all of its parts named; its hooks go at the end."""
-    handles = label_modules(job.model)
-    label_step(job)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+# ----------------------------------------------------------------------------- the command
 
 
 def measure(s, model, data, flags):
     """{part: seconds} of one step, and `step`, its seconds as a whole."""
-    given = s.train_flags(str(model), str(data)) | {"batch": s.batch, "compile": False}
-    settings = training.Settings(steps=1, warmup=WARMUP, **flags, **given)
+    given = flags | s.train_flags(model, data) | {"batch": s.batch, "compile": False}
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (s.device == "cuda")
-    with training.opened(settings) as (job, clock), labelled(job):
-        for k in range(WARMUP):
+    with training.opened(training.TrainingFlags(**given, steps=1, uncounted=UNCOUNTED)) as (
+        job,
+        clock,
+    ):
+        label(job)
+        for k in range(UNCOUNTED):
             job.step(k, False)
         with profile(activities=kinds, acc_events=True) as recorded, clock.stage("step"):
-            job.step(WARMUP, False)
+            job.step(UNCOUNTED, False)
     spent = attribute(recorded.events(), s.device)
     whole = clock.seconds["step"]
     if s.device == "cuda":
@@ -171,7 +152,7 @@ def measure(s, model, data, flags):
 
 
 def main():
-    s = parse(Settings, __doc__.splitlines()[0])
+    s = parse(ProfileFlags, __doc__.splitlines()[0])
     with s.ready() as (model, data):
         names = measuring.chosen(s.only, training.CONTENDERS)
         found = {n: measure(s, model, data, training.CONTENDERS[n]) for n in names}

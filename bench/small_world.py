@@ -1,9 +1,9 @@
 """Every objective in every form, compared where the truth is known: the embedded small world.
 
-    python bench/small_world.py                 all of it, under an hour on two cores; goes on where
+    python -m bench.small_world                 all of it, under an hour on two cores; goes on where
                                                 it stopped; writes docs/small_world.{json,png}
                                                 and the tables in README.md, docs/results.md
-    python bench/small_world.py --report        only writes these again, from docs/small_world.json,
+    python -m bench.small_world --report        only writes these again, from docs/small_world.json,
                                                 and prints all tables
 
 A run is train.py's own: so many steps on pairs drawn from the world by the run's seed, with which
@@ -22,36 +22,32 @@ The learning rate of each base objective is the one of RATES with the highest pl
 mirrored world, taken in the worst of three forms: plain, `ins_` and `ifsr_`.
 """
 
-import argparse
 import json
 import os
-import shutil
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two runs side by side beat one on two threads
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import numpy as np
+import torch
 
-import numpy as np  # noqa: E402
-import small_world_report  # noqa: E402
-import torch  # noqa: E402
-
-import train  # noqa: E402
-from assets import world  # noqa: E402
-from assets.build import as_jsonl  # noqa: E402
-from evals.world import world_probabilities  # noqa: E402
-from generate import load_model  # noqa: E402
-from jobs.cli import progress  # noqa: E402
-from jobs.processes import Ranks  # noqa: E402
-from losses import recipe  # noqa: E402
-from train import TrainFlags  # noqa: E402
+import losses
+import train
+from assets import world
+from assets.build import as_jsonl
+from bench import small_world_report
+from bench.measuring import ROOT
+from evals.world import world_probabilities
+from generate import load_model
+from jobs.cli import flag, parse, progress
+from jobs.cli import run as run_command
+from jobs.processes import Ranks
+from train import TrainFlags
 
 STEPS, BATCH, SEEDS = 24, 12, range(5)
 STARTS = ("start", "start-single")
@@ -68,8 +64,17 @@ FORMS = {  # name: (prefix of --loss, --condition, --bridge); None: the preset's
 }
 
 
+@dataclass
+class SmallWorldFlags:
+    """Flags."""
+
+    out: str = flag("runs/small_world", "where results are kept")
+    workers: int = flag(2, "runs side by side, of one thread each")
+    report: bool = flag(False, "only write the report again")
+
+
 class Stage(NamedTuple):
-    """One run of train.py."""
+    """One run of train.py: its flags."""
 
     loss: str
     lr: float
@@ -85,7 +90,7 @@ class Job(NamedTuple):
 
     name: tuple  # (table, row, column)
     start: str
-    kind: str
+    kind: str  # of preference
     seed: int
     stages: tuple
 
@@ -93,10 +98,10 @@ class Job(NamedTuple):
 # ----------------------------------------------------------------------------- what is run
 
 
-def form(base, name, lr, **options):
+def form(base, name, lr):
     """A base objective in one of the FORMS."""
     prefix, condition, bridge = FORMS[name]
-    return Stage(prefix + base, lr, condition, bridge, **options)
+    return Stage(prefix + base, lr, condition, bridge)
 
 
 def rate_jobs():
@@ -118,18 +123,17 @@ def best_rates(results):
     return {base: max(RATES, key=lambda lr: worst[base, lr]) for base in BASES}
 
 
-def form_jobs(rates):
+def form_jobs(rates, seed):
     """The comparison: every base in every form, from both starts, under both preferences."""
-    for seed in SEEDS:
-        for kind in world.KINDS:
-            for start in STARTS:
-                for name in FORMS:
-                    for base in BASES:
-                        stages = (form(base, name, rates[base]),)
-                        yield Job(("forms", base, name), start, kind, seed, stages)
+    for kind in world.KINDS:
+        for start in STARTS:
+            for name in FORMS:
+                for base in BASES:
+                    stages = (form(base, name, rates[base]),)
+                    yield Job(("forms", base, name), start, kind, seed, stages)
 
 
-def stage_jobs(rates):
+def stage_jobs(rates, seed):
     """IFSR Table 3: its stages from the start that knows single answers. Without a stage its steps
     go to what it would follow, so all chains take equally many."""
     lr, twice = rates["dpo"], 2 * STEPS
@@ -141,21 +145,17 @@ def stage_jobs(rates):
         "-": (Stage("dpo", lr, steps=twice),),
         "II": (Stage("dpo", lr), Stage("ifsr_dpo", lr)),
     }
-    for seed in SEEDS:
-        for a, teach in first.items():
-            for b, prefer in second.items():
-                name = ("stages", a, b)
-                yield Job(name, "start-single", "separable", seed, teach + prefer)
+    for a, teach in first.items():
+        for b, prefer in second.items():
+            yield Job(("stages", a, b), "start-single", "separable", seed, teach + prefer)
 
 
-def instruction_jobs(rates):
+def instruction_jobs(rates, seed):
     """IFSR Table 6: what the second turn asks for, in training and in asking."""
-    for seed in SEEDS:
-        for start in STARTS:
-            for instruction in ("better", "another", "worse"):
-                stages = (Stage("ifsr_dpo", rates["dpo"], instruction=instruction),)
-                name = ("instructions", instruction, "ifsr_dpo")
-                yield Job(name, start, "separable", seed, stages)
+    for start in STARTS:
+        for instruction in ("better", "another", "worse"):
+            stages = (Stage("ifsr_dpo", rates["dpo"], instruction=instruction),)
+            yield Job(("instructions", instruction, "ifsr_dpo"), start, "separable", seed, stages)
 
 
 # ----------------------------------------------------------------------------- one run
@@ -179,54 +179,30 @@ def start_of(name):
     return template, policy, lengths.reshape(policy.shape)
 
 
-def run(job, cache_dir):
+def run(job):
     """Train the job's stages one after the other and measure the last -> the job's result."""
-    begun, cpu = time.time(), time.process_time()
+    cpu = time.process_time()
     with tempfile.TemporaryDirectory() as work:
-        work, model = Path(work), ROOT / "assets" / job.start
-        data = work / "pairs.jsonl"
+        data, model = Path(work) / "pairs.jsonl", ROOT / "assets" / job.start
         data.write_text(as_jsonl(world.sample_pairs(STEPS * BATCH, job.seed, job.kind)))
         for n, stage in enumerate(job.stages):
-            out = work / f"stage-{n}"
-            share = reference_of(job, stage, cache_dir) if n == 0 else None
-            train_stage(stage, model, data, out, job.seed, share)
+            out = Path(work) / f"stage-{n}"
+            flags = {"model": str(model), "data": str(data), "out": str(out), "seed": job.seed}
+            flags |= {"batch": BATCH, "max_len": 256, "eval_pairs": 0, "device": "cpu"}
+            flags |= stage._asdict() | {"save_every": stage.steps}
+            train.train(TrainFlags(**flags), ranks())
             model = out / "final"
         policy, _ = load_model(model, "fp32", "cpu")
         result = {"job": job, **measure(job, policy)}
-    seconds = {"seconds": time.time() - begun, "cpu_seconds": time.process_time() - cpu}
-    return result | {name: round(value, 2) for name, value in seconds.items()}
-
-
-def train_stage(stage, model, data, out, seed, share=None):
-    """One run of train.py in this process. share: reference log-probabilities kept for others."""
-    options = stage._asdict() | {"model": str(model), "data": str(data), "out": str(out)}
-    fixed = {"batch": BATCH, "max_len": 256, "eval_pairs": 0, "device": "cpu", "seed": seed}
-    settings = TrainFlags(**options, **fixed, save_every=stage.steps)
-    reference = out / "reference.safetensors"
-    if share and share.exists():
-        out.mkdir()
-        shutil.copy(share, reference)
-    train.train(settings, ranks())
-    if share and reference.exists() and not share.exists():
-        aside = share.with_name(f".{os.getpid()}-{share.name}")
-        shutil.copy(reference, aside)
-        os.rename(aside, share)
-
-
-def reference_of(job, stage, directory):
-    """The file for what all runs on these pairs and reference paths share; train.py checks it."""
-    rule = recipe(stage.loss, stage.condition, stage.bridge)
-    paths = "+".join(str(path).replace("|", "-") for path in rule.reference_paths)
-    words = [job.start, job.kind, str(job.seed), rule.bridge, stage.instruction, paths]
-    return Path(directory) / ("_".join(words) + ".safetensors")
+    return result | {"cpu_seconds": round(time.process_time() - cpu, 2)}
 
 
 def measure(job, policy):
     """The numbers at the head of this file."""
     template, start, lengths = start_of(job.start)
     last = job.stages[-1]
-    rule = recipe(last.loss, last.condition, last.bridge)
-    bridge = rule.bridge if rule.condition != "none" else "turn"
+    recipe = losses.recipe(last.loss, last.condition, last.bridge)
+    bridge = recipe.bridge if recipe.condition != "none" else "turn"
     plain = world_probabilities(policy, template)  # (Q, A)
     shown = world_probabilities(policy, template, bridge, last.instruction)  # (Q, B, A)
     refined = np.einsum("qb,qba->qa", plain, shown)
@@ -272,13 +248,11 @@ def best_worlds():
 def run_all(jobs, file, known, workers):
     """Run what is not known yet, side by side; every result is appended to `file` at once."""
     jobs = [job for job in jobs if job not in known]
-    cache_dir = file.parent / "references"
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    bar = progress(file.stem, len(jobs), "run")
+    file.parent.mkdir(parents=True, exist_ok=True)
     pool = ProcessPoolExecutor(workers, get_context("spawn"), quiet, (file.parent / "log",))
+    bar = progress(file.stem, len(jobs), "run")
     with pool, bar, open(file, "a", encoding="utf-8") as out:
-        futures = [pool.submit(run, job, cache_dir) for job in jobs]
-        for future in as_completed(futures):
+        for future in as_completed([pool.submit(run, job) for job in jobs]):
             result = future.result()
             known[result["job"]] = result
             out.write(json.dumps(result) + "\n")
@@ -298,35 +272,28 @@ def quiet(log):
 def read_results(file):
     """{Job: result} of the runs that are already done."""
     known = {}
-    if file.exists():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            result = json.loads(line)
-            name, start, kind, seed, stages = result["job"]
-            job = Job(tuple(name), start, kind, seed, tuple(Stage(*s) for s in stages))
-            known[job] = result | {"job": job}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        result = json.loads(line)
+        name, start, kind, seed, stages = result["job"]
+        job = Job(tuple(name), start, kind, seed, tuple(Stage(*s) for s in stages))
+        known[job] = result | {"job": job}
     return known
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", default="runs/small_world", help="where results are kept")
-    parser.add_argument("--workers", type=int, default=2, help="runs side by side")
-    parser.add_argument("--report", action="store_true", help="only write the report again")
-    args = parser.parse_args()
-    if not args.report:
-        file = Path(args.out) / "results.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        known = run_all(list(rate_jobs()), file, read_results(file), args.workers)
+    s = parse(SmallWorldFlags, __doc__.splitlines()[0])
+    if not s.report:
+        file = Path(s.out) / "results.jsonl"
+        jobs = list(rate_jobs())
+        known = run_all(jobs, file, read_results(file), s.workers)
         rates = best_rates(known)
-        jobs = [*form_jobs(rates), *stage_jobs(rates), *instruction_jobs(rates)]
-        known = run_all(jobs, file, known, args.workers)
-        wanted = {*rate_jobs(), *jobs}
+        for kind_of_jobs in (form_jobs, stage_jobs, instruction_jobs):
+            jobs += [job for seed in SEEDS for job in kind_of_jobs(rates, seed)]
+        known = run_all(jobs, file, known, s.workers)
         settings = {"steps": STEPS, "batch": BATCH, "seeds": len(SEEDS), "best": best_worlds()}
-        small_world_report.save({j: known[j] for j in known if j in wanted}, rates, settings)
+        small_world_report.save({job: known[job] for job in jobs}, rates, settings)
     print(small_world_report.write())
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

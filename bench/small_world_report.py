@@ -9,21 +9,25 @@ A cell is the mean over seeds, with the standard deviation of one seed behind it
 """
 
 import json
-import platform
-import subprocess
-from pathlib import Path
 
 import numpy as np
-import torch
 
+from bench.measuring import ROOT, machine, table
 from jobs.files import write_json
 
-ROOT = Path(__file__).resolve().parent.parent
 JSON = ROOT / "docs" / "small_world.json"
 MARKS = "<!-- bench/small_world.py -->", "<!-- /bench/small_world.py -->"
+KEY = ("table", "row", "column", "start", "kind")  # of a cell
 MEASURES = ("plain", "shown", "refined", "accuracy", "kl", "length", "mass")
 SHORT = ("dpo", "kto")  # the objectives that the README shows
 T_4 = 2.776  # 97.5% quantile of Student's t with 4 degrees of freedom: five seeds
+WORLDS = [
+    (start, kind) for kind in ("separable", "intransitive") for start in ("start", "start-single")
+]
+TITLES = {
+    "start": "start saw further attempts",
+    "start-single": "start saw single answers only",
+}
 
 
 # ----------------------------------------------------------------------------- what is kept
@@ -36,15 +40,9 @@ def save(results, rates, settings):
         cell = cells.setdefault((*job.name, job.start, job.kind), {name: [] for name in MEASURES})
         for name in MEASURES:
             cell[name].append(round(result[name], 4))
-    names = ("table", "row", "column", "start", "kind")
-    rows = [dict(zip(names, key, strict=True)) | cell for key, cell in cells.items()]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    )
-    minutes = sum(result["cpu_seconds"] for result in results.values()) / 60
-    about = {"runs": len(results), "cpu_minutes": round(minutes, 1), "rates": rates}
-    about |= {"commit": commit.stdout.strip(), "torch": torch.__version__}
-    about |= {"python": platform.python_version(), "machine": platform.machine()}
+    rows = [dict(zip(KEY, key, strict=True)) | cell for key, cell in cells.items()]
+    minutes = round(sum(result["cpu_seconds"] for result in results.values()) / 60, 1)
+    about = {"runs": len(results), "cpu_minutes": minutes, "rates": rates, "machine": machine()}
     write_json(JSON, about | settings | {"cells": rows})
 
 
@@ -53,8 +51,7 @@ class Found:
 
     def __init__(self):
         self.about = json.loads(JSON.read_text(encoding="utf-8"))
-        names = ("table", "row", "column", "start", "kind")
-        self.cells = {tuple(c[n] for n in names): c for c in self.about["cells"]}
+        self.cells = {tuple(c[n] for n in KEY): c for c in self.about["cells"]}
 
     def values(self, measure, table, row, column, start="start", kind="separable"):
         """(seeds,) values of one cell."""
@@ -72,8 +69,8 @@ class Found:
 
 def spread(values, percent=True):
     """ "81.2 ± 0.4": mean and standard deviation of one seed."""
-    scale, form = (100, ".1f") if percent else (1, ".2f")
-    return f"{scale * values.mean():{form}} ± {scale * values.std(ddof=1):{form}}"
+    scale, digits = (100, 1) if percent else (1, 2)
+    return f"{scale * values.mean():.{digits}f} ± {scale * values.std(ddof=1):.{digits}f}"
 
 
 def validated(plain):
@@ -87,19 +84,6 @@ def differs(values, others):
     return abs(gap.mean()) > T_4 * gap.std(ddof=1) / len(gap) ** 0.5
 
 
-def table(header, rows):
-    """A markdown table."""
-    lines = [f"| {' | '.join(header)} |", "| --- " * len(header) + "|"]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
-
-
-def form_table(found, measure, start, kind, bases=None):
-    """Bases in rows, forms in columns, one measure in one world."""
-    bases = bases or found.rows("forms")
-    rows = [[base, *form_cells(found, base, measure, start, kind)] for base in bases]
-    return table(["", *found.columns("forms")], rows)
-
-
 def form_cells(found, base, measure, start, kind):
     """One measure of one base in every form, with its marks."""
     cells, plain = [], found.values(measure, "forms", base, "plain", start, kind)
@@ -109,6 +93,13 @@ def form_cells(found, base, measure, start, kind):
         marks = ("*" if differs(values, plain) else "") + (" (n)" if noisy else "")
         cells.append(spread(values, measure not in ("kl", "length")) + marks)
     return cells
+
+
+def form_table(found, measure, start, kind, bases=None):
+    """Bases in rows, forms in columns, one measure in one world."""
+    bases = bases or found.rows("forms")
+    rows = [[base, *form_cells(found, base, measure, start, kind)] for base in bases]
+    return table(["", *found.columns("forms")], rows)
 
 
 def world_table(found, base):
@@ -123,12 +114,12 @@ def world_table(found, base):
 
 def stage_table(found):
     """IFSR's stages: I in training, II in training, III in asking."""
-    rows = []
-    for a in found.rows("stages"):
-        for b in found.columns("stages"):
-            cell = ("stages", a, b, "start-single")
-            for third, view in (("-", "plain"), ("III", "refined")):
-                rows.append([a, b, third, spread(found.values(view, *cell))])
+    rows = [
+        [a, b, third, spread(found.values(view, "stages", a, b, "start-single"))]
+        for a in found.rows("stages")
+        for b in found.columns("stages")
+        for third, view in (("-", "plain"), ("III", "refined"))
+    ]
     return table(["I: irft", "II: ifsr_dpo", "III: refine", "win rate, %"], rows)
 
 
@@ -138,36 +129,25 @@ def instruction_table(found):
     rows = [
         [start, instruction]
         + [spread(found.values(v, "instructions", instruction, "ifsr_dpo", start)) for v in views]
-        for start in ("start", "start-single")
+        for start in TITLES
         for instruction in found.rows("instructions")
     ]
     return table(["from", "instruction", *views], rows)
 
 
 def rate_table(found):
-    """Where the learning rates come from."""
-    rates = found.columns("rates")
-    rows = []
+    """Where the learning rates come from; the one taken is bold."""
+    rates, rows = found.columns("rates"), []
     for base in found.rows("rates"):
         wins = [found.values("plain", "rates", base, r, "start", "mirrored").min() for r in rates]
-        chosen = f"{found.about['rates'][base]:g}"
-        cells = [
-            f"**{100 * w:.1f}**" if r == chosen else f"{100 * w:.1f}"
-            for r, w in zip(rates, wins, strict=True)
-        ]
-        rows.append([base, *cells])
+        texts = [f"{100 * win:.1f}" for win in wins]
+        best = rates.index(f"{found.about['rates'][base]:g}")
+        texts[best] = f"**{texts[best]}**"
+        rows.append([base, *texts])
     return table(["", *rates], rows)
 
 
 # ----------------------------------------------------------------------------- figure and pages
-
-WORLDS = [
-    (start, kind) for kind in ("separable", "intransitive") for start in ("start", "start-single")
-]
-TITLES = {
-    "start": "start saw further attempts",
-    "start-single": "start saw single answers only",
-}
 
 
 def draw(found, file):
@@ -178,23 +158,9 @@ def draw(found, file):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    forms, bases = found.columns("forms"), found.rows("forms")
     figure, axes = plt.subplots(2, 2, figsize=(13, 7.5), sharex=True, sharey=True)
     for axis, (start, kind) in zip(axes.flat, WORLDS, strict=True):
-        for n, name in enumerate(forms):
-            places = np.arange(len(bases)) + (n - (len(forms) - 1) / 2) * 0.12
-            for view, full in (("plain", f"C{n}"), ("shown", "none")):
-                values = [100 * found.values(view, "forms", b, name, start, kind) for b in bases]
-                means, spreads = zip(*[(v.mean(), v.std(ddof=1)) for v in values], strict=True)
-                style = {"fmt": "o", "ms": 4.5, "mfc": full, "color": f"C{n}", "elinewidth": 0.8}
-                label = name if view == "plain" else None
-                axis.errorbar(places, means, spreads, label=label, **style)
-        for view, best in found.about["best"][f"{start} {kind}"].items():
-            axis.axhline(100 * best, color="k", lw=0.7, ls="--" if view == "plain" else ":")
-        axis.axhline(50, color="k", lw=0.7)
-        axis.set(title=f"{kind}; {TITLES[start]}", ylabel="exact win rate against the start, %")
-        axis.set_xticks(range(len(bases)), bases)
-        axis.grid(axis="y", alpha=0.3)
+        draw_world(found, axis, start, kind)
     axes[0, 0].legend(frameon=False, ncols=3, fontsize=8, loc="lower left")
     full, hollow = "full: prompt only", "hollow: shown the answer that it is to beat"
     figure.suptitle(
@@ -205,47 +171,28 @@ def draw(found, file):
     plt.close(figure)
 
 
-def readme_part(found):
-    """The table that the README shows: some objectives, prompt-only."""
-    about = found.about
-    best = 100 * about["best"]["start separable"]["plain"]
-    caption = (
-        f"Exact win rate of prompt-only answers against the start's, % (at best {best:.0f}), "
-        f"{about['seeds']} seeds ± deviation; `*` differs from plain on the same seeds: "
-        "`bench/small_world.py`."
-    )
-    return "\n".join([form_table(found, "plain", "start", "separable", SHORT), "", caption])
-
-
-def results_part(found):
-    """The tables of docs/results.md."""
-    return "\n\n".join(
-        [
-            world_table(found, "dpo"),
-            f"IFSR's stages, from `start-single`. {STAGES}",
-            stage_table(found),
-        ]
-    )
-
-
-def page(found):
-    """All tables, as a page of text."""
-    parts = []
-    for start, kind in WORLDS:
-        best = found.about["best"][f"{start} {kind}"]
-        parts.append(f"## {kind}, from `{start}` ({TITLES[start]})")
-        for measure, what in TABLES.items():
-            parts.append(what.format(**{k: f"{100 * v:.1f}" for k, v in best.items()}))
-            parts.append(form_table(found, measure, start, kind))
-    parts += ["## IFSR's three stages, from `start-single`", STAGES, stage_table(found)]
-    parts += ["## What the second turn asks for", INSTRUCTIONS, instruction_table(found)]
-    parts += ["## Learning rates", RATES, rate_table(found)]
-    return "\n\n".join(parts) + "\n"
+def draw_world(found, axis, start, kind):
+    """One of the four."""
+    forms, bases = found.columns("forms"), found.rows("forms")
+    for n, name in enumerate(forms):
+        places = np.arange(len(bases)) + (n - (len(forms) - 1) / 2) * 0.12
+        for view, full in (("plain", f"C{n}"), ("shown", "none")):
+            values = [100 * found.values(view, "forms", b, name, start, kind) for b in bases]
+            means, spreads = zip(*[(v.mean(), v.std(ddof=1)) for v in values], strict=True)
+            style = {"fmt": "o", "ms": 4.5, "mfc": full, "color": f"C{n}", "elinewidth": 0.8}
+            label = name if view == "plain" else None
+            axis.errorbar(places, means, spreads, label=label, **style)
+    for view, best in found.about["best"][f"{start} {kind}"].items():
+        axis.axhline(100 * best, color="k", lw=0.7, ls="--" if view == "plain" else ":")
+    axis.axhline(50, color="k", lw=0.7)
+    axis.set(title=f"{kind}; {TITLES[start]}", ylabel="exact win rate against the start, %")
+    axis.set_xticks(range(len(bases)), bases)
+    axis.grid(axis="y", alpha=0.3)
 
 
 TABLES = {
-    "plain": "**Prompt-only win rate**, percent (at best {plain}):",
-    "shown": "**Win rate when shown the answer to beat**, percent (at best {shown}):",
+    "plain": "**Prompt-only win rate**, percent (at best {plain:.1%}):",
+    "shown": "**Win rate when shown the answer to beat**, percent (at best {shown:.1%}):",
     "refined": "**Win rate of refining an answer of its own** (IFSR's stage III), percent:",
     "accuracy": "**Accuracy** of the plain log-ratio on labels, percent:",
     "kl": "**KL(policy || start)** of prompt-only answers, nats:",
@@ -262,6 +209,41 @@ RATES = (
 )
 
 
+def readme_part(found):
+    """The table that the README shows: some objectives, prompt-only."""
+    about = found.about
+    best = 100 * about["best"]["start separable"]["plain"]
+    caption = (
+        f"Exact win rate of prompt-only answers against the start's, % (at best {best:.0f}), "
+        f"{about['seeds']} seeds ± deviation; `*` differs from plain on the same seeds: "
+        "`bench/small_world.py`."
+    )
+    return "\n".join([form_table(found, "plain", "start", "separable", SHORT), "", caption])
+
+
+def results_part(found):
+    """The tables of docs/results.md."""
+    stages = f"IFSR's stages, from `start-single`. {STAGES}"
+    return "\n\n".join([world_table(found, "dpo"), stages, stage_table(found)])
+
+
+def page(found):
+    """All tables, as a page of text."""
+    parts = []
+    for start, kind in WORLDS:
+        best = found.about["best"][f"{start} {kind}"]
+        parts.append(f"## {kind}, from `{start}` ({TITLES[start]})")
+        for measure, what in TABLES.items():
+            parts += [what.format(**best), form_table(found, measure, start, kind)]
+    parts += ["## IFSR's three stages, from `start-single`", STAGES, stage_table(found)]
+    parts += ["## What the second turn asks for", INSTRUCTIONS, instruction_table(found)]
+    parts += ["## Learning rates", RATES, rate_table(found)]
+    return "\n\n".join(parts)
+
+
+PARTS = {ROOT / "README.md": readme_part, ROOT / "docs" / "results.md": results_part}
+
+
 def write():
     """docs/small_world.png, and what README.md and docs/results.md show of it between MARKS.
 
@@ -269,8 +251,7 @@ def write():
     """
     found = Found()
     draw(found, JSON.with_suffix(".png"))
-    parts = {ROOT / "README.md": readme_part, ROOT / "docs" / "results.md": results_part}
-    for file, part in parts.items():
+    for file, part in PARTS.items():
         text = file.read_text(encoding="utf-8")
         head, tail = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
         file.write_text(f"{head}{MARKS[0]}\n{part(found)}\n{MARKS[1]}{tail}", encoding="utf-8")

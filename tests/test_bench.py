@@ -21,20 +21,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import (
-    checkpoints,
+    context_grad,
+    data_preparation,
     generation,
     growth,
-    lengths,
+    inputs,
     measuring,
-    overhead,
+    memory,
     pairs_per_second,
     profile_step,
-    startup,
-    step_memory,
+    small_world,
+    small_world_report,
     training,
-    utilisation,
+    trl_dpo,
 )
-from bench.flops import Flops
+from bench.measuring import Flops
 from data import build_row, lay_out
 from hub.template import Template
 from jobs.cli import UserError, parser_of
@@ -43,8 +44,8 @@ from model import load
 ROOT = Path(__file__).parent.parent
 COMMANDS = {
     module.__name__.partition(".")[2]: module
-    for module in (generation, growth, overhead, pairs_per_second, profile_step)
-    + (startup, step_memory, training, utilisation)
+    for module in (context_grad, data_preparation, generation, growth, memory, pairs_per_second)
+    + (profile_step, small_world, training, trl_dpo)
 }
 
 
@@ -54,7 +55,7 @@ def in_process(monkeypatch):
 
     def here(flags, processes=1):
         flags = {k: str(v) if isinstance(v, Path) else v for k, v in flags.items()}
-        return training.measure(training.Settings(**flags))
+        return training.measure(training.TrainingFlags(**flags))
 
     monkeypatch.setattr(training, "in_fresh_process", here)
     monkeypatch.setitem(measuring.SQUARE, "cpu", 64)
@@ -139,17 +140,17 @@ def test_a_window_hides_pairs(tiny_model_dir):
 def test_of_pairs_counts_training_and_reference_once(tiny_model_dir, pairs_file):
     """Of ins_dpo: three forwards of the cross trie and one of the plain one."""
     given = {"model": str(tiny_model_dir), "data": str(pairs_file), "max_len": 256}
-    s = training.Settings(loss="ins_dpo", batch=4, steps=1, **given)
+    s = training.TrainingFlags(loss="ins_dpo", batch=4, steps=1, **given)
     with training.opened(s) as (job, _):
-        flops, data, rule = Flops(job.model.config), job.train, job.rule
-        cross, plain = data.trie(5, rule.paths), data.trie(5, rule.reference_paths)
-        assert flops.of_pairs(data, [5], rule) == (3 * flops.forward(cross), flops.forward(plain))
+        flops, data, recipe = Flops(job.model.config), job.train, job.recipe
+        cross, plain = data.trie(5, recipe.paths), data.trie(5, recipe.reference_paths)
+        assert flops.of_pairs(data, [5], recipe) == (3 * flops.forward(cross), flops.forward(plain))
 
 
-@pytest.mark.parametrize("mix", lengths.MIXES)
+@pytest.mark.parametrize("mix", inputs.MIXES)
 def test_synthetic_pairs_have_the_lengths_of_their_mix(tiny_model_dir, mix):
-    template, wanted = Template(tiny_model_dir), lengths.MIXES[mix]
-    rows = lengths.pairs_of(wanted, 60, template)
+    template, wanted = Template(tiny_model_dir), inputs.MIXES[mix]
+    rows = inputs.pairs_of(wanted, 60, template)
     prompts = [template.render([{"role": "user", "content": r["prompt"]}], True) for r in rows]
     for part, texts, extra in (
         ("prompt", prompts, 0),
@@ -158,25 +159,25 @@ def test_synthetic_pairs_have_the_lengths_of_their_mix(tiny_model_dir, mix):
     ):
         mean = sum(map(len, template.encode(texts))) / 60 + extra
         assert mean == pytest.approx(getattr(wanted, part), rel=0.15), part
-    same = lengths.pairs_of(wanted, 3, template, spread=0.0)
+    same = inputs.pairs_of(wanted, 3, template, spread=0.0)
     assert len({len(row["chosen"]) for row in same}) == 1
 
 
 def test_filled_rows_hold_their_pairs():
     for length in (256, 512, 2048, 4096, 16384):
-        pairs, mix = utilisation.filling(length)
+        pairs, mix = inputs.filling(length)
         trie = mix.prompt + 2 * (mix.chosen + mix.rejected) + 4 * 2  # separators are two tokens
         assert 0.9 * length < pairs * trie <= length
 
 
 def test_noise_is_a_model(tmp_path):
-    raw = checkpoints.resized(checkpoints.SMALL, layers=1, width=64, vocab=512)
-    model = load(checkpoints.write_noise(tmp_path / "noise", raw))
+    raw = inputs.resized(inputs.SMALL, layers=1, width=64, vocab=512)
+    model = load(inputs.write_noise(tmp_path / "noise", raw))
     logps = model(build_row([chain(12)], [0], 1))
     assert (logps + math.log(512)).abs().max() < 2 and logps.std() > 0
     assert model.config.width == 64 and model.config.n_layers == 1
     with pytest.raises(UserError, match="choose from small, .*llama-3-8b"):
-        checkpoints.published("llama-9")
+        inputs.published("llama-9")
 
 
 def test_a_recompilation_is_an_error():
@@ -209,7 +210,7 @@ def test_tables():
 
 def test_a_process_of_its_own_measures_a_run(tiny_model_dir, pairs_file):
     flags = {"loss": "ins_dpo", "model": tiny_model_dir, "data": pairs_file, "max_len": 256}
-    found = training.in_fresh_process(flags | {"batch": 8, "steps": 3, "warmup": 1})
+    found = training.in_fresh_process(flags | {"batch": 8, "steps": 3, "uncounted": 1})
     assert found["pairs"] == 24 and found["tokens_per_pair"] > found["reference_tokens_per_pair"]
     assert found["step seconds"] > 0 and found["peak_gib"] > 0.1
     assert math.isclose(
@@ -220,61 +221,110 @@ def test_a_process_of_its_own_measures_a_run(tiny_model_dir, pairs_file):
 
 def test_a_process_that_fails_says_why():
     with pytest.raises(UserError, match="(?s)failed.*no such thing"):
-        measuring.execute([sys.executable, "-c", "raise SystemExit('no such thing')"])
+        measuring.worker([sys.executable, "-c", "raise SystemExit('no such thing')"])
 
 
 def test_pairs_per_second(measured, in_process, tiny_model_dir, pairs_file):
     flags = f"--model {tiny_model_dir} --data {pairs_file} --pairs 8 --batch 4 --max_len 256"
     lines, written = measured(pairs_per_second, flags + " --repeat 2 --only 'dpo; ins_dpo'")
     assert first_column(lines)[:3] == ["contender", "dpo", "ins_dpo"]
-    assert {name: len(runs) for name, runs in written["figures"].items()} == {
+    assert {name: len(runs) for name, runs in written["figures"]["runs"].items()} == {
         "matmul rate": 2, "dpo": 2, "ins_dpo": 2,
     }  # fmt: skip
+    stages = [line for line in lines if line[0] in training.STAGES]
+    assert [line[0] for line in stages] == list(training.STAGES)
+    assert all(len(line) == 3 and float(line[1]) > 0 for line in stages)
 
 
-def test_overhead(measured, in_process):
-    flags = "--mixes hh --only 'ins_dpo; averaged, turn' --pairs 4 --batch 2 --repeat 1"
-    lines, written = measured(overhead, flags)
-    assert first_column(lines) == ["hh", "dpo", "ins_dpo", "averaged, turn"]
-    counts = written["figures"]["hh"]["arithmetic"]
+def test_work_of_a_condition(measured, in_process):
+    flags = "--shape small --mix hh --only 'dpo; ins_dpo; averaged, turn' --pairs 4 --batch 2"
+    lines, written = measured(pairs_per_second, flags + " --max_len 8192 --no-train")
+    assert first_column(lines) == ["contender", "dpo", "ins_dpo", "averaged, turn"]
+    counts = written["figures"]["work"]
     assert counts["dpo"]["tokens"] == counts["dpo"]["reference_tokens"]
     assert counts["ins_dpo"]["reference_tokens"] == counts["dpo"]["tokens"]
-    assert counts["dpo"]["tokens"] < counts["ins_dpo"]["tokens"] < counts["ins_dpo"]["alone"]
+    assert counts["dpo"]["tokens"] < counts["ins_dpo"]["tokens"]
+    assert counts["dpo"]["work"] < counts["ins_dpo"]["work"] < counts["ins_dpo"]["alone"]
     assert lines[2][3] == "1.00x"
 
 
+UTILISATION = "--fill --utilisation --only row_tokens --layers 1 --width 0 --vocab 300 --steps 1 "
+
+
 def test_utilisation(measured, in_process):
-    lines, written = measured(
-        utilisation, "--blocks 1 --vocab 300 --lengths 256,512 --steps 1 --repeat 1"
-    )
-    assert first_column(lines) == ["row tokens", "256", "512"]
+    lines, written = measured(growth, UTILISATION + "--row_tokens 256,512")
+    assert first_column(lines) == ["", "row_tokens 256", "row_tokens 512"] * 3
+    assert lines[10][2].endswith("%")
     mean, largest = written["figures"]["gap"]
     assert 0 <= mean <= largest < 1e-3
 
 
 def test_utilisation_refuses_wrong_log_probabilities(measured, in_process, monkeypatch):
-    monkeypatch.setitem(utilisation.FARTHEST, "fp32", (-1.0, -1.0))
+    monkeypatch.setitem(growth.FARTHEST, "fp32", (-1.0, -1.0))
     with pytest.raises(UserError, match="nats from the reference"):
-        measured(utilisation, "--blocks 1 --vocab 300 --lengths 256 --steps 1 --repeat 1")
+        measured(growth, UTILISATION + "--row_tokens 256")
 
 
-def test_step_memory(measured, in_process):
-    flags = "--layers 1 --width 64 --vocabularies 300,600 --lengths 256,512"
-    lines, _ = measured(step_memory, flags)
-    assert [line[:2] for line in lines[2:]] == [["300", "512"], ["600", "512"], ["300", "256"]]
-
-
-def test_startup(measured, in_process, tiny_model_dir, pairs_file):
-    flags = f"--model {tiny_model_dir} --data {pairs_file} --pairs 8 --batch 4 --max_len 256"
-    lines, _ = measured(startup, flags + " --repeat 1")
-    assert first_column(lines) == ["stage", *startup.STAGES]
+def test_memory_of_a_step(measured, in_process):
+    flags = "--fill --only 'row_tokens; vocab' --layers 1 --width 64 --vocab 300,600"
+    lines, _ = measured(growth, flags + " --row_tokens 256,512 --steps 1")
+    names = ["row_tokens 256", "row_tokens 512", "vocab 300", "vocab 600"]
+    assert first_column(lines)[6:] == names
+    logits = [float(line[-1]) for line in lines[-4:]]
+    assert logits[0] == logits[2] == pytest.approx(logits[3] / 2, rel=1e-2)
+    assert logits[1] == pytest.approx(2 * logits[0], rel=0.1)
 
 
 def test_growth(measured, in_process):
     flags = "--pairs 8,16 --row_tokens 1024,2048 --width 64 --processes 1 --batch 4 --steps 1"
     lines, _ = measured(growth, flags)
     names = ["pairs 8", "pairs 16", "row_tokens 1,024", "row_tokens 2,048", "width 64"]
-    assert first_column(lines)[1:] == [*names, "processes 1"]
+    assert first_column(lines)[1:7] == [*names, "processes 1"]
+
+
+def test_activations_and_loading(measured, monkeypatch):
+    """In processes of their own, where memory is theirs."""
+    monkeypatch.setattr(memory, "SHAPES", ("llama-3.2-1b",))
+    lines, written = measured(memory, "activations --tokens 64")
+    assert first_column(lines) == ["two layers of", "llama-3.2-1b"]
+    kept = written["figures"]["llama-3.2-1b kept"]
+    assert 0.5 < kept["measured"] / kept["plan"] < 2
+    lines, written = measured(memory, "loading --shape small --processes 2")
+    assert first_column(lines) == ["", "2 processes"]
+    with pytest.raises(UserError, match="activations or loading"):
+        measured(memory, "everything")
+
+
+def test_data_preparation(measured, tiny_model_dir, pairs_file):
+    flags = f"--model {tiny_model_dir} --source {pairs_file} --sizes 8 --peer_pairs 0"
+    lines, written = measured(data_preparation, flags)
+    assert [line[:3] for line in lines[2:]] == [["8", "first", "8"], ["8", "cached", "8"]]
+
+
+def test_gradients_without_contexts(measured, tiny_model_dir, pairs_file):
+    flags = f"--model {tiny_model_dir} --data {pairs_file} --pairs 2 --seeds 0"
+    lines, written = measured(context_grad, flags)
+    assert first_column(lines)[1:] == list(context_grad.FORMS)
+    assert all(0 < cosine < 1 for cosine, _ in written["figures"]["gradient"].values())
+
+
+def test_a_run_in_the_small_world(tmp_path):
+    """Every number is told, and what is kept of a run is read again as it was."""
+    stages = (small_world.Stage("ins_dpo", 3e-4, steps=1),)
+    job = small_world.Job(("forms", "dpo", "ins"), "start", "separable", 0, stages)
+    file = tmp_path / "results.jsonl"
+    known = small_world.run_all([job], file, {}, workers=1)
+    assert small_world.read_results(file) == known
+    assert known[job].keys() >= {*small_world_report.MEASURES, "cpu_seconds"}
+    assert 0.9 < known[job]["mass"] <= 1 and 0.3 < known[job]["plain"] < 0.7
+
+
+def test_the_small_worlds_tables_are_those_of_its_data():
+    found = small_world_report.Found()
+    page = small_world_report.page(found)
+    for file, part in small_world_report.PARTS.items():
+        assert part(found) in file.read_text(encoding="utf-8"), file
+    assert page.count("| dpo |") == 4 * len(small_world_report.MEASURES) + 1
 
 
 def test_a_moment_belongs_to_the_part_whose_forward_it_answers():
@@ -333,18 +383,28 @@ def test_the_peer_is_measured_beside_us(measured, tiny_model_dir, pairs_file):
 def calls():
     """Every call of bench/ in gpu.sh, the docs and the files' own heads -> (name, flags)."""
     script = (ROOT / "bench" / "gpu.sh").read_text(encoding="utf-8").replace("\\\n", " ")
-    yield from re.findall(r"^measure \d+ (\w+) (.*)$", script, re.M)
-    texts = [ROOT / "docs" / "performance.md", *(Path(m.__file__) for m in COMMANDS.values())]
-    for text in texts:
+    yield from re.findall(r"^measure \d+ \w+ (\w+) (.*)$", script, re.M)
+    texts = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    for text in (*texts, *(Path(m.__file__) for m in COMMANDS.values())):
         text = text.read_text(encoding="utf-8").replace("\\\n", " ")
-        yield from re.findall(r"python bench/(\w+)\.py([^\n`#]*)", text)
+        yield from re.findall(r"python -m bench\.(\w+)([^\n`#]*)", text)
+        assert "python bench/" not in text
+
+
+def flags_of(module):
+    """The dataclass of a command's flags."""
+    return next(
+        value
+        for name, value in vars(module).items()
+        if name.endswith("Flags") and value.__module__ == module.__name__
+    )
 
 
 def test_every_flag_of_every_call_exists():
-    found = [(name, words) for name, words in calls() if name in COMMANDS]
+    found = list(calls())
     assert {name for name, _ in found} == set(COMMANDS)
     for name, words in found:
-        options = parser_of(COMMANDS[name].Settings, "")._option_string_actions
+        options = parser_of(flags_of(COMMANDS[name]), "")._option_string_actions
         for word in re.findall(r"(?<!\S)--[\w-]+", words):
             assert word in options, f"{name}: {word}"
 
@@ -353,7 +413,7 @@ def test_every_flag_of_every_call_exists():
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_run_keeps_freed_memory_and_the_benchmarks_do_not_count_it_as_held(keep):
     """256 MB taken and freed, in a process with Ranks and in one without."""
-    program = "import torch; from bench.process_memory import kept_bytes; "
+    program = "import torch; from bench.measuring import kept_bytes; "
     program += "from jobs.processes import Ranks; " + "Ranks('cpu'); " * keep
     program += "x = torch.ones(2**26); del x; print(kept_bytes())"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
