@@ -10,30 +10,24 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from dialogues import say
 
 import evaluate
 from assets import world
 from conftest import PAIRS, write_model
-from evals import rewardbench
 from evals.answers import Answer
-from evals.stats import Estimate, estimate, win_rate
-from evals.world import world_probabilities, world_win_rate
+from evals.world import world_probabilities
 from evaluate import open_scores, reward_scores
 from evaluate import path_sums as real
 from generate import load_model
 from hub.template import Template
 from jobs.cli import UserError
-from jobs.files import ASSETS
 from model import load
 
 ROOT = Path(__file__).parent.parent
 
 
-def user(text):
-    return [{"role": "user", "content": text}]
-
-
-ANSWERS = [Answer(user("q" * (i + 1)), "an answer of some length"[: 3 * i + 1]) for i in range(7)]
+ANSWERS = [Answer(say("q" * (i + 1)), "an answer of some length"[: 3 * i + 1]) for i in range(7)]
 
 
 @pytest.fixture(scope="module")
@@ -45,46 +39,6 @@ def reward_dir(tmp_path_factory):
 def start_dir(tmp_path_factory):
     """Another language model of the same vocabulary."""
     return write_model(tmp_path_factory.mktemp("start"), tiny.LLAMA, seed=1)
-
-
-# ----------------------------------------------------------------------------- statistics
-
-
-def test_bootstrap_of_two_values_by_hand():
-    """Means of two draws from (0, 1) are 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4."""
-    assert estimate([0, 1]) == Estimate(0.5, 0.0, 1.0)
-    assert estimate([3, 3, 3]) == Estimate(3.0, 3.0, 3.0)
-    assert f"{Estimate(0.5, 0.25, 0.75):.0%}" == "50% [25%, 75%]"
-
-
-def test_bootstrap_is_the_normal_interval():
-    """mean ± 1.96 std / sqrt(n), for many values; by 4% at 10,000 resamples."""
-    rng = np.random.default_rng(0)
-    for values in (rng.normal(2, 3, 2000), rng.random(2000) < 0.3, rng.exponential(size=2000)):
-        mean, low, high = estimate(values, seed=1)
-        half = 1.96 * values.std() / 2000**0.5
-        assert mean == pytest.approx(values.mean())
-        assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.04 * half)
-
-
-def test_bootstrap_covers_the_truth():
-    """95% of the intervals hold the mean of what was sampled, to chance and small n."""
-    rng = np.random.default_rng(0)
-    samples = [estimate(rng.normal(size=60), seed, 1000) for seed in range(300)]
-    assert 0.91 < np.mean([e.low < 0 < e.high for e in samples]) < 0.98
-
-
-def test_bootstrap_repeats_with_its_seed():
-    values = np.random.default_rng(0).normal(size=3000)  # more than one block of resamples
-    assert estimate(values, 5) == estimate(values, 5) != estimate(values, 6)
-
-
-def test_a_tie_is_no_win():
-    """Two wins, one tie, one loss."""
-    wins, ties = win_rate([1.0, 2.0, 3.0, 0.0], [0.5, 1.5, 3.0, 1.0])
-    assert (wins.mean, ties) == (0.5, 1)
-    wins, ties = win_rate([3.0, 3.0], [3.0, 3.0])
-    assert (wins, ties) == (Estimate(0.0, 0.0, 0.0), 2)
 
 
 # ----------------------------------------------------------------------------- reward
@@ -146,7 +100,7 @@ def sum_of_logps(model, context, target):
 
 def margins_by_hand(policy, reference, template, row, beta, bridge):
     """{reading: margin} of one pair: texts joined here, by the formulas of the papers."""
-    x = template.encode([template.render(user(row["prompt"]), generation=True)])[0].tolist()
+    x = template.encode([template.render(say(row["prompt"]), generation=True)])[0].tolist()
     texts = [row["chosen"] + "<|im_end|>", row["rejected"] + "<|im_end|>"]
     w, l = (ids.tolist() for ids in template.encode(texts))
     turn = "\n<|im_start|>user\nplease generate a better response<|im_end|>\n"
@@ -227,7 +181,7 @@ def test_world_probabilities_are_those_of_the_whole_sequences(start_dir, monkeyp
     question = world.questions()[1]
     texts = [text + "<|im_end|>" for text in world.answers(question)]
     y = [ids.tolist() for ids in template.encode(texts)]
-    x = template.encode([template.render(user(question), generation=True)])[0].tolist()
+    x = template.encode([template.render(say(question), generation=True)])[0].tolist()
     turn, sep = template.encode([template.turn("please generate a better response"), "\n\n"])
     contexts = {None: x, "turn": [*x, *y[9], *turn], "sep": [*x, *sep, *y[9][:-1], *sep]}
     for bridge, context in contexts.items():
@@ -235,17 +189,6 @@ def test_world_probabilities_are_those_of_the_whole_sequences(start_dir, monkeyp
         found = policy[1, 9, 5] if bridge else policy[1, 5]
         assert policy.shape == ((2, 16, 16) if bridge else (2, 16))
         assert np.log(found) == pytest.approx(sum_of_logps(model, context, y[5])[0], abs=1e-3)
-
-
-@pytest.mark.skipif(
-    not (ASSETS / "start" / "model.safetensors").exists(), reason="no assets/start: assets/build.py"
-)
-def test_the_embedded_start():
-    """It draws against itself, and knows nothing but the world's answers."""
-    start = str(ASSETS / "start")
-    assert world_win_rate(start, start) == pytest.approx(0.5)
-    policy = world_probabilities(*load_model(start))
-    assert policy.sum(-1).mean() > 0.9
 
 
 # ----------------------------------------------------------------------------- the command
@@ -265,7 +208,7 @@ def write_rows(file, rows):
 @pytest.fixture
 def files(tmp_path):
     """Answers as generate.py writes them, and AlpacaEval's to the same prompts, in reverse."""
-    ours = [{"prompt": user(f"q{i}?"), "answer": f"a{i}", "mode": "plain"} for i in range(5)]
+    ours = [{"prompt": say(f"q{i}?"), "answer": f"a{i}", "mode": "plain"} for i in range(5)]
     theirs = [{"instruction": f"q{i}?", "output": f"b{i}"} for i in reversed(range(5))]
     (tmp_path / "theirs.json").write_text(json.dumps(theirs))
     return write_rows(tmp_path / "ours.jsonl", ours), tmp_path / "theirs.json"
@@ -280,7 +223,7 @@ def test_reward_command(reward_dir, files, tmp_path):
     assert done.returncode == 0, done.stderr
     model, template = load(reward_dir), Template(reward_dir)
     ours, theirs = (
-        reward_scores(model, template, [Answer(user(f"q{i}?"), f"{a}{i}") for i in range(5)])
+        reward_scores(model, template, [Answer(say(f"q{i}?"), f"{a}{i}") for i in range(5)])
         for a in "ab"
     )
     results = json.loads(out.read_text())
@@ -310,7 +253,7 @@ def test_accuracy_on_pairs_by_subset(reward_dir, command, tmp_path):
     assert status == 0 and "9 pairs read, dropped: 1 empty answer" in said
     results = json.loads(out.read_text())
     model, template = load(reward_dir), Template(reward_dir)
-    sides = [Answer(user(r["prompt"]), r[k]) for k in ("chosen", "rejected") for r in rows[:9]]
+    sides = [Answer(say(r["prompt"]), r[k]) for k in ("chosen", "rejected") for r in rows[:9]]
     chosen, rejected = np.split(reward_scores(model, template, sides), 2)
     wins = chosen > rejected
     assert results["ties"] == 3 and results["win_rate"][0] == pytest.approx(wins.mean())
@@ -318,25 +261,6 @@ def test_accuracy_on_pairs_by_subset(reward_dir, command, tmp_path):
     assert (results["subsets"]["hard"]["n"], results["subsets"]["hard"]["ties"]) == (5, 1)
     mean = (wins[:4].mean() + wins[4:].mean()) / 2
     assert f"mean of the subsets {mean:.1%}" in " ".join(said.split())
-
-
-def test_rewardbench_sections():
-    """The published 2,985 prompts. Right on all math, on half the code: (984 + 6 * 82) / 1968."""
-    counts = {name: n for parts in rewardbench.SECTIONS.values() for name, n in parts.items()}
-    counts["math-prm"] = 447
-    assert sum(counts.values()) == 2985
-    names = [name for name, n in counts.items() for _ in range(n)] + ["another"]
-    wins = [not name.startswith("hep") or i % 2 for i, name in enumerate(names)]
-    found, missing = rewardbench.sections(names, wins)
-    assert {k: round(v.mean, 9) for k, v in found.items()} == {
-        "Chat": 1, "Chat Hard": 1, "Safety": 1, "Reasoning": 0.75, "score": 0.9375
-    }  # fmt: skip
-    assert 0.70 < found["Reasoning"].low < 0.75 < found["Reasoning"].high < 0.80 and not missing
-    some = [i for i, name in enumerate(names) if name != "donotanswer" and name[:4] != "hep-"]
-    found, missing = rewardbench.sections([names[i] for i in some], [wins[i] for i in some])
-    assert list(found) == ["Chat", "Chat Hard"]
-    assert missing == ["donotanswer"] + [name for name in counts if name[:4] == "hep-"]
-    assert rewardbench.sections(["", "another"], [1, 0]) == ({}, [])
 
 
 def test_win_rate_against_the_chosen_answers(reward_dir, command, tmp_path):
