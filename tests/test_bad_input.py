@@ -32,12 +32,13 @@ NOTUS = "argilla/ultrafeedback-binarized-preferences"
 
 # what a row is -> (the row, what is told behind "file:2: ")
 BROKEN = {
-    "half a line": (json.dumps(GOOD)[:-9], "broken JSON"),
+    "half a line": (json.dumps(GOOD)[:-9], "broken JSON .*; mend or delete the row"),
     "two records in a line": (json.dumps(GOOD) * 2, "broken JSON"),
     "a raw NUL byte": ('{"prompt": "a\0"}', "broken JSON"),
     "nesting without end": ("[" * 10**6, "broken JSON"),
     "a number without end": ("1" * 10**5, "broken JSON"),
-    "not an object": ("null", "expected an object"),
+    "not an object": ("null", "expected an object with named columns"),
+    "a list": ("[1]", "expected an object with named columns"),
     "no known columns": ({"question": "a", "answer": "b"}, r"columns \['answer', 'question'\]"),
     "no rejected": ({"prompt": "a", "chosen": "b"}, "expected chosen and rejected"),
     "an oasst row without text": ({"message_id": "a", "parent_id": None}, "columns"),
@@ -218,19 +219,9 @@ def test_a_directory_without_data_and_a_file_that_is_not_there(tmp_path, capsys)
 
 def test_train_ends_with_that_line_and_status_2(tmp_path, tiny_model_dir):
     file = write_rows(tmp_path, [GOOD] * 20 + ['{"prompt": '])
-    command = [
-        sys.executable,
-        "train.py",
-        "--loss",
-        "dpo",
-        "--model",
-        tiny_model_dir,
-        "--data",
-        file,
-    ]
-    ended = subprocess.run(
-        [*command, "--out", tmp_path / "run"], capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, "train.py", "--loss", "dpo", "--out", tmp_path / "run"]
+    command += ["--model", tiny_model_dir, "--data", file]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
     assert f"error: {file}:21: broken JSON" in ended.stderr
 

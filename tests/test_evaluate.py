@@ -219,7 +219,7 @@ def test_reward_command(reward_dir, files, tmp_path):
     out = tmp_path / "deep" / "out.json"
     words = ["reward", "--model", reward_dir, "--answers", files[0], "--against", files[1]]
     script = [sys.executable, ROOT / "evaluate.py", *words, "--out", out]
-    done = subprocess.run(list(map(str, script)), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(list(map(str, script)), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     model, template = load(reward_dir), Template(reward_dir)
     ours, theirs = (

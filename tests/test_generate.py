@@ -166,7 +166,7 @@ def test_each_mode_runs(directory, command, mode):
     flags = ["--model", directory, "--data", command.data, "--max_new_tokens", 6, "--mode", mode]
     flags += ["--limit", 3, "--batch", 2, "--instruction", "another", "--out", command.out]
     script = [sys.executable, str(ROOT / "generate.py"), *map(str, flags)]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(script, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     rows = read_rows(command.out)
     assert [row["prompt"] for row in rows] == [say(f"question {i}?") for i in range(3)]

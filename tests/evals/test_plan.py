@@ -90,5 +90,5 @@ def test_plan_is_a_command(tmp_path):
         "--model",
         str(SHAPES / "llama-3-8b"),
     ]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert done.returncode == 0 and "| 8 |" in done.stdout and not list(tmp_path.iterdir())

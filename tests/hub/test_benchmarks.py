@@ -254,7 +254,7 @@ def test_two_processes_write_what_one_does(directory, tmp_path, answer):
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     words += [str(ROOT / "generate.py"), *sys.argv[1:]]  # as the fixture has called it
     process = _start(words, stderr=subprocess.STDOUT)
-    out, _ = process.communicate(timeout=300)
+    out, _ = process.communicate(timeout=600)
     assert process.returncode == 0, out
     strip = [{k: v for k, v in row.items() if k != "tstamp"} for row in load(alone)]
     assert strip == [{k: v for k, v in row.items() if k != "tstamp"} for row in whole]
