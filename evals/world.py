@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from assets import world as small_world
-from data import Dataset, Limits, lay_out, scored_rows
+from data import BRIDGES, Dataset, Limits, lay_out, scored_rows
 from evals.results import save
 from generate import load_model
 from jobs.cli import flag, require
@@ -27,9 +27,7 @@ class WorldFlags(CheckpointFlags, InstructionFlags):
 
     start: str = flag(str(ASSETS / "start"), "the opponent: HF directory")
     shown: str | None = flag(
-        None,
-        "also show the policy the opponent's answer first, behind this bridge",
-        ("sep", "turn"),
+        None, "also show the policy the opponent's answer first, behind this bridge", tuple(BRIDGES)
     )
     out: str | None = flag(None, "json file for the numbers and all probabilities")
 

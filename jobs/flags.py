@@ -79,7 +79,7 @@ class InstructionFlags:
 class PathFlags(InstructionFlags):
     """How a pair becomes paths: what joins a context answer to what follows, and the limits."""
 
-    bridge: str | None = flag(None, "between a context answer and what follows", ("sep", "turn"))
+    bridge: str | None = flag(None, "what joins a context answer to its surroundings: sep, turn")
     sep: str | None = flag(None, "InSPO's separator; default: a reserved token, else a blank line")
     max_len: int | None = flag(4096, "tokens of every single path")
     draft_cap: float = flag(0.4, "share of max_len that a rejected context answer may take")

@@ -1,6 +1,7 @@
-"""Adding an objective takes what the README says: a fork that follows its page trains with it."""
+"""Adding to a table takes what the README says: a fork that follows its page trains with it."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -28,7 +29,19 @@ def fork(tmp_path_factory):
     (directory / "losses.py").write_text(losses, encoding="utf-8")
     with open(directory / "tests" / "test_losses.py", "a", encoding="utf-8") as f:
         f.write(f"\n\n{test}")
+    add_condition_and_bridge(directory)
     return directory
+
+
+def add_condition_and_bridge(directory):
+    """The README's page on these two: a row at the head of each table."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8").split("### Add a condition")[1]
+    rows = re.findall(r"```python\n(.*\n)(.*\n)```", page)[0]
+    for row, name in zip(rows, ("losses.py: CONDITIONS", "data.py: BRIDGES"), strict=True):
+        file, table = name.split(": ")
+        text = (directory / file).read_text(encoding="utf-8")
+        head = re.search(rf"^{table} = {{.*\n", text, re.M).end()
+        (directory / file).write_text(text[:head] + row + text[head:], encoding="utf-8")
 
 
 def python(fork, *words):
@@ -59,3 +72,18 @@ def test_its_test_passes_and_so_do_the_ones_it_got_for_nothing(fork):
     words = ["tests/test_losses.py", "-k", "hinge", "-q", "-p", "no:cacheprovider"]
     passed = re.search(r"(\d+) passed", python(fork, "-m", "pytest", *words))
     assert int(passed.group(1)) > 20
+
+
+def test_a_condition_and_a_bridge_train(fork, tiny_model_dir, pairs_file):
+    """Policy and reference agree on every path at first; the bridge stands on both sides."""
+    words = ["--loss", "dpo", "--condition", "averaged_one_sided", "--bridge", "quoted"]
+    words += ["--steps", "1", "--batch", "8", "--out", fork / "quoted", "--eval_pairs", "4"]
+    words += ["--model", tiny_model_dir, "--data", pairs_file, "--max_len", "256"]
+    assert "dpo: condition averaged_one_sided, bridge quoted" in python(fork, "train.py", *words)
+    lines = (fork / "quoted" / "metrics.jsonl").read_text().splitlines()
+    first = next(line for line in map(json.loads, lines) if "loss" in line)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5) and first["grad_norm"] > 0
+
+    words = ["--model", tiny_model_dir, "--data", pairs_file, "--limit", "4", "--bridge", "quoted"]
+    told = python(fork, "evaluate.py", "describe", *words, "--out", fork / "quoted.json")
+    assert "averaged_one_sided" in told and "Another answer:" in told and "A better one:" in told

@@ -5,6 +5,9 @@ import io
 import re
 from pathlib import Path
 
+import data
+import losses
+
 PAGE = Path(__file__).parent.parent / "docs" / "tour.md"
 
 
@@ -30,3 +33,27 @@ def test_the_tour_prints_what_it_shows(monkeypatch):
     assert len(outcome) > 10
     for code, shown, printed in outcome:
         assert printed == shown, code
+
+
+def test_the_exercises_promise_what_comes(monkeypatch):
+    """The numbers that exercises 1 to 3 tell the reader to expect."""
+    monkeypatch.chdir(PAGE.parent.parent)
+    text = PAGE.read_text(encoding="utf-8")
+    promised = text[text.index("## Exercises") :]
+    monkeypatch.setitem(losses.CONDITIONS, "averaged_one_sided", ((None, None), ("rejected",) * 2))
+    quoted = data.Bridge("Another answer:\n", "\nA better one:\n", ended=False)
+    monkeypatch.setitem(data.BRIDGES, "quoted", quoted)
+    for recipe, tokens in (
+        ('"dpo", condition="averaged_one_sided"', "36 tokens instead of 86"),
+        ('"dpo", condition="averaged_one_sided", bridge="turn"', "45 instead of 112"),
+        ('"ins_dpo", bridge="quoted"', "9 tokens\n   of `Another answer:`"),
+    ):
+        printed = "".join(p for *_, p in run(text.split("## 5")[0].replace('"ins_dpo"', recipe)))
+        numbers = re.search(r"(\d+) tokens instead of (\d+)", printed).groups()
+        assert tokens in promised
+        if "instead" in tokens:
+            assert tuple(re.findall(r"\d+", tokens)) == numbers
+        else:
+            assert "9 Another answer:" in printed and "7 \nA better one:" in printed
+    margin = re.search(r"margin (-[\d.]+), loss", text).group(1)
+    assert f"prints 1 − margin = {1 - float(margin):.4f}" in promised
