@@ -21,6 +21,7 @@ import os
 import sys
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -115,9 +116,22 @@ class KVCache:
         # the G query heads of a key/value head attend as if they were G times as many queries
         masks = {w: mask.repeat(1, 1, self.groups, 1) for w, mask in masks.items()}
         return [
-            CachedAttention(*layer[:, rows, :, :used], positions, masks[w], c.scale, c.attn_cap)
-            for layer, w in zip(self.layers, c.windows, strict=True)
+            partial(self._attend, layer[:, rows, :, :used], positions, masks[window])
+            for layer, window in zip(self.layers, c.windows, strict=True)
         ]
+
+    def _attend(self, cached, positions, mask, q, k, v):
+        """Stores the new keys and values of one layer, then lets the queries look at all.
+
+        cached: (2, B, K, U, C) view; mask: (B, 1, G T, U); q: (B, H, T, C); k, v: (B, K, T, C).
+        """
+        rows = torch.arange(len(k), device=k.device)[:, None]  # (B, 1)
+        # keys come already rotated by their position, so they are never touched again
+        for kept, new in zip(cached, (k, v), strict=True):
+            kept.transpose(1, 2)[rows, positions] = new.transpose(1, 2)  # (B, T, K, C)
+        q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, H, T, C) -> (B, K, G T, C)
+        y = masked_attention(q, *cached, mask, self.config.scale, self.config.attn_cap)
+        return y.unflatten(2, (-1, k.shape[2])).flatten(1, 2)  # (B, H, T, C)
 
     def _reserve(self, used):
         """Makes room for `used` slots: by powers of two, since growing copies everything."""
@@ -132,27 +146,6 @@ class KVCache:
         """Copies one row over another."""
         for layer in self.layers:
             layer[:, target] = layer[:, source]
-
-
-@dataclass
-class CachedAttention:
-    """The attention rule of one layer: store the new keys and values, then look at all."""
-
-    keys: torch.Tensor  # (B, K, U, C), a view of the cache
-    values: torch.Tensor
-    positions: torch.Tensor  # (B, T)
-    mask: torch.Tensor  # (B, 1, G T, U)
-    scale: float | None
-    cap: float | None
-
-    def __call__(self, q, k, v):
-        rows = torch.arange(len(k), device=k.device)[:, None]  # (B, 1)
-        # keys come already rotated by their position, so they are never touched again
-        self.keys.transpose(1, 2)[rows, self.positions] = k.transpose(1, 2)  # (B, T, K, C)
-        self.values.transpose(1, 2)[rows, self.positions] = v.transpose(1, 2)
-        q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, H, T, C) -> (B, K, G T, C)
-        y = masked_attention(q, self.keys, self.values, self.mask, self.scale, self.cap)
-        return y.unflatten(2, (-1, k.shape[2])).flatten(1, 2)  # (B, H, T, C)
 
 
 # ----------------------------------------------------------------------------- the queue
@@ -255,13 +248,20 @@ MODES = ("plain", "instruct", "refine")
 
 
 class Job:
-    """An Ask on its way: the row that it becomes, and its number among all prompts."""
+    """An Ask on its way through its turns, and the row that it becomes.
 
-    def __init__(self, ask, number):
-        self.ask, self.number = ask, number
-        self.row = {"prompt": ask.prompt} | ask.about
+    Turn t of Ask n draws its random numbers from (seed, n, 2 t), its refinement from
+    (seed, n, 2 t + 1), whatever else is asked and in whatever order: so a run that was cut off
+    goes on with the numbers that it would have drawn.
+    """
+
+    def __init__(self, ask, number, mode="plain", instruction=INSTRUCTIONS["better"], seed=0):
+        self.ask, self.number, self.mode, self.instruction = ask, number, mode, instruction
+        self._seed, self.row = seed, {"prompt": ask.prompt} | ask.about
         if ask.turns:
             self.row["turns"] = 1 + len(ask.turns)
+        if mode == "refine" and ask.draft is not None:
+            self.row["draft"] = ask.draft
 
     @property
     def turn(self):
@@ -269,95 +269,81 @@ class Job:
         return (len(self.row["prompt"]) - len(self.ask.prompt)) // 2
 
     @property
-    def draft(self):
-        """The draft that the question brought along, which is one of its first answer."""
-        return self.ask.draft if self.turn == 0 else None
+    def stage(self):
+        """What is to be generated next: "draft" or "answer"."""
+        return "draft" if self.mode == "refine" and "draft" not in self.row else "answer"
 
-    def answered(self, text, finished):
-        """Take an answer; returns whether it was that of the last turn.
+    @property
+    def seed(self):
+        return (self._seed, self.number, 2 * self.turn + ("draft" in self.row))
+
+    @property
+    def question(self):
+        """Messages that end with the user's own turn."""
+        asked = self.row["prompt"]
+        return with_suffix(asked, self.instruction) if self.mode == "instruct" else asked
+
+    def take(self, text, finished):
+        """Takes what was generated; returns whether it was the answer to the last turn.
 
         The prompt of the finished row is all that was said before the last answer.
         """
+        if self.stage == "draft":
+            self.row["draft"] = text
+            return False
         self.row |= {"answer": text, "finished": self.row.get("finished", True) and finished}
         if self.turn == len(self.ask.turns):
             return True
         if "draft" in self.row:
             self.row.setdefault("earlier_drafts", []).append(self.row.pop("draft"))
-        self.row["prompt"] = [
-            *self.row["prompt"],
-            {"role": "assistant", "content": text},
-            {"role": "user", "content": self.ask.turns[self.turn]},
-        ]
+        following = {"role": "user", "content": self.ask.turns[self.turn]}
+        said = {"role": "assistant", "content": text}
+        self.row["prompt"] = [*self.row["prompt"], said, following]
         return False
 
 
 @dataclass
 class Answers:
-    """Answers in one of the three modes, and the tokenizer's side of it."""
+    """Answers Jobs by the own sampler."""
 
     model: torch.nn.Module
     template: Template
     sampling: Sampling
-    mode: str = "plain"
-    instruction: str = INSTRUCTIONS["better"]
-    seed: int = 0
     batch: int = 16
+    on_token: object = None  # called with "draft" or "answer", and every token as it comes
 
-    def __call__(self, asks, numbers=None, on_token=None):
-        """Yields one row {prompt, answer, [draft,] finished, …} per Ask, in their order."""
-        numbers = range(len(asks)) if numbers is None else numbers
-        return in_order(self.numbered(asks, numbers, on_token), numbers)
-
-    def numbered(self, asks, numbers, on_token=None):
-        """Yields (number, row) as answers end.
-
-        Turn t of Ask n draws its random numbers from (seed, n, 2 t), its refinement from
-        (seed, n, 2 t + 1), whatever else is asked, in whatever order: a run that was cut off goes
-        on with the same. on_token(stage, token) hears the tokens; stage is "draft" or "answer".
-        """
-        jobs = [Job(ask, n) for ask, n in zip(asks, numbers, strict=True)]
-        queue = deque(self._first(job, on_token) for job in jobs)
+    def __call__(self, jobs):
+        """Yields (number, row {prompt, answer, [draft,] finished, …}) as Jobs end."""
+        queue = deque(self.sequence(job) for job in jobs)
         for seq in complete(self.model, queue, self.sampling, self.batch):
             stage, job = seq.tag
-            text = self.template.decode(seq.answer)
-            # What follows goes first in the queue. At its end it would wait for the drafts of all
-            # other prompts: rows would come last of all, and a kill would lose everything.
-            if stage == "draft":
-                job.row["draft"] = text
-                # the draft's own ids, not its text tokenised again, which may differ
-                ids = [*seq.prompt, *seq.answer, *self.template.end_ids, *self._turn()]
-                queue.appendleft(self._sequence(ids, 1, "answer", job, on_token))
-            elif job.answered(text, seq.finished):
+            if job.take(self.template.decode(seq.answer), seq.finished):
                 yield job.number, job.row
             else:
-                queue.appendleft(self._first(job, on_token))
+                # First in the queue: at its end it would wait for the drafts of all other prompts,
+                # every row would come last of all, and a kill would lose all of them.
+                queue.appendleft(self.sequence(job, seq if stage == "draft" else None))
 
-    def _first(self, job, on_token):
-        """The first sequence that a turn of a Job needs."""
-        prompt = job.row["prompt"]
-        if self.mode == "instruct":
-            prompt = with_suffix(prompt, self.instruction)
-        texts = [self.template.render(prompt, generation=True)]
-        if self.mode != "refine":
-            return self._sequence(self._ids(texts), 0, "answer", job, on_token)
-        if job.draft is None:
-            return self._sequence(self._ids(texts), 0, "draft", job, on_token)
-        job.row["draft"] = job.draft
-        texts.append(self.template.answer(prompt, job.draft))
-        ids = [*self._ids(texts), *self._turn()]
-        return self._sequence(ids, 1, "answer", job, on_token)
+    def sequence(self, job, draft=None):
+        """What the sampler continues: the ids that training puts before the same answer.
+
+        draft: the ended Sequence of the draft. Its ids are taken as they were sampled: its text,
+        tokenised again, may have others. A draft that the question brought along is tokenised.
+        """
+        refine = "draft" in job.row
+        if draft:
+            ids = [*draft.prompt, *draft.answer, *self.template.end_ids]
+        else:
+            texts = [self.template.render(job.question, generation=True)]
+            texts += [self.template.answer(job.question, job.row["draft"])] if refine else []
+            ids = self._ids(texts)
+        ids += self._ids([self.template.turn(job.instruction)]) if refine else []
+        hear = self.on_token and partial(self.on_token, job.stage)
+        return Sequence(ids, job.seed, hear, (job.stage, job))
 
     def _ids(self, texts):
         """Texts, each tokenised on its own, joined."""
         return [int(i) for ids in self.template.encode(texts) for i in ids]
-
-    def _turn(self):
-        return self._ids([self.template.turn(self.instruction)])
-
-    def _sequence(self, ids, refined, stage, job, on_token):
-        hear = on_token and (lambda token: on_token(stage, token))
-        seed = (self.seed, job.number, 2 * job.turn + refined)
-        return Sequence(ids, seed, hear, (stage, job))
 
 
 def in_order(numbered, numbers):
@@ -374,21 +360,15 @@ def in_order(numbered, numbers):
 
 @dataclass
 class RemoteAnswers:
-    """The same three modes, asked of an Endpoint by messages; `concurrency` Asks at a time."""
+    """Answers Jobs by messages to an Endpoint, `concurrency` of them at a time."""
 
     endpoint: Endpoint
     sampling: Sampling
-    mode: str = "plain"
-    instruction: str = INSTRUCTIONS["better"]
-    seed: int = 0
     concurrency: int = 8
+    refused: list = field(default_factory=list)  # (number, what the server said)
 
-    def __post_init__(self):
-        self.refused = []  # (number, what the server said)
-
-    def numbered(self, asks, numbers):
-        """Yields (number, row) as answers end; an Ask that the server refuses goes to `refused`."""
-        jobs = [Job(ask, n) for ask, n in zip(asks, numbers, strict=True)]
+    def __call__(self, jobs):
+        """Yields (number, row) as Jobs end; one that the server refuses goes to `refused`."""
         for job, refusal in together(self._answer, jobs, self.concurrency):
             if refusal is None:
                 yield job.number, job.row
@@ -396,38 +376,31 @@ class RemoteAnswers:
                 self.refused.append((job.number, refusal))
 
     def _answer(self, job):
-        """Ask turn after turn -> None, or why the server refuses."""
+        """Asks until the last turn is answered -> None, or why the server refuses."""
         try:
-            while True:
-                prompt = job.row["prompt"]
-                if self.mode == "instruct":
-                    prompt = with_suffix(prompt, self.instruction)
-                elif self.mode == "refine":
-                    draft = job.draft
-                    job.row["draft"] = self._chat(prompt, job, 0).text if draft is None else draft
-                    said = [("assistant", job.row["draft"]), ("user", self.instruction)]
-                    prompt = prompt + [{"role": who, "content": text} for who, text in said]
-                reply = self._chat(prompt, job, int(self.mode == "refine"))
-                if job.answered(reply.text, reply.finished):
-                    return None
+            reply = self._chat(job)
+            while not job.take(reply.text, reply.finished):
+                reply = self._chat(job)
         except RequestRefused as refusal:
             return str(refusal)
 
-    def _chat(self, messages, job, refined):
+    def _chat(self, job):
         """One request; its seed is told by the same numbers that the own sampler draws from."""
-        numbers = (self.seed, job.number, 2 * job.turn + refined)
+        messages = job.question
+        if "draft" in job.row:
+            said = [("assistant", job.row["draft"]), ("user", job.instruction)]
+            messages = messages + [{"role": who, "content": text} for who, text in said]
         reply = self.endpoint.chat(
             messages,
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
             max_tokens=self.sampling.max_new_tokens,
-            seed=int(np.random.SeedSequence(numbers).generate_state(1)[0] >> 1),  # 31 bits
+            seed=int(np.random.SeedSequence(job.seed).generate_state(1)[0] >> 1),  # 31 bits
         )
         told = (reply.tokens_in, reply.tokens_out)
         if None not in told:  # a server may leave its counts out
-            job.row["usage"] = [
-                a + b for a, b in zip(job.row.get("usage", (0, 0)), told, strict=True)
-            ]
+            before = job.row.get("usage", (0, 0))
+            job.row["usage"] = [a + b for a, b in zip(before, told, strict=True)]
         return reply
 
 
@@ -541,16 +514,15 @@ class Stream:
             print(file=self.file, flush=True)
 
 
-def answerer(s, mode="plain", instruction="better"):
+def answerer(s):
     """What answers: the own sampler with --model loaded, or the server at --endpoint."""
-    instruction = INSTRUCTIONS.get(instruction, instruction)
     if s.endpoint:
         endpoint = Endpoint(s.endpoint, s.model, s.timeout, s.retries)
         sampling = Sampling(s.max_new_tokens, s.temperature, s.top_p)
-        return RemoteAnswers(endpoint, sampling, mode, instruction, s.seed, s.concurrency)
+        return RemoteAnswers(endpoint, sampling, s.concurrency)
     model, template = load_model(s.model, s.dtype, s.device)
     sampling = Sampling(s.max_new_tokens, s.temperature, s.top_p, stop_ids(template))
-    return Answers(model, template, sampling, mode, instruction, s.seed, s.batch)
+    return Answers(model, template, sampling, s.batch)
 
 
 def recorded(s):
@@ -567,10 +539,11 @@ def produce(s, asks, numbers, store):
 
     An answer to --prompt streams to the terminal as well; a server's is printed when it is whole.
     """
-    settings, one = recorded(s), s.prompt is not None
-    answers = answerer(s, s.mode, s.instruction)
-    stream = Stream(answers.template) if one and not s.endpoint else None
-    numbered = answers.numbered([asks[n] for n in numbers], numbers, *filter(None, [stream]))
+    settings, one, answers, stream = recorded(s), s.prompt is not None, answerer(s), None
+    if one and not s.endpoint:
+        answers.on_token = stream = Stream(answers.template)
+    instruction = INSTRUCTIONS.get(s.instruction, s.instruction)
+    numbered = answers(Job(asks[n], n, s.mode, instruction, s.seed) for n in numbers)
     if store is None:
         numbered = enumerate(in_order(numbered, numbers))
     hidden, done, cut, empty = one or (store and store.rank), len(asks) - len(numbers), 0, 0

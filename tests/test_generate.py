@@ -13,7 +13,7 @@ from dialogues import say
 import generate
 from conftest import write_model
 from data import Dataset, Limits
-from generate import Answers, Job, Sampling, Stream, complete
+from generate import Answers, Job, Sampling, Stream, complete, in_order
 from hub.template import Template
 from jobs.cli import UserError
 from losses import Path as LossPath
@@ -59,9 +59,15 @@ def test_a_mode_asks_as_its_path_was_trained(template, mode, path):
     pair = Pair(say("Why?"), "Because.", "So what.", "here")
     dataset = Dataset([pair], template, rule, Limits(512, 0.4), "better")
     segments, _ = dataset.path(0, path)
-    answers = Answers(None, template, GREEDY, mode)
-    seq = answers._first(Job(Ask(pair.prompt, "So what."), 0), None)
+    seq = Answers(None, template, GREEDY).sequence(Job(Ask(pair.prompt, "So what."), 0, mode))
     assert seq.prompt == np.concatenate(segments[:-1]).tolist()
+
+
+def answered(answers, asks, numbers=None, mode="plain"):
+    """The rows of Asks in their order."""
+    numbers = range(len(asks)) if numbers is None else numbers
+    jobs = [Job(ask, n, mode) for ask, n in zip(asks, numbers, strict=True)]
+    return list(in_order(answers(jobs), numbers))
 
 
 def test_refine_joins_its_own_draft(model, template, monkeypatch):
@@ -71,10 +77,10 @@ def test_refine_joins_its_own_draft(model, template, monkeypatch):
     monkeypatch.setattr(generate, "complete", spy)
     sampling = Sampling(12, temperature=1.0)
     asks = [Ask(say("Why?")), Ask(say("What else is there to be said?"))]
-    plain = list(Answers(model, template, sampling, batch=1)(asks))
+    plain = answered(Answers(model, template, sampling, batch=1), asks)
     drafts = {tuple(seq.prompt): seq.answer for seq in seen}
     seen.clear()
-    rows = list(Answers(model, template, sampling, "refine", batch=2)(asks))
+    rows = answered(Answers(model, template, sampling, batch=2), asks, mode="refine")
     assert [row["draft"] for row in rows] == [row["answer"] for row in plain]
     turn = template.encode([template.turn("please generate a better response")])[0].tolist()
     joined = [[*x, *y, *template.end_ids, *turn] for x, y in drafts.items()]
@@ -87,9 +93,9 @@ def test_rows_come_in_order(model, template):
     """Though the second of three ends first."""
     asks = [Ask(say(text)) for text in ("first", "second", "third")]
     sampling = Sampling(15, temperature=1.0, stop_ids=frozenset(range(0, 256, 20)))
-    rows = list(Answers(model, template, sampling, batch=2)(asks, range(5, 8)))
+    rows = answered(Answers(model, template, sampling, batch=2), asks, range(5, 8))
     assert [row["prompt"] for row in rows] == [ask.prompt for ask in asks]
-    later = list(Answers(model, template, sampling, batch=1)(asks[1:], range(6, 8)))
+    later = answered(Answers(model, template, sampling, batch=1), asks[1:], range(6, 8))
     assert later == rows[1:]
 
 
