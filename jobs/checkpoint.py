@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import json
 import re
-import shutil
 import threading
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from jobs.cli import UserError
-from jobs.files import flush, publish, write_json, written_whole
+from jobs.files import flush, publish, remove, write_json, written_whole
 from jobs.processes import local_part, rows_of_shard, shard_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per parameter
@@ -96,7 +95,7 @@ class Saver:
         step, first = state["step"], dist.get_rank() == 0
         aside = self.directory / f".step-{step}"
         try:
-            self._agree(lambda: first and _empty(aside))
+            self._agree(lambda: first and (remove(aside), aside.mkdir(parents=True)))
             checksums = self._agree(lambda: _write_part(aside, part, tensors))
             whole = state | {"sha256": [c for c in checksums if c]}
             self._agree(lambda: first and self._publish(aside, whole))
@@ -104,7 +103,7 @@ class Saver:
         except UserError as error:
             self.fault = f"checkpoint step-{step} was not written: {error}"
             if first:
-                shutil.rmtree(aside, ignore_errors=True)
+                remove(aside)
                 self.say(f"{self.fault}; training goes on, the next save tries again")
         except RuntimeError as error:  # another rank is gone: the training loop will tell
             self.fault = f"checkpoint step-{step} was not written: {error}"
@@ -130,12 +129,7 @@ class Saver:
         best = f"step-{state.get('best_step')}"
         for old in saved(self.directory)[self.keep :]:
             if old.name != best:
-                shutil.rmtree(old)
-
-
-def _empty(directory):
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
+                remove(old)
 
 
 def _write_part(aside, part, tensors):
@@ -181,7 +175,9 @@ def _read_state(path, owner):
     fault = state = None
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        fault = _foreign(state, owner)
+        for name, value in (owner or {}).items():
+            if (found := state["owner"].get(name)) != value:
+                fault = f"belongs to another {name} ({found}, not {value})"
         for r in range(rank, state["world"] if fault is None else 0, world):  # a share each
             fault = fault or _damage(path / f"rank-{r}.safetensors", state["sha256"][r])
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
@@ -189,15 +185,6 @@ def _read_state(path, owner):
     faults = [None] * world
     dist.all_gather_object(faults, fault)
     return next((f for f in faults if f), None), state
-
-
-def _foreign(state, owner):
-    """How a checkpoint shows that another run wrote it, or None."""
-    for name, value in (owner or {}).items():
-        found = state["owner"].get(name)
-        if found != value:
-            return f"belongs to another {name} ({found}, not {value})"
-    return None
 
 
 def _damage(file, expected):
@@ -223,18 +210,13 @@ def restore(path, state, model, optimizer):
             }
     with torch.no_grad():
         for name, tensor in _tensors(model, optimizer).items():
-            part, rows = local_part(tensor)
-            _read_rows(files, name, len(tensor), part, rows)
-
-
-def _read_rows(files, name, n, part, rows):
-    """Copy rows of an n-row tensor from the files of the ranks that hold them."""
-    for r, file in enumerate(files):
-        held = rows_of_shard(n, r, len(files))
-        start, stop = max(rows.start, held.start), min(rows.stop, held.stop)
-        if start < stop:
-            piece = file.get_slice(name)[start - held.start : stop - held.start]
-            part[start - rows.start : stop - rows.start].copy_(piece)
+            part, rows = local_part(tensor)  # our rows, of which each file may hold some
+            for r, file in enumerate(files):
+                held = rows_of_shard(len(tensor), r, len(files))
+                start, stop = max(rows.start, held.start), min(rows.stop, held.stop)
+                if start < stop:
+                    piece = file.get_slice(name)[start - held.start : stop - held.start]
+                    part[start - rows.start : stop - rows.start].copy_(piece)
 
 
 # ----------------------------------------------------------------------------- tensors with a key

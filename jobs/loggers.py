@@ -33,9 +33,16 @@ class Wandb:
             import wandb
         except ImportError as error:
             raise UserError("--log wandb: pip install wandb") from error
-        name = Path(s.out).resolve().name
+        name, file = Path(s.out).resolve().name, Path(s.out) / ".run-id"
+        if not file.exists():  # it stays with the run directory, so that --resume goes on with it
+            file.write_text(os.urandom(4).hex(), encoding="utf-8")
         self.run = wandb.init(
-            project="nanopo", name=name, id=run_id(s.out), dir=s.out, config=vars(s), resume="allow"
+            project="nanopo",
+            name=name,
+            id=file.read_text(),
+            dir=s.out,
+            config=vars(s),
+            resume="allow",
         )
         # wandb's own count of steps never goes back, as a run that is resumed does
         self.run.define_metric("*", step_metric="step")
@@ -48,14 +55,6 @@ class Wandb:
 
 
 LOGGERS = {"tensorboard": TensorBoard, "wandb": Wandb}
-
-
-def run_id(out):
-    """A name that stays with a run directory, kept in it."""
-    file = Path(out) / ".run-id"
-    if not file.exists():
-        file.write_text(os.urandom(4).hex(), encoding="utf-8")
-    return file.read_text(encoding="utf-8")
 
 
 def logger_names(log):

@@ -1,7 +1,11 @@
-"""The run directory OUT of train.py: chosen, held against other runs, and described in config.json.
+"""The run directory OUT of train.py: chosen, held against other runs, described, reported to.
 
-OUT/config.json   every resolved setting, and the versions it ran on
-OUT/.lock         held by the run while it lives
+    OUT/.lock           held by the run while it lives
+    OUT/config.json     every resolved setting, and the versions it ran on
+    OUT/metrics.jsonl   one line per optimizer step, per validation and for the reference pass
+    OUT/curves.png      loss, accuracy and margin over steps (InSPO Figure 2)
+
+Checkpoints are checkpoint.py's.
 """
 
 import contextlib
@@ -138,23 +142,13 @@ class Metrics:
         self.file, self.active, self.loggers = Path(s.out) / "metrics.jsonl", ranks.first, []
         self.say = ranks.say
         if self.active:
-            if self.file.exists():
-                self._cut_back(step, ranks.say)
+            if self.file.exists():  # keep what precedes the resumed step
+                rows = read_metrics(self.file, self.say)
+                replace(self.file, [to_line(row) for row in rows if precedes(row, step)])
             if s.log:
                 from jobs.loggers import LOGGERS, logger_names
 
                 self.loggers = [LOGGERS[name](s, step) for name in logger_names(s.log)]
-
-    def _cut_back(self, step, say):
-        """Keep what precedes the resumed step; written whole, so that no kill can lose the rest."""
-        rows = read_metrics(self.file, say)
-        replace(self.file, [to_line(row) for row in rows if self._precedes(row, step)])
-
-    @staticmethod
-    def _precedes(line, step):
-        """A run that resumes after `step` repeats what came later, its validation included."""
-        at = line.get("step", -1)
-        return at < step or (at == step and "loss" in line)
 
     def write(self, metrics):
         """One line of numbers; every logger gets the same names."""
@@ -184,6 +178,11 @@ class Metrics:
             draw({None: read_metrics(self.file)}, figure)
         except Exception as error:  # a full disk, or one of matplotlib's own: fonts, caches, …
             self.say(f"{figure} could not be drawn: {error}")
+
+
+def precedes(line, step):
+    """A run that resumes after `step` repeats what came later, its validation included."""
+    return line.get("step", -1) < step or (line["step"] == step and "loss" in line)
 
 
 def read_metrics(file, say=print):
