@@ -123,18 +123,10 @@ def open_to_append(file, flag):
     return opened
 
 
-class Journal:
-    """A file of rows to go on with: `rows`, [("file:row", dict)], is what it holds already."""
-
-    def __init__(self, file, flag="--out"):
-        self.file = open_to_append(file, flag)
-        places = ((f"{file}:{n}", line) for n, line in enumerate(read_lines(file), 1))
-        self.rows = [(where, parse_json(line, where)) for where, line in places]
-
-    def append(self, row):
-        """Add a row, and hand it to the system before the next is begun."""
-        self.file.write(to_line(row))
-        self.file.flush()
+def append_row(file, row):
+    """Adds a row to an open file, and hands it to the system before the next is begun."""
+    file.write(to_line(row))
+    file.flush()
 
 
 class Store(dict):
@@ -174,9 +166,8 @@ class Store(dict):
         super().__setitem__(key, value)
         if self.file:
             parts = [value] if len(self.columns) == 2 else value
-            row = dict(zip(self.columns, [key, *parts], strict=True)) | self.own
-            self.file.write(to_line(row))
-            self.file.flush()
+            row = dict(zip(self.columns, [key, *parts], strict=True))
+            append_row(self.file, row | self.own)
 
 
 # ----------------------------------------------------------------------------- several processes
@@ -193,7 +184,7 @@ class Shared:
     def __init__(self, file, n, check, rank=0, world=1):
         self.name, self.n, self.rank, self.world = file, n, rank, world
         if rank == 0 and not Path(file).exists():  # tells before any work whether it can be
-            Journal(file).file.close()
+            open_to_append(file, "--out").close()
             os.remove(file)
         self.done = set()
         for where, i, row in self._rows():
@@ -202,7 +193,7 @@ class Shared:
             check(where, i, row)
             self.done.add(i)
         self.mine = [i for i in range(rank, n, world) if i not in self.done]
-        self.part = Journal(f"{file}.part{rank}") if self.mine else None
+        self.part = open_to_append(f"{file}.part{rank}", "--out") if self.mine else None
 
     def _rows(self):
         """("file:row", index, row) of all parts, then of FILE, into which they may be joined."""
@@ -218,11 +209,11 @@ class Shared:
             yield f"{self.name}:{i + 1}", i, parse_json(line, f"{self.name}:{i + 1}")
 
     def append(self, i, row):
-        self.part.append({"index": i} | row)
+        append_row(self.part, {"index": i} | row)
         self.done.add(i)
 
     def join(self, pause=1.0):
-        """Wait for the other processes, and write FILE; only the first process does.
+        """Waits for the other processes, and writes FILE; only the first process does.
 
         Returns whether every row is there; where one is not, the parts stay as they are.
         """

@@ -6,7 +6,15 @@ import pytest
 
 from jobs import files
 from jobs.cli import UserError
-from jobs.files import Journal, Shared, Store, read_lines, replace, written_whole
+from jobs.files import (
+    Shared,
+    Store,
+    append_row,
+    open_to_append,
+    read_lines,
+    replace,
+    written_whole,
+)
 
 # ----------------------------------------------------------------------------- written whole
 
@@ -118,16 +126,15 @@ def test_where_nothing_can_be_written_items_last_in_memory(tmp_path):
 # ----------------------------------------------------------------------------- rows
 
 
-def test_a_journal_cuts_a_torn_line_off(tmp_path):
+def test_a_torn_line_is_cut_off(tmp_path):
     file = tmp_path / "deep" / "j.jsonl"
-    journal = Journal(file)
-    journal.append({"a": "\u2028 is no newline"})
-    journal.file.close()
+    with open_to_append(file, "--out") as opened:
+        append_row(opened, {"a": "\u2028 is no newline"})
     with open(file, "ab") as f:
         f.write(b'{"a": "to')
-    journal = Journal(file)
-    assert [row for _, row in journal.rows] == [{"a": "\u2028 is no newline"}]
-    journal.append({"a": 2})
+    with open_to_append(file, "--out") as opened:
+        assert [json.loads(line) for line in read_lines(file)] == [{"a": "\u2028 is no newline"}]
+        append_row(opened, {"a": 2})
     assert [json.loads(line) for line in read_lines(file)][1] == {"a": 2}
 
 
