@@ -60,7 +60,7 @@ def read_answers(file, flag, questions=None):
     that cannot be used are left out, and reported.
     """
     asks = read_asks(questions) if questions else []
-    asks = {question_id({"prompt": ask.prompt} | ask.about): ask for ask in asks}
+    asks = {question_id(ask.prompt, ask.about): ask for ask in asks}
     drops = Drops()
     answers = [
         one for where, row in rows_of(file, flag) for one in answered(row, where, asks, drops)
@@ -75,7 +75,7 @@ def read_answers(file, flag, questions=None):
 def answered(row, where, asks, drops):
     """One row of an answer file -> its Answers, one per turn that was answered here."""
     about = about_of(row)
-    ask = asks.get(question_id({"prompt": None} | about))
+    ask = asks.get(question_id(None, about))
     try:
         if "choices" in row:
             texts, name = row["choices"][0]["turns"], row["model_id"]

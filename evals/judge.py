@@ -17,7 +17,6 @@ A verdict that cannot be read is null in the file, counted, and no tie.
 import re
 import time
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -118,17 +117,10 @@ def known(name):
 # ----------------------------------------------------------------------------- what is answered
 
 
-class Words(NamedTuple):
-    """What a judge said, and at what expense of tokens; None where it is not known."""
-
-    text: str
-    tokens: list | None
-
-
 class Judge:
-    """The judge's words about what it is asked; what it has been asked before is not asked again.
+    """What a judge says to prompts. What it has said already is kept, by content, and not asked.
 
-    They are kept by the content of the prompt, the judge and its sampling.
+    asked: [tokens in, tokens out] of what was asked now, or None where they are not known.
     """
 
     def __init__(self, s):
@@ -139,21 +131,21 @@ class Judge:
         self.identity = [model, s.temperature, s.top_p, s.max_new_tokens, s.seed]
 
     def __call__(self, prompts):
-        """Messages -> Words of each, None where the server refuses."""
+        """Dialogues -> the judge's text on each, None where the server refuses."""
         keys = [json_digest([self.identity, prompt]) for prompt in prompts]
         new = {key: n for n, key in enumerate(keys) if key not in self.known}
         if new:
             self._ask(new, prompts)
-        return [Words(*self.known[key]) if key in self.known else None for key in keys]
+        return [self.known[key][0] if key in self.known else None for key in keys]
 
     def _ask(self, new, prompts):
         answers, order = answerer(self.s), {n: key for key, n in new.items()}
         jobs = [Job(Ask(prompts[n]), n, seed=self.s.seed) for n in order]
         with progress("judge", len(prompts), "verdict", initial=len(prompts) - len(new)) as bar:
             for n, row in answers(jobs):
-                words = Words(row["answer"], row.get("usage") or count_tokens(answers, row))
-                self.known[order[n]] = words
-                self.asked.append(words)
+                tokens = row.get("usage") or count_tokens(answers, row)
+                self.known[order[n]] = (row["answer"], tokens)
+                self.asked.append(tokens)
                 bar.update()
         self.refused = getattr(answers, "refused", [])
 
@@ -171,13 +163,14 @@ def count_tokens(answers, row):
 
 def share(games):
     """A question's mean win of --answers over both orders, ties half; None unless both are read."""
-    first, second = (game and wins_of_b(game) for game in games)
+    first, second = map(wins_of_b, games)
     return None if first is None or second is None else (first + 1 - second) / 2
 
 
 def wins_of_b(game):
     """1, 1/2 or 0 for who is shown as B, a strong verdict as any; None where none was read."""
-    return None if game["score"] is None else 1 - VERDICTS[game["score"]][0]
+    label = game and game["score"]
+    return 1 - VERDICTS[label][0] if label else None
 
 
 def names(s, ours, theirs):
@@ -203,7 +196,7 @@ def annotation(s, ours, theirs, games):
 def arena_row(s, ours, theirs, games):
     theirs_is, ours_is = names(s, ours, theirs)
     return {
-        "uid": question_id({"prompt": ours.prompt} | ours.about),
+        "uid": question_id(ours.prompt, ours.about),
         "category": ours.about.get("category", "custom"),
         "judge": s.model,
         "model": ours_is,
@@ -215,10 +208,9 @@ def arena_row(s, ours, theirs, games):
 def pair_row(s, ours, theirs, games):
     models, winners = dict(zip(("model_1", "model_2"), names(s, ours, theirs), strict=True)), []
     for game, (a, b) in zip(games, (models, reversed(models)), strict=True):
-        wins = game and wins_of_b(game)
-        winners.append({None: "error", 0.0: a, 0.5: "tie", 1.0: b}[wins])
+        winners.append({None: "error", 0.0: a, 0.5: "tie", 1.0: b}[wins_of_b(game)])
     turn = ours.about["turn"]
-    row = {"question_id": question_id({"prompt": ours.prompt} | ours.about)} | models
+    row = {"question_id": question_id(ours.prompt, ours.about)} | models
     row |= {"g1_winner": winners[0], "g2_winner": winners[1]}
     row["judge"] = [s.model, "pair-v2" if turn == 1 else "pair-v2-multi-turn"]
     for n, game in enumerate(games, 1):
@@ -270,23 +262,19 @@ def judge(s):
         raise UserError("--format mt_bench grades single answers; leave --against out")
     prompt = read_template(s.template, single)
     answers = read_answers(s.answers, "--answers", s.questions)[: s.limit]
-    others = None if single else read_others(s, answers)
+    work, items = (grade, answers) if single else (compare_answers, with_others(s, answers))
     ask = Judge(s)
-    rows = (
-        grade(s, prompt, answers, ask)
-        if single
-        else compare_answers(s, prompt, answers, others, ask)
-    )
+    rows = work(s, prompt, items, ask)
     write_rows(s.out, rows, lines=s.format != "alpaca_eval")
     report_cost(s, ask, len(answers) * (1 if single else 2))
 
 
-def read_others(s, answers):
-    """The answers of --against to the prompts of --answers."""
+def with_others(s, answers):
+    """[(answer, that of --against to the same prompt)]."""
     if s.format == "arena_hard":
         refuse_twins(answers, s.answers)
     others = read_answers(s.against, "--against", s.questions)
-    return align(answers, others, f"--against {s.against}")
+    return list(zip(answers, align(answers, others, f"--against {s.against}"), strict=True))
 
 
 def read_template(file, single):
@@ -300,23 +288,23 @@ def read_template(file, single):
         raise UserError(f"--template {file}: not readable: {error}") from error
 
 
-def compare_answers(s, prompt, answers, others, ask):
+def compare_answers(s, prompt, sides, ask):
     """Two games per question, --against first as A and then as B -> rows of the file."""
     prompts = []
-    for ours, theirs in zip(answers, others, strict=True):
+    for ours, theirs in sides:
         question = transcript(ours.question)
         for a, b in ((theirs, ours), (ours, theirs)):
             prompts.append(prompt(question=question, answer_a=a.said, answer_b=b.said))
-    words = ask(prompts)
     games = [
-        word
-        and {"score": read_verdict(word.text), "judgment": {"answer": word.text}, "prompt": asked}
-        for word, asked in zip(words, prompts, strict=True)
+        None
+        if text is None
+        else {"score": read_verdict(text), "judgment": {"answer": text}, "prompt": asked}
+        for text, asked in zip(ask(prompts), prompts, strict=True)
     ]
     games = list(zip(games[::2], games[1::2], strict=True))
     report_games(s, games)
     write = VERDICT_FORMATS[s.format]
-    return [write(s, *row) for row in zip(answers, others, games, strict=True)]
+    return [write(s, *pair, played) for pair, played in zip(sides, games, strict=True)]
 
 
 def grade(s, prompt, answers, ask):
@@ -327,21 +315,21 @@ def grade(s, prompt, answers, ask):
         told = reference[turn - 1] if turn <= len(reference) else "(none)"
         question = transcript(row.prompt)
         prompts.append(prompt(question=question, answer=row.text, reference=told))
-    words = ask(prompts)
-    grades = [word and read_grade(word.text) for word in words]
+    texts = ask(prompts)
+    grades = [read_grade(text or "") for text in texts]
     report_grades(s, grades)
     return [
         {
-            "question_id": question_id({"prompt": row.prompt} | row.about),
+            "question_id": question_id(row.prompt, row.about),
             "model": s.name or row.name or s.answers,
             "judge": [s.model, "single-v1" if row.about["turn"] == 1 else "single-v1-multi-turn"],
             "user_prompt": asked[-1]["content"],
-            "judgment": word and word.text,
+            "judgment": text,
             "score": -1 if score is None else score,
             "turn": row.about["turn"],
             "tstamp": time.time(),
         }
-        for row, asked, word, score in zip(answers, prompts, words, grades, strict=True)
+        for row, asked, text, score in zip(answers, prompts, texts, grades, strict=True)
     ]
 
 
@@ -350,17 +338,15 @@ def grade(s, prompt, answers, ask):
 
 def report_games(s, games):
     """Print the win rate, and how much the order of the answers mattered."""
-    shares = [share(pair) for pair in games]
-    read = np.array([x for x in shares if x is not None])
-    print(
-        f"{s.answers} against {s.against}: {len(games)} questions, {len(games) - len(read)} unread"
-    )
-    if not len(read):
+    wins = np.array([[wins_of_b(g) for g in pair] for pair in games], float).reshape(-1, 2)
+    wins = wins[np.isfinite(wins).all(1)]
+    unread = len(games) - len(wins)
+    print(f"{s.answers} against {s.against}: {len(games)} questions, {unread} unread")
+    if not len(wins):
         return
-    rate, ties = estimate(read, s.seed), int((read == 0.5).sum())
-    print(f"win rate {rate:.1%}, ties as half; {ties} of {len(read)} undecided over both orders")
-    both = [pair for pair, x in zip(games, shares, strict=True) if x is not None]
-    wins = np.array([[wins_of_b(game) for game in pair] for pair in both])  # (N, 2)
+    shares = (wins[:, 0] + 1 - wins[:, 1]) / 2  # of --answers, which is B first and then A
+    rate, ties = estimate(shares, s.seed), int((shares == 0.5).sum())
+    print(f"win rate {rate:.1%}, ties as half; {ties} of {len(wins)} undecided over both orders")
     agree = (wins.sum(1) == 1).mean()
     print(f"both orders agree on {agree:.1%}; the answer shown last won {wins.mean():.1%}")
 
@@ -374,7 +360,7 @@ def report_grades(s, grades):
 
 def report_cost(s, judge, n):
     """Print tokens and dollars of this run; what came from the cache costs nothing."""
-    told = [words.tokens for words in judge.asked if words.tokens is not None]
+    told = [tokens for tokens in judge.asked if tokens is not None]
     tokens_in, tokens_out = (sum(column) for column in zip(*told, strict=True)) if told else (0, 0)
     dollars = (tokens_in * s.price_in + tokens_out * s.price_out) / 1e6
     print(

@@ -52,7 +52,7 @@ class Writer(NamedTuple):
 
     def arena_hard(self, n, row):
         return {
-            "uid": question_id(row),
+            "uid": question_id(row["prompt"], row),
             "ans_id": self._answer_id(row),
             "model": self.name,
             "messages": [
@@ -109,10 +109,10 @@ def write_rows(file, rows, lines):
         raise UserError(f"--out {file}: {error.strerror}") from error
 
 
-def question_id(row):
-    """The id of a row's question, or where it has none 16 letters told by its prompt."""
-    known = (row[name] for name in ("uid", "question_id", "prompt_id") if name in row)
-    return next(known, None) or json_digest(row["prompt"])[:16]
+def question_id(prompt, about):
+    """The id of a question among its columns, or where it has none 16 letters told by its text."""
+    known = (about[name] for name in ("uid", "question_id", "prompt_id") if name in about)
+    return next(known, None) or json_digest(prompt)[:16]
 
 
 def json_digest(content):
@@ -123,7 +123,7 @@ def refuse_twins(asks, source):
     """UserError where two Asks, or answers, have one id: Arena-Hard's files could not hold both."""
     seen = {}
     for n, ask in enumerate(asks, 1):
-        name = question_id({"prompt": ask.prompt} | ask.about)
+        name = question_id(ask.prompt, ask.about)
         if name in seen:
             raise UserError(f"{source}: questions {seen[name]} and {n} have the same id {name}")
         seen[name] = n
