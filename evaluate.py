@@ -22,7 +22,7 @@ from evals.answers import align, question_ids, read_answers, read_both
 from evals.results import number, refuse, save, table
 from evals.stats import estimate, win_rate
 from generate import load_model
-from hub.weights import Weights, pin
+from hub.weights import Weights, pinned
 from jobs.cli import UserError, as_user_error, flag, parse, require, run
 from jobs.files import Store, read_json
 from jobs.flags import ModelFlags, PathFlags, ResultFlags, VerdictFlags
@@ -342,7 +342,7 @@ def main():
             print(textwrap.fill(f"{command:12}{about}", 100, subsequent_indent=" " * 12))
     else:
         flags, command = find_command(name)
-        command(pin(parse(flags, f"evaluate.py {name}: {command.__doc__}", argv)))
+        command(pinned(parse(flags, f"evaluate.py {name}: {command.__doc__}", argv)))
 
 
 if __name__ == "__main__":

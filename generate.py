@@ -31,12 +31,12 @@ from tokenizers.decoders import DecodeStream
 from hub.benchmarks import ANSWER_FORMATS, refuse_twins, token_counter, write_answers
 from hub.endpoint import Endpoint, RequestRefused, public, together
 from hub.template import INSTRUCTIONS, Template, with_suffix
-from hub.weights import pin, read_config, resolve
+from hub.weights import pinned
 from jobs.cli import UserError, flag, parse, progress, run
 from jobs.files import Shared, read_json, to_line
 from jobs.flags import EndpointFlags, InstructionFlags, ModelFlags, SamplingFlags
 from kernels import chains
-from model import load, masked_attention
+from model import load
 from pairs.questions import Ask, read_asks
 
 # ----------------------------------------------------------------------------- one token
@@ -130,7 +130,7 @@ class KVCache:
         for kept, new in zip(cached, (k, v), strict=True):
             kept.transpose(1, 2)[rows, positions] = new.transpose(1, 2)  # (B, T, K, C)
         q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, H, T, C) -> (B, K, G T, C)
-        y = masked_attention(q, *cached, mask, self.config.scale, self.config.attn_cap)
+        y = chains.fast_attention(q, *cached, mask, self.config.scale, self.config.attn_cap)
         return y.unflatten(2, (-1, k.shape[2])).flatten(1, 2)  # (B, H, T, C)
 
     def _reserve(self, used):
@@ -443,23 +443,11 @@ def check_flags(s, world=1):
 
 def load_model(directory, dtype=None, device="auto", head="logps", name="--model"):
     """HF directory or hub id -> (Transformer, Template); UserError if it has another head."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device is available")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dtype = dtype or ("bf16" if device == "cuda" else "fp32")
-    directory = resolve(directory, name)
-    _, config = read_config(directory)
-    if config.head != head:
-        kinds = {"logps": "a language model", "reward": "a reward model"}
-        raise UserError(f"{name} {directory} is {kinds[config.head]}; {kinds[head]} is needed")
-    template = Template(directory)
-    if template.fallback:
-        print(f"{directory} has no chat template: using the plain one", file=sys.stderr)
-    model = load(directory, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], device)
+    model = load(directory, dtype, device, head, name)
     model.attend = chains.attend
+    template = Template(model.directory)
+    if template.fallback:
+        print(f"{model.directory} has no chat template: using the plain one", file=sys.stderr)
     return model, template
 
 
@@ -572,7 +560,7 @@ def produce(s, asks, numbers, store):
 
 
 def main():
-    s = pin(parse(GenerateFlags, __doc__.splitlines()[0]))
+    s = pinned(parse(GenerateFlags, __doc__.splitlines()[0]))
     rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     check_flags(s, world)
     if s.prompt is not None:

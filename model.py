@@ -1,73 +1,142 @@
-"""The transformer: a residual stream over rows, and scored heads.
+"""Computes log-probabilities of rows with a Llama: rotary positions, attention, block, scored head.
 
-Its blocks are Llama's (layers.py) or the family's own (variants.py), who sees whom is attend.py's,
-its shape comes from families.py, its weights from weights.py; nothing here knows about ranks:
-ranks.py shards from outside.
+    tokens -> embedding -> x, the residual stream, to which every block adds twice:
+        x = x + attention(norm(x))      a token gathers from those before it on its path
+        x = x + mlp(norm(x))            a token by itself
+    -> norm -> head -> log softmax, at the label of each scored token
 
-Legend: B batch, T tokens, S scored tokens, D width, H heads, C head width, V vocabulary.
+A row (data.py) holds several tries in one sequence. Of that the model needs two things:
+`positions`, by which queries and keys rotate, and the one attention rule, `sees`. All else is a
+plain Llama. Faster ways to compute the rule (kernels/) and sharding (train.py) are put in from
+outside. Mistral and Qwen2 differ by their config alone; other architectures are in families/.
+
+Legend: B batch, T tokens, S scored tokens, D width of the residual stream, H heads, K key/value
+heads, C head width, R of it rotate, U keys, F feed-forward width, V vocabulary.
 """
 
+import importlib
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from heads import REWARDS
-from hub.weights import load_weights, read_config, resolve
-from layers import Block, rope_table
-from variants import BLOCKS
+from hub.weights import ConfigFields, Weights, resolve, write_directory
+from jobs.cli import UserError
+from jobs.files import parse_json
 
-# ----------------------------------------------------------------------------- attention
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of a model."""
+
+    family: str  # key of FAMILIES
+    vocab: int
+    width: int
+    n_layers: int
+    heads: int
+    kv_heads: int  # fewer than heads: each key/value head serves heads / kv_heads query heads
+    head_width: int
+    ffn: int
+    eps: float  # of the norms
+    rope: dict  # rope_type, rope_theta, partial_rotary_factor, and the scaling's own numbers
+    tied: bool  # the head is the embedding
+    head: str  # "logps": a language model; "reward": a scalar score
+    windows: tuple  # per layer: sliding window in tokens, or None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    scale: float | None = None  # of the attention scores; None: 1 / sqrt(head_width)
+    attn_cap: float | None = None  # soft cap of the attention scores
+    logit_cap: float | None = None  # soft cap of the logits
+    own: dict = field(default_factory=dict)  # what only the family's own file reads
+
+    @classmethod
+    def from_hf(cls, raw, where="config.json"):
+        """config.json, as a dict -> Config; UserError names what is not supported."""
+        return cls(**read_values(ConfigFields(raw, where)))
+
+
+# ----------------------------------------------------------------------------- rotary positions
+
+
+def rope_table(c, positions, dtype):
+    """Computes cos and sin of the angles m * theta^(-2i/R): (…, T) positions m -> (…, T, R/2) each.
+
+    Su et al. 2021, Eq. 15. Llama 3.1 (rope_type "llama3"): a frequency that turns fewer than
+    low_freq_factor times within the original context is divided by `factor`, one that turns more
+    than high_freq_factor times is kept, and between the two they are blended: so 8k positions of
+    pre-training reach 128k, and near tokens are told apart as before.
+    """
+    rope = c.rope
+    rotary = int(c.head_width * rope["partial_rotary_factor"])  # R = C, but for GPT-NeoX
+    exponent = torch.arange(0, rotary, 2, device=positions.device).float() / rotary
+    freq = 1.0 / rope["rope_theta"] ** exponent  # (R/2,) radians per position
+    if rope["rope_type"] == "linear":
+        freq = freq / rope["factor"]
+    elif rope["rope_type"] == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = rope["original_max_position_embeddings"] * freq / (2 * math.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        freq = keep * freq + (1 - keep) * freq / rope["factor"]
+    # fp32 up to here: bf16 has 8 bits of precision, and could not tell position 1,000 from 1,001
+    angles = positions[..., None].float() * freq  # (…, T, R/2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x, cos, sin):
+    """Turns pairs of dimensions by their position's angles. x: (B, H, T, C); cos, sin: (B, T, C/2).
+
+    q . k then depends on the distance of the two tokens alone. A pair is number i of the first half
+    of a head and number i of the second; the paper pairs neighbours, which is the same up to the
+    order of q's and k's weights, and Hugging Face's checkpoints have them in the order of halves.
+    """
+    (a, b), cos, sin = x.chunk(2, -1), cos[:, None], sin[:, None]  # one angle for all heads
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+# ----------------------------------------------------------------------------- the attention rule
 
 
 def sees(q, k, until, positions, window=None):
     """Whether row index q attends to row index k, as tensors that broadcast -> bool.
 
-    window: sliding window in tokens, which counts along the path.
+    until[k] is the index just past k's subtree, so a q in k <= q < until[k] continues a path that
+    leads through k. That is causality, and it also keeps branches and documents apart. window: how
+    many tokens of its path q looks back on, itself included (Mistral).
     """
     inside = (k <= q) & (q < until[k])
     return inside if window is None else inside & (positions[q] - positions[k] < window)
 
 
 def visible(until, positions, window=None):
-    """(T query, T key) bool: the attention rule as a dense mask."""
+    """The attention rule of a row as a dense mask: (T query, T key) bool."""
     index = torch.arange(len(until), device=until.device)
     return sees(index[:, None], index[None, :], until, positions, window)
 
 
-def plain_attention(row, config):
-    """One attention rule per layer, (q, k, v) -> y, under the row's dense mask.
-
-    row: anything with `until` and `positions`, (T,) each.
-    """
-    masks = {w: visible(row.until, row.positions, w) for w in set(config.windows)}
-    known = {"scale": config.scale, "cap": config.attn_cap}
-    return [partial(masked_attention, mask=masks[w], **known) for w in config.windows]
+def plain_attention(row, c):
+    """The attention of a row: one function (q, k, v) -> y per layer, under a dense mask."""
+    masks = {w: visible(row.until, row.positions, w) for w in set(c.windows)}
+    known = {"scale": c.scale, "cap": c.attn_cap}
+    return [partial(masked_attention, mask=masks[window], **known) for window in c.windows]
 
 
 def masked_attention(q, k, v, mask, scale=None, cap=None):
-    """softmax(q k^T scale) v over the keys that `mask` lets see.
+    """softmax(cap tanh(q k^T scale / cap)) v over the keys that the mask lets see.
 
     q: (B, H, T, C), k, v: (B, K, U, C), mask: (T, U) or (B, 1, T, U) bool -> (B, H, T, C).
     """
-    if cap is not None:  # SDPA has none
-        return explicit_attention(q, k, v, mask, scale, cap)
-    if q.is_cuda:  # there, no kernel but the one that keeps all scores takes fewer key heads
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-
-
-def explicit_attention(q, k, v, mask, scale=None, cap=None):
-    """softmax(cap tanh(q k^T scale / cap)) v, where the (H, T, U) probabilities are kept.
-
-    Shapes as in `masked_attention`. The heads that share a key head are the rows of one product.
-    """
     (batch, heads, size, width), groups = q.shape, k.shape[1]
     scale = width**-0.5 if scale is None else scale
+    # the H/K query heads that share a key head are the rows of one matrix product
     grouped = (q * scale).reshape(batch, groups, -1, width)  # (B, K, H/K T, C)
     scores = soft_cap(grouped @ k.mT, cap).view(batch, heads, size, -1)  # (B, H, T, U)
     hidden = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
@@ -80,32 +149,123 @@ def soft_cap(x, cap):
     return x if cap is None else cap * torch.tanh(x / cap)
 
 
+# ----------------------------------------------------------------------------- the layers
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight: LayerNorm without its mean and bias."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)  # inside in fp32, also for bf16
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; who sees whom is decided by `attend`, handed in from outside."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.head_width = c.head_width
+        self.q = nn.Linear(c.width, c.heads * c.head_width, bias=c.qkv_bias)
+        self.k = nn.Linear(c.width, c.kv_heads * c.head_width, bias=c.qkv_bias)
+        self.v = nn.Linear(c.width, c.kv_heads * c.head_width, bias=c.qkv_bias)
+        self.o = nn.Linear(c.heads * c.head_width, c.width, bias=c.out_bias)
+
+    def project(self, x):
+        """(B, T, D) -> q, k, v, each (B, H or K, T, C)."""
+        return (
+            proj(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+            for proj in (self.q, self.k, self.v)
+        )
+
+    def place(self, x, cos, sin):
+        """Puts the positions into queries or keys."""
+        return rotate(x, cos, sin)
+
+    def forward(self, x, cos, sin, attend):
+        q, k, v = self.project(x)
+        y = attend(self.place(q, cos, sin), self.place(k, cos, sin), v)  # (B, H, T, C)
+        return self.o(y.transpose(1, 2).flatten(2))  # heads side by side, mixed: (B, T, D)
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020): silu(x W_gate) says how much of x W_up passes."""
+
+    activation = staticmethod(F.silu)
+
+    def __init__(self, c):
+        super().__init__()
+        self.gate = nn.Linear(c.width, c.ffn, bias=False)
+        self.up = nn.Linear(c.width, c.ffn, bias=False)
+        self.down = nn.Linear(c.ffn, c.width, bias=False)
+
+    def forward(self, x):
+        return self.down(self.activation(self.gate(x)) * self.up(x))  # (B, T, F) -> (B, T, D)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind a norm and added to the residual stream.
+
+    recompute: keep only the block's input for backward, and compute the rest again there.
+    """
+
+    Norm, Attention, MLP, Embedding = RMSNorm, Attention, MLP, nn.Embedding  # a family swaps these
+
+    def __init__(self, c):
+        super().__init__()
+        self.attn_norm, self.attn = self.Norm(c.width, c.eps), self.Attention(c)
+        self.mlp_norm, self.mlp = self.Norm(c.width, c.eps), self.MLP(c)
+        self.recompute = False
+
+    def forward(self, x, cos, sin, attend):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.body, x, cos, sin, attend, use_reentrant=False)
+        return self.body(x, cos, sin, attend)
+
+    def body(self, x, cos, sin, attend):
+        x = x + self.attn(self.attn_norm(x), cos, sin, attend)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class RewardHead(nn.Linear):
+    """`score` of transformers' *ForSequenceClassification: one number per scored token."""
+
+    def __init__(self, c, bias=False):
+        super().__init__(c.width, 1, bias=bias)
+
+    def forward(self, x, row):
+        """(T, D) states after the final norm -> (S,) fp32: in bf16, good answers would tie."""
+        bias = None if self.bias is None else self.bias.float()
+        scores = F.linear(x[row.source].float(), self.weight.float(), bias)  # (S, 1)
+        return scores.sum(-1)  # no squeeze: FSDP's hooks can be lost on a view
+
+
 # ----------------------------------------------------------------------------- the transformer
-
-
-def scored_states(model, row):
-    """(S, D) residual stream at the tokens that predict the scored ones."""
-    return model.row_states(row)[row.source]
 
 
 class Transformer(nn.Module):
     """forward(row) gives one fp32 value per scored token; logits(tokens) is the plain causal model.
 
-    attend: (row, config) -> one attention rule per layer; kernels/ has faster ones.
-    states: (model, row) -> (S, D) that predict the scored tokens.
+    attend  (row, config) -> one function per layer, (q, k, v) -> y: the attention of a row
+    states  (model, row) -> (S, D): the residual stream at the tokens that predict scored ones
+    Both are the plain ones of this file, unless train.py or a loader puts in those of kernels/.
     """
 
     def __init__(self, config):
         super().__init__()
         c = self.config = config
         self.attend, self.states = plain_attention, scored_states
-        block = BLOCKS.get(c.family, Block)
-        self.embed = block.Embedding(c.vocab, c.width)
-        self.blocks = nn.ModuleList(block(c) for _ in range(c.n_layers))
-        self.norm = block.Norm(c.width, c.eps)
+        family = family_of(c.family)
+        self.embed = family.block.Embedding(c.vocab, c.width)
+        self.blocks = nn.ModuleList(family.block(c) for _ in range(c.n_layers))
+        self.norm = family.block.Norm(c.width, c.eps)
         if c.head == "reward":
-            self.score = REWARDS[c.score](c)
-        elif not c.tied:
+            self.score = family.reward_head(c)
+        elif not c.tied:  # a tied head is the embedding, which then gets the gradients of both
             self.head = nn.Linear(c.width, c.vocab, bias=False)
 
     @property
@@ -115,27 +275,26 @@ class Transformer(nn.Module):
     def hidden(self, tokens, positions, attend):
         """Residual stream after the last block, before the final norm.
 
-        tokens, positions: (B, T); attend: one callable per layer, (q, k, v) -> y, all
+        tokens, positions: (B, T); attend: one function per layer, (q, k, v) -> y, all
         (B, heads, T, C). Returns (B, T, D).
         """
         x = self.embed(tokens)  # (B, T, D)
-        c = self.config
-        cos, sin = rope_table(c.rope, c.rotary or c.head_width, positions, x.dtype)
-        for block, rule in zip(self.blocks, attend, strict=True):
-            x = block(x, cos, sin, rule)
+        cos, sin = rope_table(self.config, positions, x.dtype)  # once for all layers
+        for block, attend_layer in zip(self.blocks, attend, strict=True):
+            x = block(x, cos, sin, attend_layer)
         return x
+
+    def row_states(self, row):
+        """(T, D) residual stream of a row."""
+        attend = self.attend(row, self.config)
+        return self.hidden(row.tokens[None], row.positions[None], attend)[0]
 
     def forward(self, row):
         """Row -> (S,) fp32: log-probabilities of the labels, or scalar rewards."""
         if self.config.head == "reward":
             return self.score(self.norm(self.row_states(row)), row)
-        x = self.norm(self.states(self, row))  # (S, D)
+        x = self.norm(self.states(self, row))  # (S, D): nothing else goes through the head
         return ScoredLogps.apply(x, self.head_weight, row.label, self.config.logit_cap)
-
-    def row_states(self, row):
-        """(T, D) residual stream of a row."""
-        rules = self.attend(row, self.config)
-        return self.hidden(row.tokens[None], row.positions[None], rules)[0]
 
     def to_logits(self, x):
         """Residual stream after the last block (…, D) -> (…, V)."""
@@ -143,34 +302,28 @@ class Transformer(nn.Module):
 
     def logits(self, tokens):
         """(B, T) ids -> (B, T, V): plain causal language model."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        path = SimpleNamespace(
-            positions=positions, until=torch.full_like(positions, len(positions))
-        )
-        rules = plain_attention(path, self.config)
-        return self.to_logits(self.hidden(tokens, positions.expand_as(tokens), rules))
+        size = tokens.shape[1]
+        positions = torch.arange(size, device=tokens.device)  # (T,)
+        until = torch.full_like(positions, size)  # a row of one path: nothing branches off
+        row = SimpleNamespace(tokens=tokens[0], positions=positions, until=until, spans=[(0, size)])
+        attend = self.attend(row, self.config)
+        return self.to_logits(self.hidden(tokens, positions.expand_as(tokens), attend))
 
 
-def load(directory, dtype=torch.float32, device="cpu"):
-    """HF directory -> Transformer in eval mode on one device."""
-    directory = resolve(directory)
-    _, config = read_config(directory)
-    with torch.device("meta"):
-        model = Transformer(config)
-    model = model.to(dtype).to_empty(device=device)
-    load_weights(model, directory)
-    return model.eval().requires_grad_(False)
+def scored_states(model, row):
+    """(S, D) residual stream at the tokens that predict the scored ones."""
+    return model.row_states(row)[row.source]
 
 
-# ----------------------------------------------------------------------------- scored head
+# ----------------------------------------------------------------------------- the scored head
 
 
 class ScoredLogps(torch.autograd.Function):
-    """log softmax(soft_cap(x W^T))[label] per scored token, a chunk of logits at a time.
+    """Computes log softmax(z)[label] for z = soft_cap(x W^T), a chunk of tokens at a time.
 
-    x: (S, D), weight: (V, D), label: (S,), cap: number or None -> (S,) fp32. The (S, V) matrix
-    never exists: logits of a chunk are made in forward, dropped, and made again in backward. Those
-    of the last chunk are kept, since backward begins where forward ends.
+    x: (S, D), weight: W (V, D), label: (S,), cap: number or None -> (S,) fp32. With V = 128k the
+    logits of a row would be its largest tensor by far, so they never exist at once: those of a
+    chunk are made in forward, dropped, and made again in backward.
     """
 
     LOGITS = 2**26  # of one chunk
@@ -181,22 +334,27 @@ class ScoredLogps(torch.autograd.Function):
         logsumexp, logits = torch.empty_like(logps), None
         for part in ScoredLogps._chunks(x, weight):
             del logits  # of the chunk before, to make room
+            # fp32 from here on: in bf16 a log-probability of -20 is off by up to 0.06
             logits = soft_cap((x[part] @ weight.T).float(), cap)  # (chunk, V)
             logsumexp[part] = logits.logsumexp(-1)
             logps[part] = logits.gather(-1, label[part, None]).squeeze(-1) - logsumexp[part]
         ctx.save_for_backward(x, weight, label, logsumexp)
-        ctx.cap, ctx.last = cap, logits
+        ctx.cap, ctx.last = cap, logits  # backward begins with the chunk that forward ended with
         return logps
 
     @staticmethod
     def backward(ctx, grad):
-        """d logp / d logits = onehot(label) - softmax; and of the cap, 1 - (capped / cap)^2."""
+        """With g = dLoss/dlogp, p = softmax(z) = exp(z - logsumexp), and u = x W^T:
+
+        dLoss/dz = g (onehot(label) - p)        dz/du = 1 - (z / cap)^2, of the cap
+        dLoss/dx = dLoss/du W                   dLoss/dW = (dLoss/du)^T x
+        """
         x, weight, label, logsumexp = ctx.saved_tensors
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
         last, ctx.last = ctx.last, None
         for part in reversed(ScoredLogps._chunks(x, weight)):
             d = soft_cap((x[part] @ weight.T).float(), ctx.cap) if last is None else last
-            last = None  # (chunk, V)
+            last = None  # d is z, (chunk, V), and becomes dLoss/du in place: no second one fits
             slope = None if ctx.cap is None else 1 - (d / ctx.cap) ** 2
             d.sub_(logsumexp[part, None]).exp_().mul_(-grad[part, None])
             d.scatter_add_(-1, label[part, None], grad[part, None])
@@ -210,3 +368,224 @@ class ScoredLogps(torch.autograd.Function):
     def _chunks(x, weight):
         size = max(1, ScoredLogps.LOGITS // len(weight))
         return [slice(start, start + size) for start in range(0, len(x), size)]
+
+
+# ----------------------------------------------------------------------------- families
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one architecture is published: a row of FAMILIES."""
+
+    stem: str | None  # of its classes: LlamaForCausalLM, …; None: one class, which exports keep
+    read: Callable  # ConfigFields -> values of a Config
+    names: dict  # our name of a module or parameter -> theirs; # stands for a number
+    block: type = Block
+    reward_head: Callable = RewardHead
+
+
+LLAMA_NAMES = {
+    "embed": "model.embed_tokens",
+    "norm": "model.norm",
+    "head": "lm_head",
+    "score": "score",
+    "blocks.#.attn_norm": "model.layers.#.input_layernorm",
+    "blocks.#.mlp_norm": "model.layers.#.post_attention_layernorm",
+    **{f"blocks.#.attn.{p}": f"model.layers.#.self_attn.{p}_proj" for p in "qkvo"},
+    **{f"blocks.#.mlp.{p}": f"model.layers.#.mlp.{p}_proj" for p in ("gate", "up", "down")},
+}
+
+
+def read_swiglu(raw):
+    """What Llama, Mistral and Qwen share."""
+    raw.one_of("hidden_act", "silu")
+    return {"rope": raw.rope(), "eps": raw.need("rms_norm_eps")}
+
+
+def biases(raw, default=False):
+    """Biases of the attention's projections, where the family has a field for them."""
+    biased = bool(raw.get("attention_bias", default))
+    return {"qkv_bias": biased, "out_bias": biased}
+
+
+def layer_windows(raw, slides):
+    """Windows of all layers: by `layer_types` if it is there, else where slides(layer) says so."""
+    window, kinds = raw.get("sliding_window", 4096), raw.get("layer_types")
+    if kinds is None:
+        layers = range(raw.need("num_hidden_layers"))
+        return tuple(window if slides(layer) else None for layer in layers)
+    known = {"sliding_attention": window, "full_attention": None}
+    return tuple(known[k] if k in known else raw.refuse("layer_types", k) for k in kinds)
+
+
+def read_llama(raw):
+    """Llama 2, 3, 3.1, 3.2."""
+    return read_swiglu(raw) | biases(raw)
+
+
+def read_mistral(raw):
+    """v0.1 slides over 4,096 tokens, which is also the default; v0.2 and later carry null."""
+    window = raw.get("sliding_window", 4096)
+    return read_swiglu(raw) | {"windows": (window,) * raw.need("num_hidden_layers")}
+
+
+def read_qwen(raw):
+    """Windows only with use_sliding_window, and then by layer_types or from max_window_layers."""
+    first = raw.get("max_window_layers", 28)
+    windows = layer_windows(raw, lambda layer: layer >= first)
+    return read_swiglu(raw) | ({"windows": windows} if raw.get("use_sliding_window") else {})
+
+
+FAMILIES = {  # a file of families/ adds its own when it is imported
+    "llama": Family("Llama", read_llama, LLAMA_NAMES),
+    "mistral": Family("Mistral", read_mistral, LLAMA_NAMES),
+    "qwen2": Family("Qwen2", lambda raw: read_qwen(raw) | {"qkv_bias": True}, LLAMA_NAMES),
+}
+BY_CLASS = {"LlamaForRewardModelWithGating": "armo"}  # its model_type says llama
+
+
+HEADS = {"logps": "ForCausalLM", "reward": "ForSequenceClassification"}  # ends of class names
+
+
+def family_of(name):
+    """The Family of a model_type: of this file or of families/NAME.py; None where there is none."""
+    file = Path(__file__).with_name("families") / f"{name}.py"
+    if name not in FAMILIES and str(name).isidentifier() and file.exists():
+        importlib.import_module(f"families.{name}")
+    return FAMILIES.get(name)
+
+
+def read_values(raw):
+    """ConfigFields -> the values of a Config."""
+    try:
+        kind, classes = raw.get("model_type"), raw.get("architectures") or [None]
+        name = BY_CLASS.get(classes[0], kind)
+        if (family := family_of(name)) is None:
+            raise UserError(
+                f"{raw.where}: model_type {kind!r} is not supported (known: {known_types()})"
+            )
+        heads, width = raw.size("num_attention_heads"), raw.size("hidden_size")
+        n_layers = raw.size("num_hidden_layers")
+        values = {
+            "family": name,
+            "vocab": raw.size("vocab_size"),
+            "width": width,
+            "n_layers": n_layers,
+            "heads": heads,
+            "kv_heads": raw.size("num_key_value_heads", heads),
+            "head_width": raw.size("head_dim", width // heads),
+            "ffn": raw.size("intermediate_size"),
+            "tied": bool(raw.get("tie_word_embeddings", False)),
+            "windows": (None,) * n_layers,
+        } | family.read(raw)
+        if family.stem:
+            values["head"] = read_head(raw, classes[0] or f"{family.stem}ForCausalLM")
+    except (TypeError, ValueError) as error:  # text or a list where a number is expected, …
+        raise UserError(f"{raw.where}: a field is of the wrong kind: {error}") from error
+    raw.refuse_rest()
+    return values
+
+
+def known_types():
+    """Every model_type, in one line."""
+    for file in Path(__file__).with_name("families").glob("*.py"):
+        family_of(file.stem)
+    return ", ".join(sorted(FAMILIES.keys() - BY_CLASS.values()))
+
+
+def read_head(raw, name):
+    """What the model ends in, by its class; UserError for remote code and for other classes."""
+    if code := raw.get("auto_map"):
+        cure = ": it asks for code of its own, which is never run; delete auto_map if the weights"
+        raw.refuse("auto_map", code, f"{cure} are those of a plain {name}")
+    ends = [head for head, end in HEADS.items() if name.endswith(end)]
+    return ends[0] if ends else raw.refuse("architectures", name)
+
+
+def hf_name(family, name):
+    """Our name of a parameter -> its name in the family's checkpoints."""
+    names, number = family_of(family).names, re.search(r"\d+", name)
+    key = re.sub(r"\d+", "#", name)
+    module, _, kind = key.rpartition(".")  # kind: weight or bias
+    theirs = names[key] if key in names else f"{names[module]}.{kind}"
+    return theirs.replace("#", number.group() if number else "")
+
+
+# ----------------------------------------------------------------------------- in and out
+
+
+def read_config(directory):
+    """config.json of a HF directory -> (raw dict, Config)."""
+    file = Path(directory) / "config.json"
+    if not file.exists():
+        raise UserError(f"{directory}: no config.json; not a Hugging Face model directory")
+    raw = parse_json(file.read_text(encoding="utf-8"), str(file))
+    return raw, Config.from_hf(raw, str(file))
+
+
+def load(directory, dtype=torch.float32, device="cpu", head=None, flag="--model"):
+    """HF directory or hub id -> Transformer in eval mode, without gradients; `.directory` is where.
+
+    dtype: a torch dtype, "bf16", "fp32", or None: bf16 on CUDA, else fp32; device: a torch device,
+    or "auto": CUDA's where there is one; head: "logps" or "reward", if it must be one of these;
+    flag: what an error calls the directory. UserError for all that is wrong with it.
+    """
+    cuda = torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise UserError("--device cuda: no CUDA device is available")
+    device = ("cuda" if cuda else "cpu") if device == "auto" else device
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # of torchrun's processes
+    dtype = dtype or ("bf16" if torch.device(device).type == "cuda" else "fp32")
+    directory = resolve(directory, flag)
+    _, config = read_config(directory)
+    if head not in (None, config.head):
+        kinds = {"logps": "a language model", "reward": "a reward model"}
+        raise UserError(f"{flag} {directory} is {kinds[config.head]}; {kinds[head]} is needed")
+    with torch.device("meta"):  # shapes only: random weights would be drawn for nothing
+        model = Transformer(config)
+    model = model.to({"bf16": torch.bfloat16, "fp32": torch.float32}.get(dtype, dtype))
+    model = model.to_empty(device=device)
+    load_weights(model, directory)
+    model.directory = directory
+    return model.eval().requires_grad_(False)
+
+
+def load_weights(model, directory, local=lambda parameter: (parameter, slice(None))):
+    """Fills the model's parameters from a HF directory.
+
+    local(parameter) -> (tensor, rows): the part to fill and which rows of the whole it is. A
+    sharded caller hands in its shards, so that no process ever reads more than its slices.
+    """
+    (_, stored), weights, c = read_config(directory), Weights(directory), model.config
+    names = {name: hf_name(c.family, name) for name, _ in model.named_parameters()}
+    head = hf_name(c.family, "head.weight")  # may be in the files, and not be used
+    weights.refuse_rest({*names.values(), *([head] if c.tied or c.head == "reward" else [])})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            tensor, rows = local(parameter)
+            if name == "score.weight" and stored.head != "reward":
+                tensor.zero_()  # a new reward head on a language model starts at r = 0
+            else:
+                tensor.copy_(weights.read(names[name], parameter.shape, rows))
+            if name == "embed.weight" and c.tied and head in weights:
+                theirs = weights.read(head, parameter.shape, rows).to(tensor)
+                if not torch.equal(tensor, theirs):
+                    raise UserError(
+                        f"{directory}: {head} differs from the embedding, but config.json says "
+                        "tie_word_embeddings; set it to false there"
+                    )
+
+
+def export(directory, config, tensors, source, dtype, template=None, **options):
+    """Writes a HF directory that transformers and vLLM load.
+
+    tensors: (our name, full tensor), consumed one by one; for the rest see hub.weights.
+    """
+    fields, stem = {}, family_of(config.family).stem
+    if stem:
+        fields["architectures"] = [stem + HEADS[config.head]]
+    if config.head == "reward":
+        fields |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    named = ((hf_name(config.family, name), tensor) for name, tensor in tensors)
+    write_directory(directory, source, named, dtype, template, fields, **options)

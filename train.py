@@ -27,7 +27,6 @@ import losses
 from data import Dataset, Limits, Plan, build_row, pack, plain_paths
 from hub import weights
 from hub.template import Template
-from hub.weights import load_weights, read_config
 from jobs import checkpoint, rundir
 from jobs.cli import UserError, as_user_error, flag, parse, progress, run
 from jobs.files import ASSETS, written_whole
@@ -45,7 +44,7 @@ from jobs.processes import (
 from jobs.rundir import Metrics
 from kernels import chains, detached, flex
 from losses import CONDITIONS, unique
-from model import Transformer
+from model import Transformer, export, load_weights, read_config
 from pairs import token_cache
 from pairs.cleaning import Rules, clean
 from pairs.read import Drops, hold_out, read_pairs
@@ -216,7 +215,7 @@ def fit_to_data(s, ranks, recipe, sets, plan):
 
 
 def main():
-    s = weights.pin(parse(TrainFlags, __doc__.splitlines()[0]))
+    s = weights.pinned(parse(TrainFlags, __doc__.splitlines()[0]))
     with Ranks(s.device) as ranks:
         train(s, ranks)
 
@@ -589,7 +588,7 @@ class Run:
         if self.ranks.first:
             final, config = Path(self.s.out) / name, self.model.config
             with checkpoint.resumable(final), written_whole(final) as aside:
-                weights.save(aside, config, tensors, template.directory, dtype, template.source)
+                export(aside, config, tensors, template.directory, dtype, template.source)
         else:
             list(tensors)  # sends its rows
         dist.barrier()

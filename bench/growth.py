@@ -39,9 +39,8 @@ from bench.measuring import DTYPES, Flops, percent, table, whole_numbers
 from data import build_row
 from evals.plan import HEADROOM, per_gpu
 from evals.plan import measure as sizes_of
-from families import Config
 from jobs.cli import UserError, flag, parse, run
-from model import load
+from model import Config, load
 
 AXES = ("pairs", "row_tokens", "width", "vocab", "processes")
 FARTHEST = {"fp32": (1e-4, 1e-3), "bf16": (0.05, 1.0)}  # mean and largest |difference|, nats

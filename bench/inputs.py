@@ -19,12 +19,10 @@ import torch
 from smollm2 import smollm2_dir
 
 from bench.measuring import DTYPES, ROOT
-from families import Config
-from hub import weights
 from hub.template import Template
 from jobs.cli import UserError, flag
 from jobs.files import write_json
-from model import Transformer
+from model import Config, Transformer, export
 
 # ----------------------------------------------------------------------------- models of noise
 
@@ -73,7 +71,7 @@ def write_noise(directory, raw, shard_bytes=10**9):
         write_json(Path(source) / "config.json", raw)
         config = Config.from_hf(raw)
         options = {"dtype": torch.bfloat16, "shard_bytes": shard_bytes}
-        weights.save(directory, config, noise(config), source, **options)
+        export(directory, config, noise(config), source, **options)
     return Path(directory)
 
 

@@ -34,12 +34,10 @@ from bench.inputs import published, write_noise
 from bench.measuring import ROOT, smaps, table, whole_numbers
 from data import build_row, lay_out
 from evals.plan import measure as planned
-from hub import weights
-from hub.weights import read_config
 from jobs.cli import UserError, arguments, flag, parse, run
 from jobs.processes import Ranks, whole_tensors
 from kernels import chains
-from model import Transformer
+from model import Transformer, export, read_config
 from train import TrainFlags, build_model
 
 SHAPES = ("llama-3.2-1b", "pythia-2.8b", "gemma-2-9b")
@@ -164,16 +162,16 @@ def load_and_export(s):
     with Peak() as load:
         model = build_model(flags, ranks, Path(s.model), "logps")
         dist.barrier()
-    with Peak() as export:
+    with Peak() as writing:
         tensors = whole_tensors(model, torch.bfloat16)
         if ranks.first:
             out, options = Path(s.model).with_name("export"), {"shard_bytes": 10**9}
-            weights.save(out, model.config, tensors, s.model, torch.bfloat16, **options)
+            export(out, model.config, tensors, s.model, torch.bfloat16, **options)
         else:
             list(tensors)
         dist.barrier()
     lines = [None] * ranks.world
-    own = {"idle": idle} | load.figures("load") | export.figures("export")
+    own = {"idle": idle} | load.figures("load") | writing.figures("export")
     dist.all_gather_object(lines, own)
     dist.destroy_process_group()
     return lines if ranks.first else None

@@ -35,10 +35,9 @@ from bench import measuring, training
 from bench.inputs import WorkloadFlags, published
 from bench.measuring import DTYPES, Flops, median, percent, table, times
 from data import Dataset, Limits
-from families import Config
 from hub.template import Template
-from hub.weights import read_config
 from jobs.cli import flag, parse, run
+from model import Config, read_config
 from pairs.read import Drops, read_pairs
 
 

@@ -10,11 +10,10 @@ import dataclasses
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from hub.weights import read_config, resolve
+from hub.weights import resolve
 from jobs.cli import flag, require
 from jobs.flags import CheckpointFlags
-from layers import rope_table
-from model import ScoredLogps, Transformer
+from model import ScoredLogps, Transformer, read_config, rope_table
 
 GPUS = (1, 4, 8)
 HEADROOM = 0.9  # of a GPU's memory: CUDA, NCCL and fragmentation have the rest
@@ -73,7 +72,7 @@ def saved_bytes(block, config, tokens, dtype, device="meta"):
 
     x = torch.zeros(1, tokens, config.width, dtype=dtype, device=device, requires_grad=True)
     positions = torch.arange(tokens, device=device)[None]
-    cos, sin = rope_table(config.rope, config.rotary or config.head_width, positions, dtype)
+    cos, sin = rope_table(config, positions, dtype)
     own |= {t.untyped_storage()._cdata for t in (cos, sin)}  # shared by all blocks
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         y = block.body(x, cos, sin, Kernel.apply)  # alive: so no storage is counted twice

@@ -1,41 +1,39 @@
 """Hugging Face directories in and out: config.json, safetensors, tokenizer files, chat template.
 
 Only safetensors, never pickle. Weights are read by slices, so that a sharded caller never holds
-more than its own part, and written as a stream of bounded files.
+more than its own part, and written as a stream of bounded files. Nothing here knows a model: what
+its tensors and fields are called is model.py's and families/'s.
 """
 
+import dataclasses
 import hashlib
-import json
 import os
 import re
 import shutil
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from families import FAMILIES, Config, hf_name
 from jobs.cli import UserError
-from jobs.files import parse_json, write_json
+from jobs.files import parse_json, read_json, write_json
+
+# ----------------------------------------------------------------------------- where it is
 
 
-def pin(s):
-    """--revision R with --model ID is --model ID@R, the hub's own notation; changes s, returns it.
+def pinned(s):
+    """Settings in which --revision R with --model ID has become --model ID@R, the hub's notation.
 
-    So is --ref_model or --ref of the same id. Whatever is made of the model then also says which
+    So has --ref_model or --ref of the same id. Whatever is made of the model then also says which
     one it was. UserError where --model is no hub id.
     """
     if (revision := getattr(s, "revision", None)) is None:
         return s
-    model = s.model
-    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model or "") and not Path(model).exists()
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", s.model or "") and not Path(s.model).exists()
     if not hub or getattr(s, "endpoint", None):
-        raise UserError(f"--revision {revision}: --model {model} is no hub id, which it pins")
-    for flag in ("model", "ref_model", "ref"):
-        if getattr(s, flag, None) == model:
-            setattr(s, flag, f"{model}@{revision}")
-    return s
+        raise UserError(f"--revision {revision}: --model {s.model} is no hub id, which it pins")
+    flags = [f for f in ("model", "ref_model", "ref") if getattr(s, f, None) == s.model]
+    return dataclasses.replace(s, **dict.fromkeys(flags, f"{s.model}@{revision}"))
 
 
 def resolve(source, flag="--model"):
@@ -61,13 +59,93 @@ def resolve(source, flag="--model"):
         ) from error
 
 
-def read_config(directory):
-    """config.json of a HF directory -> (raw dict, Config)."""
-    file = Path(directory) / "config.json"
-    if not file.exists():
-        raise UserError(f"{directory}: no config.json; not a Hugging Face model directory")
-    raw = parse_json(file.read_text(encoding="utf-8"), str(file))
-    return raw, Config.from_hf(raw, str(file))
+# ----------------------------------------------------------------------------- config.json
+
+
+class ConfigFields:
+    """A config.json that remembers what was read of it, so that nothing is passed over in silence.
+
+    raw: the parsed file; where: its name, for error messages.
+    """
+
+    # fields that change no logits of ours: bookkeeping, initialisation, dropout, generation
+    HARMLESS = re.compile(
+        r"_.*|transformers_version|(torch_)?dtype|use_cache|(pad|bos|eos|unk|sep|cls)_token(_id)?"
+        r"|initializer_range|initializer_factor|max_position_embeddings|pretraining_tp"
+        r"|(attention|hidden|classifier)_dropout|rope_theta"
+        r"|name_or_path|architectures|problem_type|num_labels|id2label|label2id|finetuning_task"
+        r"|task_specific_params|tokenizer_class|model_name|return_dict|output_\w+|torchscript"
+        r"|cache_implementation|is_decoder|unsloth_\w+|max_length|min_length|do_sample|num_beams"
+        r"|temperature|top_k|top_p|repetition_penalty|length_penalty|num_return_sequences"
+    )
+    ROPE = {  # rope_type -> the fields that it needs
+        "default": (),
+        "linear": ("factor",),
+        "llama3": (
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        ),
+    }
+
+    def __init__(self, raw, where):
+        if not isinstance(raw, dict):
+            raise UserError(f"{where}: not a JSON object")
+        self.raw, self.where, self.seen = raw, where, set()
+
+    def get(self, name, default=None):
+        self.seen.add(name)
+        return self.raw.get(name, default)
+
+    def need(self, name):
+        if (value := self.get(name)) is None:
+            raise UserError(f"{self.where}: no {name}; not a whole config.json")
+        return value
+
+    def size(self, name, default=None):
+        """How many there are of something: a whole number, at least one."""
+        value = self.need(name) if default is None else self.get(name) or default
+        if type(value) is not int or value < 1:
+            raise UserError(f"{self.where}: {name} is {value!r}, not a whole number above 0")
+        return value
+
+    def one_of(self, name, default, *others):
+        value = self.get(name) or default
+        return value if value in (default, *others) else self.refuse(name, value)
+
+    def rope(self, theta="rope_theta", share=1.0):
+        """Rotary settings in both spellings: rope_theta + rope_scaling, or rope_parameters.
+
+        theta: the field that names the base; share: how much of a head rotates, if nothing else
+        says, and 1 where nothing else may.
+        """
+        new, old = self.get("rope_parameters"), self.get("rope_scaling")
+        rope = {"rope_theta": self.get(theta, 10000.0), "partial_rotary_factor": share}
+        rope |= new or old or {}
+        kind = rope.pop("type", "default")  # the older name of rope_type
+        kind = rope.setdefault("rope_type", kind)
+        if kind not in self.ROPE:
+            self.refuse("rope_type", kind)
+        if missing := [name for name in self.ROPE[kind] if name not in rope]:
+            raise UserError(f"{self.where}: rope_type {kind!r} without {missing[0]}")
+        for name in rope.keys() - {"rope_type", "rope_theta", *self.ROPE["llama3"]}:
+            if rope[name] and (name != "partial_rotary_factor" or share == 1 != rope[name]):
+                self.refuse(f"rope_parameters: {name}", rope[name])
+        return rope | {"partial_rotary_factor": rope["partial_rotary_factor"] or share}
+
+    def refuse(self, name, value, cure=""):
+        raise UserError(f"{self.where}: {name} {value!r} is not supported{cure}")
+
+    def refuse_rest(self):
+        """UserError for a field that nobody read, unless it is harmless or switched off."""
+        for name, value in self.raw.items():
+            if value and name not in self.seen and not self.HARMLESS.fullmatch(name):
+                cure = "; delete the field if it does not change what the model computes"
+                self.refuse(name, value, cure)
+
+
+# ----------------------------------------------------------------------------- weights in
 
 
 class Weights:
@@ -80,12 +158,10 @@ class Weights:
         index = self.directory / "model.safetensors.index.json"
         where = _weight_map(index) if index.exists() else {}
         names = sorted(set(where.values())) or ["model.safetensors"]
-        self.files = [self.directory / name for name in names]
+        self.files, self._open = [self.directory / name for name in names], {}
         for file in self.files:
             if not file.exists():
                 raise UserError(f"{self.directory}: no {file.name}; {_no_weights(self.directory)}")
-        self._open = {}
-        for file in self.files:
             try:
                 opened = safe_open(file, framework="pt")
             except SafetensorError as error:
@@ -106,8 +182,7 @@ class Weights:
         if name not in self:
             raise UserError(f"{self.directory}: tensor {name} is missing")
         tensor = self._open[name].get_slice(name)
-        if tuple(tensor.get_shape()) != tuple(shape):
-            found = tuple(tensor.get_shape())
+        if (found := tuple(tensor.get_shape())) != tuple(shape):
             raise UserError(f"{self.directory}: {name} is {found}, expected {tuple(shape)}")
         if tensor.get_dtype() not in self.FLOATS:
             kinds = f"{tensor.get_dtype()}, not one of {', '.join(self.FLOATS)}"
@@ -117,10 +192,10 @@ class Weights:
     # buffers of old checkpoints, which config.json implies
     BUFFERS = re.compile(r".*\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)")
 
-    def refuse_rest(self, used, spare=()):
-        """UserError for tensors that are neither used nor spare, as of another architecture."""
-        rest = [n for n in self._open if n not in used and n not in spare]
-        if rest := sorted(n for n in rest if not self.BUFFERS.fullmatch(n)):
+    def refuse_rest(self, used):
+        """UserError for tensors that are not used, as of another architecture."""
+        rest = sorted(n for n in self._open.keys() - set(used) if not self.BUFFERS.fullmatch(n))
+        if rest:
             raise UserError(
                 f"{self.directory}: {len(rest)} tensors too many for its config.json, {rest[0]} "
                 "for one; is it of another architecture, or an adapter?"
@@ -157,36 +232,7 @@ def _no_weights(directory):
     )
 
 
-def load_weights(model, directory, local=lambda parameter: (parameter, slice(None))):
-    """Fill the model's parameters from a HF directory.
-
-    local(parameter) -> (tensor, rows): the part to fill and which rows of the whole it is. A
-    sharded caller hands in its shards, so that no process ever reads more than its slices.
-    """
-    (_, config), weights = read_config(directory), Weights(directory)
-    names = {name: hf_name(model.config.family, name) for name, _ in model.named_parameters()}
-    head = hf_name(model.config.family, "head.weight")  # may be there, and not be used
-    unused = model.config.tied or model.config.head == "reward"
-    weights.refuse_rest(names.values(), [head] if unused else ())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            theirs = names[name]
-            tensor, rows = local(parameter)
-            if name == "score.weight" and config.head != "reward":
-                tensor.zero_()  # a new reward head on a language model starts at r = 0
-            else:
-                tensor.copy_(weights.read(theirs, parameter.shape, rows))
-            if name == "embed.weight" and model.config.tied and head in weights:
-                _check_tied(tensor, weights, head, parameter.shape, rows)
-
-
-def _check_tied(embedding, weights, head, shape, rows):
-    if not torch.equal(embedding, weights.read(head, shape, rows).to(embedding)):
-        raise UserError(
-            f"{weights.directory}: {head} differs from the embedding, but config.json says "
-            "tie_word_embeddings; set it to false there"
-        )
-
+# ----------------------------------------------------------------------------- and out
 
 SIDE_FILES = (  # what travels with the weights, unchanged
     "tokenizer.json",
@@ -200,66 +246,51 @@ SIDE_FILES = (  # what travels with the weights, unchanged
 )
 
 
-def save(directory, config, tensors, source, dtype, template=None, shard_bytes=5 * 10**9):
-    """Write a HF directory that transformers and vLLM load.
+def write_directory(
+    directory, source, tensors, dtype, template=None, fields=(), shard_bytes=5 * 10**9
+):
+    """Writes a HF directory.
 
-    config: Config of the model; tensors: iterable of (our name, full tensor), consumed one by one;
-    source: the HF directory it came from (config.json, tokenizer and generation files are taken
-    over); template: chat template text to store; shard_bytes: largest weight file.
+    source: the HF directory it came from, whose config.json, tokenizer and generation files are
+    taken over; tensors: iterable of (name, full tensor), consumed one by one; template: text of the
+    chat template; fields: of config.json that change; shard_bytes: largest weight file.
     """
     directory, source = Path(directory), Path(source)
     directory.mkdir(parents=True, exist_ok=True)
     for name in SIDE_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, directory / name)
-    _write_template(directory, template)
-    raw, _ = read_config(source)
-    raw |= {"dtype": str(dtype).removeprefix("torch.")}
+    if template is not None:
+        (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+        settings = read_json(directory / "tokenizer_config.json")  # some programs look there
+        write_json(directory / "tokenizer_config.json", settings | {"chat_template": template})
+    raw = read_json(source / "config.json") | {"dtype": str(dtype).removeprefix("torch.")}
     raw.pop("torch_dtype", None)  # its older spelling
-    if config.score == "linear":  # OASST's and ArmoRM's classes keep their names
-        kind = "ForSequenceClassification" if config.head == "reward" else "ForCausalLM"
-        raw |= {"architectures": [FAMILIES[config.family].stem + kind]}
-    if config.head == "reward":
-        raw |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    write_json(directory / "config.json", raw)
-    named = ((hf_name(config.family, name), t.to("cpu", dtype)) for name, t in tensors)
-    _write_shards(directory, named, shard_bytes)
-
-
-def _write_template(directory, template):
-    """The chat template, both as a file and in tokenizer_config.json."""
-    if template is None:
-        return
-    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
-    file = directory / "tokenizer_config.json"
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    write_json(file, settings | {"chat_template": template})
+    write_json(directory / "config.json", raw | dict(fields))
+    _write_shards(directory, ((name, t.to("cpu", dtype)) for name, t in tensors), shard_bytes)
 
 
 def _write_shards(directory, named, shard_bytes):
-    """Stream tensors into files of bounded size; several files get an index."""
-    shards, held, size = [], {}, 0
+    """Streams tensors into files of bounded size; several files get an index."""
+    shards, held = [], {}  # {name: bytes} of each file, and {name: tensor} of the next
+
+    def flush():
+        file = directory / f"shard-{len(shards)}.safetensors"  # of how many is not known yet
+        save_file(held, file, metadata={"format": "pt"})
+        shards.append({name: tensor.nbytes for name, tensor in held.items()})
+        held.clear()
+
     for name, tensor in named:
-        if held and size + tensor.nbytes > shard_bytes:
-            shards.append(_flush(directory, held, len(shards)))
-            held, size = {}, 0
+        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > shard_bytes:
+            flush()
         held[name] = tensor.contiguous()
-        size += tensor.nbytes
-    shards.append(_flush(directory, held, len(shards)))
-    if len(shards) == 1:
-        os.replace(directory / shards[0][0], directory / "model.safetensors")
-        return
-    weight_map, total = {}, 0
-    for i, (file, names, nbytes) in enumerate(shards):
-        final = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        os.replace(directory / file, directory / final)
-        weight_map |= dict.fromkeys(names, final)
-        total += nbytes
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_json(directory / "model.safetensors.index.json", index)
-
-
-def _flush(directory, tensors, number):
-    file = f"shard-{number}.safetensors"
-    save_file(tensors, directory / file, metadata={"format": "pt"})
-    return file, list(tensors), sum(t.nbytes for t in tensors.values())
+    flush()
+    n, weight_map = len(shards), {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{n:05d}.safetensors" if n > 1 else "model.safetensors"
+        os.replace(directory / f"shard-{i}.safetensors", directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    if n > 1:
+        total = sum(sum(names.values()) for names in shards)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(directory / "model.safetensors.index.json", index)

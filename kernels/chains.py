@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from model import explicit_attention, masked_attention, sees
+from model import masked_attention, sees
 
 SHORT = 256  # tokens; a shorter trie is computed whole, which costs less than several small calls
 
@@ -65,11 +65,16 @@ def _joined(parts):
 
 
 def fast_attention(q, k, v, mask, scale=None, cap=None):
-    """masked_attention, spelt out where SDPA has a slow backward: in bf16 on a CPU, up to 1,024
-    keys (docs/performance.md)."""
+    """masked_attention by torch's own kernel, where it has one that is not slow."""
+    # its bf16 backward on a CPU is slow up to 1,024 keys (docs/performance.md)
     slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and mask.shape[-1] <= 1024
-    computed = explicit_attention if slow and q.requires_grad else masked_attention
-    return computed(q, k, v, mask, scale, cap)
+    if cap is not None or (slow and q.requires_grad):
+        return masked_attention(q, k, v, mask, scale, cap)
+    if q.is_cuda:  # there, with fewer key heads only the kernel that keeps all scores would run
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
 
 
 # ----------------------------------------------------------------------------- the chains of a row

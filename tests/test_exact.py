@@ -16,9 +16,8 @@ from runs import lines, train_here
 import train
 from data import Dataset, Limits, build_row
 from hub.template import INSTRUCTIONS, Template
-from hub.weights import hf_name
 from losses import recipe
-from model import load
+from model import hf_name, load
 from pairs.read import Drops, read_pairs
 
 pytestmark = pytest.mark.slow

@@ -10,10 +10,9 @@ import torch
 import model as model_file
 from conftest import write_model
 from data import build_row, lay_out
-from families import Config, hf_name
 from jobs.cli import UserError
 from kernels import chains, flex
-from model import ScoredLogps, load
+from model import Config, ScoredLogps, hf_name, load
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -9,10 +9,8 @@ import pytest
 import torch
 
 from evals import plan
-from families import Config
-from hub.weights import read_config
 from jobs.cli import UserError
-from model import Transformer
+from model import Config, Transformer, read_config
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ROOT / "bench" / "shapes"

@@ -10,18 +10,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import evaluate
+import model as model_file
 from conftest import write_model
 from data import build_row, lay_out
 from evals.answers import Answer
-from families import Config, hf_name
-from heads import GatedHead
-from hub import weights
+from families import armo as armo_file
 from hub.template import Template
 from jobs.cli import UserError
 from jobs.files import write_json
-from model import Transformer, load
+from model import Config, Transformer, hf_name, load, load_weights, read_config
 
-END = list(GatedHead.PROMPT_END)
+END = list(armo_file.PROMPT_END)
 ARMO = tiny.LLAMA | {
     "architectures": ["LlamaForRewardModelWithGating"],
     "auto_map": {"AutoModelForSequenceClassification": "modeling_custom.LlamaForReward"},
@@ -105,7 +104,7 @@ def model_states(model, ids):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(**{k: v for k, v in ARMO.items() if k != "auto_map"})
     body = transformers.LlamaModel(config).eval()
-    ours = {hf_name("llama", n): p for n, p in model.named_parameters()}
+    ours = {hf_name(model.config.family, n): p for n, p in model.named_parameters()}
     body.load_state_dict({n.removeprefix("model."): p for n, p in ours.items() if "model." in n})
     return body(torch.tensor(ids).long()[None]).last_hidden_state[0]
 
@@ -117,7 +116,7 @@ def test_armorm_without_its_header_says_what_it_needs(armo):
 
 def test_armorm_goes_out_as_it_came_in(armo, tmp_path):
     out = parity.exported(armo, tmp_path / "out")
-    raw, _ = weights.read_config(out)
+    raw, _ = read_config(out)
     assert raw["architectures"] == ARMO["architectures"] and raw["auto_map"] == ARMO["auto_map"]
     assert parity.byte_equal(armo) == 0
 
@@ -179,9 +178,9 @@ def test_an_exported_reward_model_loads_in_transformers(name, tmp_path):
     pytest.importorskip("transformers")
     source = write_model(tmp_path / "lm", parity.CONFIGS[name] | {"dtype": "float32"})
     model = Transformer(Config.from_hf(parity.as_reward(parity.CONFIGS[name])))
-    weights.load_weights(model, source)
+    load_weights(model, source)
     assert not model.score.weight.any()
     torch.nn.init.normal_(model.score.weight)
     named = ((n, p.detach()) for n, p in model.named_parameters())
-    weights.save(tmp_path / "rm", model.config, named, source, torch.float32)
+    model_file.export(tmp_path / "rm", model.config, named, source, torch.float32)
     assert parity.reward(tmp_path / "rm") <= 1e-4

@@ -12,7 +12,7 @@ import evaluate
 import generate
 import train
 from conftest import PAIRS
-from hub.weights import pin
+from hub.weights import pinned
 from jobs.cli import UserError, run
 from train import TrainFlags
 
@@ -106,8 +106,8 @@ def test_reward_models_and_judges_are_pinned(hub, tmp_path, pairs_file, monkeypa
 def test_a_revision_of_what_is_no_hub_id_is_refused(tiny_model_dir):
     for source in (str(tiny_model_dir), None, "nowhere"):
         with pytest.raises(UserError, match=f"--revision v1: --model {source} is no hub id"):
-            pin(TrainFlags(model=source, revision="v1"))
+            pinned(TrainFlags(model=source, revision="v1"))
     with pytest.raises(UserError, match="--revision v1: --model lab/gpt"):
-        pin(
+        pinned(
             generate.GenerateFlags(model="lab/gpt", revision="v1", endpoint="http://127.0.0.1:1/v1")
         )

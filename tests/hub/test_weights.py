@@ -9,13 +9,13 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+import model as model_file
 from conftest import write_model
 from data import build_row, lay_out
-from families import Config
 from hub import weights
 from jobs.cli import UserError
 from jobs.files import write_json
-from model import Transformer, load
+from model import Config, Transformer, load, load_weights, read_config
 
 FP32 = tiny.LLAMA | {"dtype": "float32"}
 
@@ -23,7 +23,9 @@ FP32 = tiny.LLAMA | {"dtype": "float32"}
 def export(model, source, directory, shard_bytes=5 * 10**9):
     """What train.py does at the end of a run."""
     named = ((n, p.detach()) for n, p in model.named_parameters())
-    weights.save(directory, model.config, named, source, torch.float32, tiny.CHATML, shard_bytes)
+    model_file.export(
+        directory, model.config, named, source, torch.float32, tiny.CHATML, shard_bytes=shard_bytes
+    )
     return directory
 
 
@@ -33,9 +35,9 @@ def tensors_of(directory):
 
 def as_reward_model(directory):
     """The language model in `directory` with a random scalar head on top, unsaved."""
-    raw, _ = weights.read_config(directory)
+    raw, _ = read_config(directory)
     model = Transformer(Config.from_hf(raw | {"architectures": ["LlamaForSequenceClassification"]}))
-    weights.load_weights(model, directory)
+    load_weights(model, directory)
     assert not model.score.weight.any(), "a new head starts at reward 0"
     torch.nn.init.normal_(model.score.weight)
     return model.eval()
@@ -127,15 +129,15 @@ def test_side_files_travel_and_the_template_stands_in_both_places(tiny_model_dir
 def test_exported_weights_have_the_dtype_that_config_names(tiny_model_dir, tmp_path):
     model = load(tiny_model_dir)
     named = ((n, p.detach()) for n, p in model.named_parameters())
-    weights.save(tmp_path, model.config, named, tiny_model_dir, torch.bfloat16)
+    model_file.export(tmp_path, model.config, named, tiny_model_dir, torch.bfloat16)
     assert {t.dtype for t in tensors_of(tmp_path).values()} == {torch.bfloat16}
-    raw, _ = weights.read_config(tmp_path)
+    raw, _ = read_config(tmp_path)
     assert raw["dtype"] == "bfloat16" and "torch_dtype" not in raw
 
 
 def test_a_model_whose_config_names_no_architecture_is_exported(tmp_path):
     source = write_model(tmp_path / "a", {k: v for k, v in FP32.items() if k != "architectures"})
-    raw, _ = weights.read_config(export(load(source), source, tmp_path / "b"))
+    raw, _ = read_config(export(load(source), source, tmp_path / "b"))
     assert raw["architectures"] == ["LlamaForCausalLM"]
 
 

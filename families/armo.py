@@ -1,0 +1,81 @@
+"""ArmoRM: a Llama under a head that weighs scores of single objectives by the prompt.
+
+Wang et al. 2024, arXiv 2406.12845; RLHFlow/ArmoRM-Llama3-8B-v0.1. Its code is on the hub, is not
+run, and is what GatedHead computes:
+
+    r      = W h(last token)                                  (O,) scores of single objectives
+    g      = scale * softmax(gate(h(end of the prompt)) / t)   (O,) their weights
+    score  = sum_o g_o (r M)_o                                M: the reward transform matrix
+
+Legend: T row tokens, S scored tokens, D width, O objectives.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from jobs.cli import UserError
+from model import FAMILIES, LLAMA_NAMES, Family, read_llama
+
+# Llama 3's <|eot_id|> that ends the prompt, and the assistant's header
+PROMPT_END = (128009, 128006, 78191, 128007, 271)
+
+
+class GatedHead(nn.Module):
+    """(T, D) states after the final norm -> (S,) fp32."""
+
+    def __init__(self, c):
+        super().__init__()
+        gate, widths = c.own, [c.width] + [c.own["hidden"]] * c.own["layers"]
+        self.temperature = gate["temperature"]
+        self.regression = nn.Linear(c.width, gate["objectives"], bias=False)
+        self.transform = nn.Parameter(torch.eye(gate["objectives"]))
+        self.logit_scale = nn.Parameter(torch.ones(1))
+        sizes = zip(widths, [*widths[1:], gate["objectives"]], strict=True)
+        self.gate = nn.ModuleList(nn.Linear(a, b) for a, b in sizes)
+
+    def forward(self, x, row):
+        ends = [prompt_end(row, source) for source in row.source.tolist()]
+        rewards = F.linear(x[row.source].float(), self.regression.weight.float())  # (S, O)
+        return (self.weights(x[ends].float()) * (rewards @ self.transform.float())).sum(-1)
+
+    def weights(self, x):
+        """(S, D) states at the end of the prompt -> (S, O) weights of the objectives."""
+        for i, layer in enumerate(self.gate):
+            x = F.linear(F.relu(x) if i else x, layer.weight.float(), layer.bias.float())
+        return (x / self.temperature).softmax(-1) * self.logit_scale.float()
+
+
+def prompt_end(row, source):
+    """Row index at which the last PROMPT_END on the path to `source` begins."""
+    index = torch.arange(source + 1, device=row.tokens.device)
+    path = index[row.until[: source + 1] > source]  # the ancestors of `source`, and itself
+    if len(path) >= len(PROMPT_END):
+        windows = row.tokens[path].unfold(0, len(PROMPT_END), 1)
+        found = (windows == windows.new_tensor(PROMPT_END)).all(-1).nonzero()
+        if len(found):
+            return int(path[found[-1]])
+    raise UserError(
+        "ArmoRM finds no assistant's header of Llama 3 in a prompt; its directory needs the "
+        "Llama 3 tokenizer and chat template"
+    )
+
+
+def read_armo(raw):
+    raw.get("auto_map")  # the code on the hub
+    gate = {
+        "objectives": raw.get("num_objectives", 19),
+        "temperature": raw.get("gating_temperature", 10),
+        "hidden": raw.get("gating_hidden_dim", 1024),
+        "layers": raw.get("gating_n_hidden", 3),
+    }
+    return read_llama(raw) | {"head": "reward", "own": gate}
+
+
+ARMO_NAMES = LLAMA_NAMES | {
+    "score.regression": "regression_layer",
+    "score.transform": "reward_transform_matrix",
+    "score.logit_scale": "gating.logit_scale",
+    "score.gate.#": "gating.layers.#",
+}
+FAMILIES["armo"] = Family(None, read_armo, ARMO_NAMES, reward_head=GatedHead)
