@@ -37,7 +37,7 @@ def path_sums(model, trie, sizes, n_paths, row_tokens=None, label="score"):
 
     The arguments are those of data.scored_rows.
     """
-    sums = torch.zeros(len(sizes), n_paths)
+    sums = torch.zeros(len(sizes), n_paths)  # (N, P)
     counts = torch.zeros_like(sums)
     for items, row, values in scored_rows(model, trie, sizes, n_paths, row_tokens, label):
         sums[items], counts[items] = row.sums(values).cpu(), row.counts().cpu()
@@ -83,8 +83,10 @@ def evaluate_reward(s):
     sides = read_sides(s)
     model, template = load_model(s.model, s.dtype, s.device, head="reward")
     cache = open_scores(s.cache, model, template.directory) if s.cache else {}
-    every = [answer for _, rows in sides.values() for answer in rows]  # at once: equal ones tie
-    scores = reward_scores(model, template, every, s.pool, s.row_tokens, cache)
+    # Both sides at once, so that the same answer on both is scored once and ties: in another row
+    # its score might differ in the last bit, and count as a win.
+    every = [answer for _, rows in sides.values() for answer in rows]
+    scores = reward_scores(model, template, every, s.pool, s.row_tokens, cache)  # (sides x N,)
     scores = dict(zip(sides, np.split(scores, len(sides)), strict=True))
     results = {"command": "reward", "model": s.model, "seed": s.seed}
     for name, (file, rows) in sides.items():
@@ -119,7 +121,7 @@ def read_sides(s):
 
 def side_results(file, rows, scores, s):
     """Mean, spread and every score of one side; scores that are no number are counted."""
-    drops, fine = Drops(), np.isfinite(scores)
+    drops, fine = Drops(), np.isfinite(scores)  # (N,)
     for n in np.flatnonzero(~fine):
         drops.add("without a finite score", rows[n].where)
     refuse(drops, len(rows), s.max_missing, file)
@@ -141,6 +143,7 @@ def compare_sides(ours, theirs, our_scores, their_scores, s):
     gap = estimate(our_scores[fine] - their_scores[fine], s.seed)
     print(f"{'accuracy' if s.pairs else 'win rate'} {wins:.1%}, {ties} ties; difference {gap:+.4f}")
     sides = zip(ours[1], theirs[1], strict=True)
+    # pairs name their subset on both sides, answer files often on one alone
     names = np.array([row.subset or other.subset for row, other in sides])
     subsets = by_subset(our_scores, their_scores, names, fine, s.seed)
     found = {"win_rate": wins, "ties": ties, "difference": gap, "subsets": subsets}
@@ -165,6 +168,7 @@ def by_subset(ours, theirs, names, fine, seed):
         rows = [{"subset": name, "n": part["n"], "win rate": f"{part['win_rate']:.1%}",
                  "ties": part["ties"], "reward": f"{part['reward']:.4f}"}
                 for name, part in parts.items()]  # fmt: skip
+        # every subset weighs the same, however many questions it has
         mean = np.mean([part["win_rate"].mean for part in parts.values()])
         print(table([*rows, {"subset": "mean of the subsets", "win rate": f"{mean:.1%}"}]))
     return parts
@@ -175,7 +179,7 @@ def open_scores(folder, model, source):
 
     The model's digest covers weights, config, dtype and device type.
     """
-    weight = model.embed.weight
+    weight = model.embed.weight  # bf16, or another device, gives slightly other scores
     sha = hashlib.sha256(Weights(source).digest().encode())
     sha.update((source / "config.json").read_bytes())
     sha.update(f"{weight.dtype} {weight.device.type}".encode())
@@ -191,19 +195,20 @@ def reward_scores(model, template, answers, pool="last", row_tokens=None, cache=
     """
     known = {} if cache is None else cache
     texts = [template.render(a.prompt, generation=True) for a in answers]
+    # closed=False: with all that the template writes behind the answer, as in training
     texts += [template.answer(a.prompt, a.text, closed=False) for a in answers]
-    ids = template.encode(texts)
+    ids = template.encode(texts)  # prompts, then answers
     if pool == "not_pad":
         pad = read_json(template.directory / "config.json").get("pad_token_id")
         ids = [without_padding(x, pad) for x in ids] if pad is not None else ids
-    paths = [
-        [([x, y], len(y))] for x, y in zip(ids[: len(answers)], ids[len(answers) :], strict=True)
-    ]
-    texts = (b"|".join(x.tobytes() for x in segments) for ((segments, _),) in paths)
-    keys = [hashlib.sha256(text).hexdigest() for text in texts]
-    first = {key: n for n, key in enumerate(keys) if key not in known}  # equal answers: once
+    pairs = list(zip(ids[: len(answers)], ids[len(answers) :], strict=True))
+    # a score is kept by the tokens that it depends on, so equal answers are scored once
+    keys = [hashlib.sha256(x.tobytes() + b"|" + y.tobytes()).hexdigest() for x, y in pairs]
+    first = {key: n for n, key in enumerate(keys) if key not in known}
     if first:
-        tries = [lay_out(paths[n], "last") for n in first.values()]
+        # a trie of one path each, whose only scored token is its last
+        new = [pairs[n] for n in first.values()]
+        tries = [lay_out([([x, y], len(y))], "last") for x, y in new]
         sizes = list(map(len, tries))
         sums, _ = path_sums(model, tries.__getitem__, sizes, 1, row_tokens, "reward")
         for key, value in zip(first, sums[:, 0].tolist(), strict=True):
@@ -238,7 +243,7 @@ def readings(s):
     With a reference: plain, cross with the reference on the prompt alone (InSPO's) and on the same
     paths (IFSR's). Objectives without one have the policy's own log-probabilities: plain, cross.
     """
-    with as_user_error():
+    with as_user_error():  # "averaged" has the plain and the conditioned paths
         every = recipe(s.loss, "averaged", s.bridge, "conditioned", beta=s.beta)
     if every.objective.head != "logps" or "rejected" not in every.objective.answers:
         raise UserError(f"--loss {s.loss} gives a pair no margin; choose a preference objective")
@@ -251,6 +256,7 @@ def readings(s):
         )
     else:
         cross = {"cross, plain reference": "plain", "cross, same paths": "conditioned"}
+    # the paths of all these readings are among those of `every`, and each is scored once
     rules = {"plain": dataclasses.replace(every, condition="none")}
     for name, reference in cross.items():
         rules[name] = dataclasses.replace(every, condition="cross", reference=reference)
@@ -288,7 +294,7 @@ def evaluate_pairs(s):
 
 def margins(rule, sums, counts, reference):
     """(N,) implicit reward of the chosen less that of the rejected answer, under one recipe."""
-    rewards = rule(sums, counts, reference, kl=0.0).rewards
+    rewards = rule(sums, counts, reference, kl=0.0).rewards  # KTO's z shifts no margin
     return (rewards["chosen"] - rewards["rejected"]).double().numpy()
 
 

@@ -1,9 +1,10 @@
-"""An OpenAI-compatible chat server as the source of answers: vLLM, `transformers serve`, a vendor.
+"""Asks an OpenAI-compatible chat server for answers: vLLM, `transformers serve`, a vendor's API.
 
-What passes by itself is waited for: refused and broken connections, timeouts, HTTP 408, 409, 425,
-429 and 5xx, replies that are no reply. The pause doubles from try to try, with jitter, unless the
-server names one (Retry-After). The key is OPENAI_API_KEY of the environment, or a user and password
-in the address (https://user:password@host/v1, basic authentication); neither is ever written.
+A request that fails for a reason that may pass is sent again: connections refused or broken,
+timeouts, HTTP 408, 409, 425, 429 and 5xx, replies that cannot be read. The pause doubles from try
+to try, with jitter, unless the server names one (Retry-After). The key is OPENAI_API_KEY of the
+environment, or a user and password in the address (https://user:password@host/v1, basic
+authentication); neither is ever written to a file or a message.
 """
 
 import email.utils
@@ -28,9 +29,11 @@ class RequestRefused(Exception):
 
 
 class Reply(NamedTuple):
+    """What a server answered."""
+
     text: str
     finished: bool  # it stopped by itself
-    tokens_in: int | None  # as the server counts; None where it does not tell
+    tokens_in: int | None  # as the server counts; None where it does not say
     tokens_out: int | None
 
 
@@ -54,10 +57,10 @@ class Endpoint:
         limits = httpx2.Limits(max_connections=None)  # `together` bounds them
         self.client = httpx2.Client(headers=headers, timeout=timeout, limits=limits)
         self.transport_error = httpx2.RequestError
-        self.dead = threading.Event()  # once a request has failed for good, none is tried again
+        self.dead = threading.Event()  # a request has failed for good: the others give up too
 
     def chat(self, messages, **options):
-        """Messages -> Reply. options: temperature, top_p, max_tokens, seed, …, as the API has them.
+        """Sends a dialogue -> Reply. options: temperature, top_p, max_tokens, seed, … of the API.
 
         Raises RequestRefused where the server rejects it, UserError where it cannot be reached.
         """
@@ -132,10 +135,10 @@ def retry_after(value):
 
 
 def together(work, items, concurrency):
-    """Yield (item, work(item)) as they end, at most `concurrency` at a time in threads.
+    """Runs work(item) in threads, `concurrency` at a time; yields (item, its result) as they end.
 
-    After an error no further item is begun; those on their way are still yielded, and then the
-    first error is raised.
+    After an error no further item is begun; those under way are still yielded, and then the first
+    error is raised.
     """
     items, error = iter(items), None
     with ThreadPoolExecutor(concurrency) as pool:
