@@ -155,7 +155,7 @@ class Dataset:
 
     recipe: losses.Recipe, whose paths decide which texts are needed and how long they may be.
     instruction: a key of INSTRUCTIONS or a text. sep: None takes the template's separator.
-    stored: (Examples, Drops, cuts) of an earlier run, in place of pairs. shown: a progress bar.
+    stored: what `stored` gave in an earlier run, in place of pairs. shown: a progress bar.
     drops: pairs without an Example, by reason. cuts: how many prompts and answers were shortened.
     """
 
@@ -176,12 +176,20 @@ class Dataset:
         if stored is None:
             self.examples = Examples.flat(self._blocks(pairs, shown))
         else:
-            self.examples, self.drops, self.cuts = stored
+            arrays, facts = stored
+            self.examples = Examples(**arrays, where=facts["where"])
+            self.drops, self.cuts = Drops(**facts["drops"]), facts["cuts"]
         if not len(self.examples):
             raise UserError(f"no pair is left after tokenisation; dropped: {self.drops}")
 
     def __len__(self):
         return len(self.examples)
+
+    def stored(self):
+        """What the token cache keeps of it -> ({name: array}, facts for JSON)."""
+        arrays = {name: getattr(self.examples, name) for name in Examples.ARRAYS}
+        facts = {"where": self.examples.where, "cuts": self.cuts, "drops": vars(self.drops)}
+        return arrays, facts
 
     def _bridge(self, sep):
         """Tokenises what stands before and after a context answer, and counts its tokens."""

@@ -45,10 +45,10 @@ from jobs.rundir import Metrics
 from kernels import chains, detached, flex
 from losses import CONDITIONS, unique
 from model import Transformer, export, load_weights, read_config
-from pairs import token_cache
-from pairs.cleaning import Rules, clean
+from pairs.cleaning import CleaningFlags, clean
 from pairs.read import Drops, hold_out, read_pairs
 from pairs.sources import parse_sources
+from pairs.token_cache import cache_key, cached
 
 # ----------------------------------------------------------------------------- flags
 
@@ -58,7 +58,7 @@ EMBEDDED = {"lr": 3e-4, "batch": 32, "steps": 60, "max_len": 256}
 
 
 @dataclass
-class TrainFlags(HyperFlags, RunFlags, Rules, PathFlags, DataFlags, ModelFlags):
+class TrainFlags(HyperFlags, RunFlags, CleaningFlags, PathFlags, DataFlags, ModelFlags):
     """Every flag. None: decided by the objective, the data or the device, and then printed."""
 
     loss: str = flag("ins_dpo", "objective; the README has the table")
@@ -117,58 +117,42 @@ def load_data(s, template, recipe, ranks=None):
     Rank 0 does the work and the others map its token cache; where it cannot be written, each rank
     does it.
     """
-    built = []
+    guard = None
+    if s.guard:
+        from families.llama_guard import Guard
 
-    def make():
-        """The cache's key, and lines about the cache; what could not be kept stays in `built`."""
-        key = data_key(s, template, recipe)
-        if token_cache.read(key):
-            return key, []
-        damaged = (token_cache.folder() / key).exists()
-        built.append(read_and_tokenise(s, template, recipe, shown=True))
-        try:
-            token_cache.write(key, *built[0])
-        except OSError as error:
-            return key, [f"no token cache in {token_cache.folder()}: {error.strerror or error}"]
-        built.clear()  # its pages are mapped from now on, and shared
-        return key, ["the token cache was damaged: made again"] * damaged
+        guard = Guard(s.guard, s.device)
 
-    key, notes = ranks.share(make) if ranks else make()
-    # the first rank has just checked the sums; another machine's disk may not have the folder
-    stored = None if built else token_cache.read(key, check=False)
-    if stored:
-        sets, lines = stored
-        sets = {name: tokenise(s, template, recipe, stored=x) for name, x in sets.items()}
-    else:
-        sets, lines = built[0] if built else read_and_tokenise(s, template, recipe)
-    return sets, [*lines, *notes]
+    def make(shown=False):
+        sets, lines = read_and_tokenise(s, template, recipe, guard, shown)
+        return {name: dataset.stored() for name, dataset in sets.items()}, lines
+
+    share = ranks.share if ranks else lambda work: work()
+    sets, lines = cached(lambda: data_key(s, template, recipe, guard), make, share)
+    return {name: tokenise(s, template, recipe, stored=x) for name, x in sets.items()}, lines
 
 
-def data_key(s, template, recipe):
+def data_key(s, template, recipe, guard):
     """Digest of all that decides the tokens. A guard counts by its weights, not its path."""
     sources = parse_sources(s.data, s.data_revision)
     sources += parse_sources(s.eval_data, s.eval_revision) if s.eval_data else []
     names = ["eval_data", "eval_pairs", "max_len", "draft_cap", "score_eos", "instruction", "sep"]
-    names += [f.name for flags in (Rules, DataFlags) for f in dataclasses.fields(flags)]
+    names += [f.name for flags in (CleaningFlags, DataFlags) for f in dataclasses.fields(flags)]
     choices = {name: getattr(s, name) for name in (*names, "seed")}
-    if s.guard:
-        from pairs.guard import identity
-
-        choices["guard"] = identity(s.guard)
     decides = [recipe.paths, recipe.bridge, recipe.objective.head, recipe.objective.answers]
-    files = [file for source in sources for file in source.files]
-    return token_cache.key_of(files, template, choices | {"recipe": str(decides)})
+    choices |= {"guard": guard and guard.identity, "recipe": str(decides)}
+    return cache_key([file for source in sources for file in source.files], template, choices)
 
 
-def read_and_tokenise(s, template, recipe, shown=False):
+def read_and_tokenise(s, template, recipe, guard=None, shown=False):
     """Read, clean, hold out, tokenise -> as load_data. shown: with a progress bar."""
     in_context = any(path.context in ("chosen", "rejected") for path in recipe.paths)
     both = in_context or recipe.objective.answers == ("chosen", "rejected")
-    drops, cleaned, rules = Drops(), Drops(), Rules.of(s)
+    drops, cleaned, rules = Drops(), Drops(), CleaningFlags.of(s)
     pairs = read_pairs(s.data, drops, s.limit, both, s.bad_rows, s.data_revision)
     lines = [f"read {len(pairs)} pairs from {s.data}; dropped: {drops}"]
-    if rules != Rules():
-        pairs = clean(pairs, rules, template, cleaned, s.device)
+    if rules != CleaningFlags():
+        pairs = clean(pairs, rules, template, cleaned, guard)
         lines.append(f"cleaned: {len(pairs)} pairs; dropped: {cleaned}")
     if s.eval_data:
         held = read_pairs(s.eval_data, drops, s.eval_pairs, both, s.bad_rows, s.eval_revision)

@@ -125,7 +125,7 @@ def measure(s):
             for name in STAGES if peer else ("first", "cached"):
                 flags = measuring.flag_words(asdict(s) | {"stage": name, "file": file})
                 command = [*measuring.python("data_preparation"), *flags]
-                env = {"NANOPO_TOKENS": cache, "TOKENIZERS_PARALLELISM": "true"}
+                env = {"NANOPO_CACHE": cache, "TOKENIZERS_PARALLELISM": "true"}
                 yield size, name, measuring.worker(command, **env)
 
 

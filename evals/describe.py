@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from data import PARTS, Dataset, Limits, pack
+from families.llama_guard import Guard
 from hub.template import Template
 from hub.weights import resolve
 from jobs.cli import UserError, as_user_error, flag, require
 from jobs.flags import CheckpointFlags, PathFlags
 from losses import CONDITIONS, recipe
-from pairs.cleaning import Rules, clean
+from pairs.cleaning import CleaningFlags, clean
 from pairs.read import Drops, read_pairs
 
 QUANTILES = (0, 5, 25, 50, 75, 95, 99, 100)
@@ -26,7 +27,7 @@ SAMPLE = 1000  # pairs whose path sets are laid out
 
 
 @dataclass
-class DescribeFlags(CheckpointFlags, PathFlags, Rules):
+class DescribeFlags(CheckpointFlags, PathFlags, CleaningFlags):
     """Every flag of `evaluate.py describe`; those that train.py has too mean the same."""
 
     data: str | None = flag(None, "file, glob, folder or hub id[:split], with @weight; commas")
@@ -50,8 +51,9 @@ def figures_of(s):
         rule = recipe(s.loss, s.condition, s.bridge)
     pairs = read_pairs(s.data, drops, s.limit, bad_rows=s.bad_rows)
     n_read = len(pairs)
-    if (rules := Rules.of(s)) != Rules():
-        pairs = clean(pairs, rules, template, drops, s.device)
+    if (rules := CleaningFlags.of(s)) != CleaningFlags():
+        guard = Guard(s.guard, s.device) if s.guard else None
+        pairs = clean(pairs, rules, template, drops, guard)
     options = (template, rule, Limits(s.max_len, s.draft_cap), s.instruction, s.sep)
     data = Dataset(pairs, *options, shown=True)
     lengths = lengths_of(data, pairs)

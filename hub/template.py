@@ -1,17 +1,24 @@
-"""Text to tokens: a checkpoint's tokenizer and chat template, and what follows from them.
+"""Renders dialogues by a checkpoint's chat template and tokenises the text.
 
-Prompt and answer are rendered by the checkpoint's own template and tokenised separately with no
-special tokens added, so that no merge crosses the boundary and no BOS is doubled.
+Prompt and answer are rendered together and tokenised apart, with no special tokens added, so that
+no merge crosses the boundary and no BOS is doubled.
 
 What the template writes is control, what a message says is text: "<|im_end|>" inside an answer
 becomes the ids of its letters, never the end token. (transformers' apply_chat_template makes it the
 control token: such a row ends a turn that it does not end.) `render` puts a mark, SHIELD, into such
 text, and `encode` reads marked text by a copy of the tokenizer in which control tokens have names
 that no text holds. Text without a special token's name goes the plain way.
+
+A template is a program from strangers. jinja2's sandbox keeps it from files and attributes, not
+from `range` in `range` or from `"a" * 10 ** 10`: `bounded` limits its time and memory.
 """
 
 import json
 import re
+import signal
+import sys
+import threading
+from contextlib import contextmanager
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -22,9 +29,12 @@ import jinja2.sandbox
 import numpy as np
 import tokenizers
 
-from hub.bounds import bounded
 from jobs.cli import UserError
 from jobs.files import read_json
+
+LINUX = sys.platform == "linux"
+if LINUX:
+    import resource  # Windows has none
 
 INSTRUCTIONS = {  # IFSR's refining instructions (section 3.1, Table 6)
     "better": "please generate a better response",
@@ -101,12 +111,11 @@ class Template:
         self.fallback = source is None
         self.source = source or FALLBACK_TEMPLATE
         self._template = self._compile()
-        probe = self.render([_message("user", "u"), _message("assistant", PROBE)])
+        probe = self.render(_dialogue("u", PROBE))
         self.end = probe.rpartition(PROBE)[2].strip() or self.special["eos_token"]
         if not self.end:
-            raise UserError(
-                f"{directory}: no end of turn; name an eos_token in tokenizer_config.json"
-            )
+            cure = "name an eos_token in tokenizer_config.json"
+            raise UserError(f"{directory}: no end of turn; {cure}")
         self.end_ids = self.encode([self.end])[0]
 
     def _find(self, settings):
@@ -124,11 +133,10 @@ class Template:
         return value or PUBLISHED_TEMPLATES.get(kind)
 
     def _compile(self):
+        """The template as a program, with the functions that transformers gives it."""
+
         def raise_exception(message):
             raise jinja2.TemplateError(message)
-
-        def strftime_now(form):
-            return datetime.now().strftime(form)
 
         env = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True,
@@ -138,7 +146,8 @@ class Template:
         env.filters["tojson"] = lambda x, **options: json.dumps(
             x, **{"ensure_ascii": False} | options
         )
-        env.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+        env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        env.globals["raise_exception"] = raise_exception
         try:
             with bounded():  # constants are folded, however large
                 return env.from_string(self.source)
@@ -148,21 +157,14 @@ class Template:
     def render(self, messages, generation=False):
         """Messages -> text; generation=True opens the assistant's reply.
 
-
         Byte for byte what transformers renders, but for SHIELD inside the text of special tokens
-        that messages hold. A template comes from strangers: its time, memory and output are
-        bounded. Raises UserError where the template refuses the messages.
+        that messages hold. Raises Refused, in one line, where the template refuses the messages.
         """
         messages = [m | {"content": self._shield(m["content"])} for m in messages]
+        known = {"messages": messages, "tools": None, "documents": None} | self.special
         try:
             with bounded():
-                text = self._template.render(
-                    messages=messages,
-                    tools=None,
-                    documents=None,
-                    add_generation_prompt=generation,
-                    **self.special,
-                )
+                text = self._template.render(known, add_generation_prompt=generation)
             if len(text) > LONGEST:
                 raise ValueError(f"its text is longer than {LONGEST} characters")
             return text
@@ -188,31 +190,33 @@ class Template:
             answer += self.end
         return answer[: answer.rindex(self.end) + len(self.end)] if closed else answer
 
+    def joined(self, messages, answer):
+        """Ids of a dialogue up to the end token of its answer: the prompt's, then the answer's."""
+        prompt = self.render(messages, generation=True)
+        return np.concatenate(self.encode([prompt, self.answer(messages, answer, prompt=prompt)]))
+
     def turn(self, instruction):
         """What stands between a closed answer and the next reply when the user asks for another."""
-        turns = [("user", "u"), ("assistant", PROBE), ("user", instruction)]
-        text = self.render([_message(*turn) for turn in turns], generation=True)
+        text = self.render(_dialogue("u", PROBE, instruction), generation=True)
         return text.partition(PROBE)[2].lstrip().removeprefix(self.end)
 
     def encode(self, texts):
         """Texts -> list of (n,) int32 arrays, no special tokens added."""
         texts = list(texts)
         encoded = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-        ids = [np.array(e.ids, dtype=np.int32) for e in encoded]
-        for i, text in enumerate(texts):
-            if SHIELD in text:
-                ids[i] = self._encode_marked(text)
-        return ids
+        pairs = zip(texts, encoded, strict=True)
+        ids = (self._ids_of_marked(text) if SHIELD in text else e.ids for text, e in pairs)
+        return [np.array(x, dtype=np.int32) for x in ids]
 
     def lengths(self, texts):
         """Tokens of each text, as a message says it."""
         return [len(ids) for ids in self.encode(map(self._shield, texts))]
 
-    def _encode_marked(self, text):
+    def _ids_of_marked(self, text):
         """Ids of a rendering in which marked names of special tokens are text, others control."""
         text = self._named.sub(lambda m: SHIELD + m[0], text)
         text = re.sub(f"{SHIELD}(?!{self._named.pattern})", "", text)
-        return np.array(self._literal.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        return self._literal.encode(text, add_special_tokens=False).ids
 
     @cached_property
     def _literal(self):
@@ -241,11 +245,56 @@ class Template:
         return next((t for t in named if reserved.search(t) and t != self.end), "\n\n")
 
 
-def _message(role, content):
-    return {"role": role, "content": content}
+def _dialogue(*texts):
+    """Messages of user and assistant in turn."""
+    roles = ("user", "assistant") * len(texts)
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+
+
+def open_template(directory):
+    """The Template of a checkpoint; says on stderr where it has none and the plain one is used."""
+    template = Template(directory)
+    if template.fallback:
+        print(f"{directory} has no chat template: using the plain one", file=sys.stderr)
+    return template
 
 
 def with_suffix(messages, instruction):
     """IFSR's (x, i): the instruction as a suffix of the last user turn."""
     last = messages[-1]
     return [*messages[:-1], last | {"content": f"{last['content']}\n{instruction}"}]
+
+
+# ----------------------------------------------------------------------------- strangers' programs
+
+
+@contextmanager
+def bounded(seconds=5.0, nbytes=2**29):
+    """Raises TimeoutError after so many seconds, MemoryError for so many bytes more than before.
+
+    Time is bounded on the main thread only (signals go there), memory on Linux only.
+    """
+
+    def stop(number, frame):
+        raise TimeoutError(f"it takes more than {seconds:g} seconds")
+
+    timed = hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()
+    handler = timed and signal.signal(signal.SIGALRM, stop)
+    before = LINUX and resource.getrlimit(resource.RLIMIT_AS)  # (soft, hard)
+    try:
+        if timed:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+        if LINUX:
+            with open("/proc/self/statm", "rb", buffering=0) as f:  # pages of the address space
+                now = int(f.read().split()[0]) * resource.getpagesize()
+            finite = [limit for limit in before if limit != resource.RLIM_INFINITY]
+            resource.setrlimit(resource.RLIMIT_AS, (min([now + nbytes, *finite]), before[1]))
+        yield
+    except MemoryError as error:
+        raise MemoryError(f"it takes more than {nbytes // 2**20} MB of memory") from error
+    finally:
+        if timed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, handler)
+        if LINUX:
+            resource.setrlimit(resource.RLIMIT_AS, before)

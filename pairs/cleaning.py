@@ -10,11 +10,12 @@
 from dataclasses import dataclass
 
 from jobs.cli import UserError, flag
+from pairs.guard import without_unsafe
 
 
 @dataclass
-class Rules:
-    """The flags, which commands inherit; None or False leaves a rule out."""
+class CleaningFlags:
+    """A rule each; None or False leaves it out."""
 
     dedup: bool = flag(False, "leave out exact duplicates")
     max_answer: int | None = flag(None, "leave out pairs with an answer over so many tokens")
@@ -25,15 +26,15 @@ class Rules:
 
     @classmethod
     def of(cls, s):
-        """The rules among the fields of some settings."""
+        """These flags alone, of a command that inherits them."""
         return cls(**{name: getattr(s, name) for name in cls.__dataclass_fields__})
 
 
-def clean(pairs, rules, template, drops, device="auto"):
+def clean(pairs, rules, template, drops, guard=None):
     """The pairs that pass all rules, cheap rules first; the others are added to `drops`.
 
-    Lengths are in tokens of `template` (template.Template) without the end token. Raises UserError
-    where nothing is left.
+    rules: CleaningFlags. Lengths are in tokens of `template` (hub.template.Template) without the
+    end token. guard: the model that --guard names, as in guard.py. UserError where nothing is left.
     """
     if rules.dedup:
         pairs = list(without_duplicates(pairs, drops))
@@ -41,10 +42,8 @@ def clean(pairs, rules, template, drops, device="auto"):
         pairs = list(with_margin(pairs, rules.min_margin, drops))
     if rules.max_answer is not None or rules.min_answer is not None:
         pairs = list(of_length(pairs, rules, template, drops))
-    if rules.guard is not None:
-        from pairs.guard import safe
-
-        pairs = safe(pairs, rules.guard, rules.guard_threshold, drops, device)
+    if guard is not None:
+        pairs = without_unsafe(pairs, guard, rules.guard_threshold, drops)
     if not pairs:
         raise UserError(f"no pair is left after cleaning; dropped: {drops}")
     return pairs

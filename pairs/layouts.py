@@ -1,8 +1,8 @@
-"""The layouts of published preference data, recognised by their columns: one record -> one pair.
+"""Turns a record of published preference data into a pair; its layout is known by its columns.
 
 `LAYOUTS` is the table: the first row whose columns a record has. Its `read` gives the fields of a
-pair as they lie, raises `Dropped` with the rule where there is no pair, and UserError where a value
-is not what the layout says. What fields may hold (text, messages, hh-rlhf transcripts, whole
+pair as they lie, raises `Dropped` with the reason where there is no pair, and UserError where a
+value is not what the layout says. What fields may hold (text, messages, hh-rlhf transcripts, whole
 dialogues) is worked out once, in `make_pair`. Two layouts look at all records of a source before
 they know their pairs: SHP (a cap per prompt) and oasst1 (trees). docs/data.md has the rules.
 """
@@ -23,8 +23,11 @@ from jobs.cli import UserError
 
 @dataclass
 class Pair:
-    """prompt: messages up to the answer; chosen, rejected: texts; where: "file:row" for errors;
-    margin: score of chosen minus score of rejected, where the data has scores."""
+    """A prompt and two answers to it, of which `chosen` is preferred.
+
+    prompt: messages up to the answer; chosen, rejected: texts, rejected None in supervised data;
+    where: "file:row" for errors; margin: score of chosen minus that of rejected, if there are any.
+    """
 
     prompt: list
     chosen: str
@@ -43,14 +46,14 @@ class Fields(NamedTuple):
 
 
 class Dropped(Exception):
-    """This record gives no pair; the message is the rule that says why."""
+    """This record gives no pair; the message is the reason, which is counted."""
 
 
 # ----------------------------------------------------------------------------- one record, one pair
 
 
 def plain(record, where):
-    """prompt (or question, or instruction and input; with a `system` text), chosen, rejected."""
+    """Reads prompt (or question, or instruction and input; with `system`), chosen, rejected."""
     names = ("prompt", "question", "instruction", "input")
     prompt = next((record[name] for name in names if record.get(name) is not None), None)
     task, details = record.get("instruction"), record.get("input")
@@ -63,7 +66,7 @@ def plain(record, where):
 
 
 def princeton(record, where):
-    """chosen is the best and rejected the worst of the generations under a reward model."""
+    """Reads princeton-nlp: the best and the worst of several answers under a reward model."""
     scores = record["all_rm_scores"]
     if scores is not None and not isinstance(scores, list):
         raise UserError(f"{where}: all_rm_scores is {scores!r:.40}; expected a list of numbers")
@@ -73,12 +76,16 @@ def princeton(record, where):
 
 
 def argilla(record, where):
+    """Reads argilla's binarized UltraFeedback."""
     answers = record["chosen_response"], record["rejected_response"]
     return Fields(record["instruction"], *answers, score_margin(record, where))
 
 
 def openbmb(record, where):
-    """The best completion against a random one with a lower score, drawn by the instruction."""
+    """Reads UltraFeedback: the best completion against a random one with a lower score.
+
+    The draw is a function of the instruction, so that it is the same wherever the record lies.
+    """
     instruction, completions = record["instruction"], record["completions"]
     if not isinstance(instruction, str):
         raise UserError(f"{where}: instruction is {instruction!r:.40}; expected text")
@@ -96,7 +103,7 @@ def openbmb(record, where):
 
 
 def rating(completion):
-    """A completion's overall score, else the mean of its aspects' ratings, else None."""
+    """A completion's overall score, else the mean rating of its aspects, else None."""
     if (overall := number(completion.get("overall_score"))) is not None:
         return overall
     aspects = completion.get("annotations")
@@ -116,8 +123,10 @@ def number(value):
 
 
 def score(value, name, where):
-    """The value of a score column -> float, or None for null. UserError for all else, also NaN: its
-    margin would pass every comparison."""
+    """The value of a score column -> float, or None for null.
+
+    UserError for all else, also NaN: its margin would pass every comparison.
+    """
     found = number(value)
     if value is not None and found is None:
         raise UserError(f"{where}: {name} is {value!r:.40}; expected a finite number or null")
@@ -138,7 +147,7 @@ def score_margin(record, where):
 
 
 def messages_only(record, where):
-    """A finished dialogue: its last message is the target (supervised training)."""
+    """Reads a finished dialogue, whose last message is the answer (supervised training)."""
     return Fields(None, record["messages"], None)
 
 
@@ -148,8 +157,10 @@ SHP_RATIO, SHP_PAIRS = 2.0, 5
 
 
 def shp(record, where):
-    """Stanford Human Preferences: labels 1, A is better. After HALOs, a training pair needs a score
-    ratio of at least 2."""
+    """Reads Stanford Human Preferences: labels 1 says that answer A is better, 0 that B is.
+
+    After HALOs, a training pair needs a score ratio of at least 2.
+    """
     if record["labels"] not in (0, 1):
         raise UserError(f"{where}: labels is {record['labels']!r:.40}; expected 0 or 1")
     if for_training(where):
@@ -169,7 +180,7 @@ def for_training(where):
 
 
 def at_most_five(rows):
-    """After HALOs: of each prompt's training pairs 5, drawn at random."""
+    """Keeps 5 training pairs of each prompt, drawn at random (after HALOs)."""
     rows, places = list(rows), defaultdict(list)
     for where, fields in rows:
         if for_training(where):
@@ -177,7 +188,7 @@ def at_most_five(rows):
     taken = [random.Random(0).sample(g, min(SHP_PAIRS, len(g))) for g in places.values()]
     surplus = set().union(*places.values()).difference(*taken)
     for where, fields in rows:
-        yield where, "over 5 pairs of a prompt" if where in surplus else fields
+        yield where, Dropped("over 5 pairs of a prompt") if where in surplus else fields
 
 
 # ----------------------------------------------------------------------------- oasst1
@@ -198,12 +209,11 @@ class Message(NamedTuple):
 
 
 def oasst(record, where):
-    """A record of oasst1's flat table -> Message."""
+    """Reads a record of OpenAssistant's oasst1, a flat table of trees -> Message."""
     values = [record[name] for name in ("message_id", "parent_id", "role", "text")]
     values.append(record.get("lang") or "en")
-    kinds = (str, str | None, str, str, str)
-    for name, value, kind in zip(Message._fields, values, kinds, strict=False):
-        if not isinstance(value, kind):
+    for name, value in zip(Message._fields, values, strict=False):
+        if not isinstance(value, str) and (name, value) != ("parent", None):
             raise UserError(f"{where}: the message's {name} is {value!r:.40}; expected text")
     if record["role"] not in ROLES:
         raise UserError(f"{where}: unknown role {record['role']!r:.40}")
@@ -212,33 +222,29 @@ def oasst(record, where):
     return Message(*values, None if missing else score(rank, "rank", where))
 
 
-def trees(rows):
-    """OpenAssistant trees, after HALOs: English; each ranked answer loses against the sibling
-    one rank above it; the prompt is the path from the root. Ranked user turns give no pair."""
+def ranked_siblings(rows):
+    """Makes pairs of OpenAssistant's trees: an answer loses against the sibling one rank above it.
+
+    After HALOs: English only; the prompt is the path from the root; ranked user turns give no pair.
+    """
     rows, by_id, by_rank = list(rows), {}, {}
     for _, m in rows:
         if m.lang == "en":
             by_id.setdefault(m.id, m)
             by_rank.setdefault((m.parent, m.role, m.rank), m)
     for where, m in rows:
-        yield where, loser(m, by_id, by_rank)
-
-
-def loser(m, by_id, by_rank):
-    """The pair in which m is the rejected answer, or the rule why there is none."""
-    if m.role != "assistant":
-        return "a user's message"
-    if m.lang != "en":
-        return "not English"
-    if m.rank is None:
-        return "no rank"
-    if m.rank == 0:
-        return "best of its siblings"
-    better = by_rank.get((m.parent, m.role, m.rank - 1))
-    path = path_to_root(by_id, m)
-    if better is None:
-        return "no sibling a rank above"
-    return Fields(path, better.text, m.text) if path else "its parent is missing"
+        better = m.rank and by_rank.get((m.parent, m.role, m.rank - 1))
+        path = path_to_root(by_id, m)
+        reasons = {
+            "a user's message": m.role != "assistant",
+            "not English": m.lang != "en",
+            "no rank": m.rank is None,
+            "best of its siblings": m.rank == 0,
+            "no sibling a rank above": not better,
+            "its parent is missing": not path,
+        }
+        reason = next((name for name, holds in reasons.items() if holds), None)
+        yield where, Dropped(reason) if reason else Fields(path, better.text, m.text)
 
 
 def path_to_root(by_id, m):
@@ -256,9 +262,12 @@ def path_to_root(by_id, m):
 
 
 class Layout(NamedTuple):
-    """columns: what a record must have; read: (record, where) -> Fields. gather, where pairs depend
-    on other records: all (where, what read gave) -> all (where, Fields or the rule that drops it).
-    pairs: False where a record need not hold a rejected answer (supervised training)."""
+    """How records with certain columns become pairs.
+
+    columns: what a record must have; read: (record, where) -> Fields. gather, where pairs depend
+    on other records: all (where, what read gave) -> all (where, Fields or the Dropped of it).
+    pairs: False where a record need not hold a rejected answer (supervised training).
+    """
 
     name: str
     columns: tuple
@@ -268,7 +277,7 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = (
-    Layout("oasst1", ("message_id", "parent_id", "text", "role"), oasst, trees),
+    Layout("oasst1", ("message_id", "parent_id", "text", "role"), oasst, ranked_siblings),
     Layout("SHP", ("history", "human_ref_A", "human_ref_B", "labels"), shp, at_most_five),
     Layout("UltraFeedback", ("instruction", "completions"), openbmb),
     Layout("argilla", ("instruction", "chosen_response", "rejected_response"), argilla),
@@ -293,18 +302,18 @@ def recognise(record, where, need_rejected=True):
 
 
 def to_pair(record, where, drops, need_rejected=True):
-    """One record -> Pair, or None when dropped (and counted)."""
+    """Makes the Pair of one record; None where there is none, which is counted in `drops`."""
     layout = recognise(record, where, need_rejected)
     if layout.gather:
         raise UserError(f"{where}: {layout.name} is read as a whole file, not by the row")
     try:
         return make_pair(layout.read(record, where), where, need_rejected)
-    except Dropped as rule:
-        return drops.add(str(rule), where)
+    except Dropped as reason:
+        return drops.add(str(reason), where)
 
 
 def make_pair(fields, where, need_rejected=True):
-    """Fields as they lie -> Pair. Raises Dropped with the rule, or UserError for wrong types."""
+    """Makes the Pair of Fields as they lie; raises Dropped, or UserError for wrong types."""
     prompt, chosen, rejected, margin = fields
     if chosen is None or (rejected is None and need_rejected):
         raise Dropped("empty answer")
@@ -324,7 +333,7 @@ def make_pair(fields, where, need_rejected=True):
 
 
 def is_text(text):
-    """No lone surrogate, which no tokenizer takes, no NUL, and not the mark of template.py."""
+    """Whether it has no lone surrogate, which no tokenizer takes, no NUL, and not SHIELD."""
     if "\0" in text or SHIELD in text:
         return False
     try:
@@ -340,18 +349,16 @@ def is_text(text):
 def dialogue(prompt, answer, where):
     """(prompt, answer) in any layout -> (prompt messages, answer text)."""
     if isinstance(answer, str):
-        if prompt is None:
-            messages = parse_hh(answer)
-            if not messages or messages[-1]["role"] != "assistant":
-                raise UserError(f"{where}: the dialogue does not end with an answer")
-        else:
+        if prompt is not None:
             return as_messages(prompt, where), answer
+        messages, fault = parse_hh(answer), "the dialogue does not end with an answer"
     else:
         messages = as_messages(answer, where)
-        if not messages or messages[-1]["role"] != "assistant":
-            raise UserError(f"{where}: the last message must be the assistant's answer")
+        fault = "the last message must be the assistant's answer"
         if len(messages) == 1 and prompt is not None:
             messages = as_messages(prompt, where) + messages
+    if not messages or messages[-1]["role"] != "assistant":
+        raise UserError(f"{where}: {fault}")
     return messages[:-1], messages[-1]["content"]
 
 

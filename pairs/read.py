@@ -1,8 +1,9 @@
-"""Preference pairs of all sources, read as they lie: nothing is dropped without a count.
+"""Reads the preference pairs of all sources; whatever gives no pair is counted, by reason.
 
-Where data lies is sources.py, what its columns mean layouts.py.
+sources.py knows where data lies, layouts.py what its columns mean.
 """
 
+import contextlib
 import sys
 from collections import defaultdict
 
@@ -17,14 +18,13 @@ HOLD_OUT = 2**32 - 1  # the seed's stream for the hold-out, apart from those of 
 
 
 class Drops:
-    """Records that gave no pair, by rule, with where they stand; and how many were `read`.
+    """Counts records that gave no pair: {rule: ["file:row", …]}, and how many were `read`.
 
     After read_pairs: read = kept + dropped, always; the copies that a weight makes count once.
     """
 
-    def __init__(self):
-        self.rules = defaultdict(list)
-        self.read = 0
+    def __init__(self, rules=(), read=0):
+        self.rules, self.read = defaultdict(list, rules), read
 
     def add(self, rule, where):
         self.rules[rule].append(where)
@@ -42,83 +42,75 @@ class Drops:
 
 
 def read_pairs(source, drops=None, limit=None, need_rejected=True, bad_rows="stop", revision=None):
-    """All pairs of the sources in `source` (sources.py has the grammar), in their order.
+    """Reads all pairs of the sources in `source` (sources.py has the grammar) -> list of Pair.
 
-    limit: stop after that many. bad_rows: a row that is broken or of no known layout raises
-    UserError ("stop") or is counted in `drops` ("drop"). revision: branch, tag or commit of hub
-    datasets. UserError for a missing or damaged file, and where no pair is left.
+    limit: stop after that many. need_rejected: False takes rows without a rejected answer too, for
+    supervised training. bad_rows: a row that is broken or of no known layout raises UserError
+    ("stop") or is counted in `drops` ("drop"). revision: branch, tag or commit of hub datasets.
+    UserError for a missing or damaged file, and where no pair is left.
     """
     pairs, drops = [], Drops() if drops is None else drops
     for part in parse_sources(source, revision):
         rest = sys.maxsize if limit is None else max(0, limit - len(pairs))
-        found = Reader(drops, need_rejected, bad_rows).pairs(part.files, rest)
+        found = pairs_of(part.files, rest, drops, need_rejected, bad_rows)
         pairs += weighted(found, part.weight, drops)
     if not pairs:
         raise UserError(f"{source}: no usable pairs; dropped: {drops}")
     return pairs[:limit]
 
 
-class Reader:
-    """Reads the files of one source. Layouts that need all records come last, in one piece."""
+def pairs_of(files, limit, drops, need_rejected, bad_rows):
+    """The pairs of these files, at most `limit` of them; no row is read beyond those.
 
-    def __init__(self, drops, need_rejected, bad_rows):
-        self.drops, self.need_rejected, self.bad_rows = drops, need_rejected, bad_rows
-        self.gathered = defaultdict(list)  # layout -> (where, what its `read` gave)
+    Layouts whose pairs depend on other rows come last, in one piece.
+    """
+    pairs, gathered = [], defaultdict(list)  # gathered: layout -> (where, what its `read` gave)
 
-    def pairs(self, files, limit):
-        """The pairs of these files, at most `limit` of them; no row is read beyond those."""
-        pairs, rows = [], self._rows(files)
-        while len(pairs) < limit and (row := next(rows, None)):
-            self.drops.read += 1
-            pairs += self._kept(*row, self._one)
-        for layout, group in self.gathered.items():
-            for where, found in layout.gather(group):
-                pairs += self._kept(where, found, self._made)
-        for pair in pairs[limit:]:
-            self.drops.add("beyond --limit", pair.where)
-        return pairs[:limit]
-
-    def _rows(self, files):
-        for file in files:
-            yield from records(file, self._bad if self.bad_rows == "drop" else None)
-
-    def _bad(self, where):
-        self.drops.read += 1
-        self.drops.add("broken row", where)
-
-    def _kept(self, where, what, make):
-        """make(what, where) as a list of one, or empty: dropped and counted, or gathered."""
-        try:
-            pair = make(what, where)
-        except Dropped as rule:
-            self.drops.add(str(rule), where)
-        except UserError:
-            if self.bad_rows == "stop":
-                raise
-            self.drops.add("broken row", where)
-        else:
-            return [pair] if pair else []
-        return []
-
-    def _one(self, record, where):
-        layout = recognise(record, where, self.need_rejected)
-        found = layout.read(record, where)
-        if layout.gather:
-            return self.gathered[layout].append((where, found))
-        return self._made(found, where)
-
-    def _made(self, found, where):
-        """found: Fields, or the rule why there are none."""
-        if isinstance(found, str):
-            raise Dropped(found)
-        pair = make_pair(found, where, self.need_rejected)
+    def take(found, where):
+        """Adds the pair of Fields that were found."""
+        pair = make_pair(found, where, need_rejected)
         if pair.chosen == pair.rejected:  # prefers nothing; an evaluation may still count the tie
             raise Dropped("identical answers")
-        return pair
+        pairs.append(pair)
+
+    @contextlib.contextmanager
+    def counted(where):
+        """Counts a row that gives no pair."""
+        try:
+            yield
+        except Dropped as reason:
+            drops.add(str(reason), where)
+        except UserError:
+            if bad_rows == "stop":
+                raise
+            drops.add("broken row", where)
+
+    rows = (row for file in files for row in records(file, broken=True))
+    while len(pairs) < limit and (row := next(rows, None)):
+        drops.read += 1
+        where, record = row
+        with counted(where):
+            if isinstance(record, UserError):  # a line that is no JSON
+                raise record
+            layout = recognise(record, where, need_rejected)
+            found = layout.read(record, where)
+            if layout.gather:
+                gathered[layout].append((where, found))
+            else:
+                take(found, where)
+    for layout, group in gathered.items():
+        for where, found in layout.gather(group):
+            with counted(where):
+                if isinstance(found, Dropped):
+                    raise found
+                take(found, where)
+    for pair in pairs[limit:]:
+        drops.add("beyond --limit", pair.where)
+    return pairs[:limit]
 
 
 def weighted(pairs, weight, drops):
-    """Whole parts of the weight repeat all pairs, its fraction adds a random share, in order.
+    """Takes each pair `weight` times: whole parts repeat all, the fraction adds a random share.
 
     Pairs of which no copy is left are added to `drops`.
     """
@@ -132,7 +124,7 @@ def weighted(pairs, weight, drops):
 
 
 def hold_out(pairs, n, seed):
-    """Split off n random pairs for validation -> (train, held out); copies of a pair stay together.
+    """Splits off n random pairs for validation -> (train, held out); copies stay together.
 
     Raises UserError where that would leave nothing to train on.
     """

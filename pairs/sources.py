@@ -154,24 +154,27 @@ def cached_files(name, split, hub):
 # ----------------------------------------------------------------------------- records
 
 
-def records(file, bad=None):
-    """Yield ("file:row", record) for jsonl, jsonl.gz, json and parquet; rows count from 1.
+def records(file, broken=False):
+    """Yields ("file:row", record) for jsonl, jsonl.gz, json and parquet; rows count from 1.
 
-    bad(where) hears of lines that are no JSON, if given; else they raise. UserError, with the row
-    where there is one, for a file that is damaged or cut short: what follows is not known.
+    broken: for a line that is no JSON yield the UserError in the record's place, which else is
+    raised. UserError, with the row where there is one, for a file that is damaged or cut short:
+    what follows is not known.
     """
     n = 0
     try:
-        for n, row in _rows(file):
+        for n, row in enumerate(_rows(file), 1):
             where = f"{file}:{n}"
-            try:
-                record = _parse(row, where) if isinstance(row, bytes) else row
-            except UserError:
-                if bad is None:
-                    raise
-                bad(where)
-            else:
-                yield where, record
+            if isinstance(row, bytes):
+                if not row.strip():
+                    continue
+                try:
+                    row = _parse(row, where)
+                except UserError as error:
+                    if not broken:
+                        raise
+                    row = error
+            yield where, row
     except (OSError, EOFError, zlib.error) as error:
         place, kind = f"{file}:{n + 1}" if n else file, file.endswith(".parquet") * " as parquet"
         reason = " ".join(str(error).split())
@@ -179,14 +182,26 @@ def records(file, bad=None):
 
 
 def _rows(file):
-    """(row number, record), or the bytes of a line in place of a record."""
+    """Yields the records of a file, or in their place the bytes of its lines."""
     if file.endswith(".parquet"):
-        yield from enumerate(_parquet(file), 1)
-    elif file.endswith((".json", ".json.gz")) and not _by_line(file):
-        yield from enumerate(_listed(file), 1)
-    else:
-        with _open(file) as f:
-            yield from ((n, line) for n, line in enumerate(f, 1) if line.strip())
+        yield from _parquet(file)
+        return
+    with (gzip.open if file.endswith(".gz") else open)(file, "rb") as f:
+        if file.endswith((".json", ".json.gz")) and not _by_line(f):
+            content = _parse(f.read(), file)
+            if not isinstance(content, list):
+                kind = type(content).__name__
+                raise UserError(f"{file}: expected a list of records, found {kind}")
+            yield from content
+        else:
+            yield from f
+
+
+def _by_line(f):
+    """Whether a .json holds a record per line, as SHP and UltraFeedback are published."""
+    two = list(itertools.islice(filter(None, map(bytes.strip, f)), 2))
+    f.seek(0)
+    return len(two) == 2 and bool(re.fullmatch(rb"(\xef\xbb\xbf)?\{.*\}", two[0]))
 
 
 def _parquet(file):
@@ -198,25 +213,6 @@ def _parquet(file):
             yield from batch.to_pylist()
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise OSError(str(error)) from error
-
-
-def _by_line(file):
-    """Whether a .json holds a record per line, as SHP and UltraFeedback are published."""
-    with _open(file) as f:
-        two = list(itertools.islice(filter(None, map(bytes.strip, f)), 2))
-    return len(two) == 2 and bool(re.fullmatch(rb"(\xef\xbb\xbf)?\{.*\}", two[0]))
-
-
-def _listed(file):
-    with _open(file) as f:
-        rows = _parse(f.read(), file)
-    if not isinstance(rows, list):
-        raise UserError(f"{file}: expected a list of records, found {type(rows).__name__}")
-    return rows
-
-
-def _open(file):
-    return (gzip.open if file.endswith(".gz") else open)(file, "rb")
 
 
 def _parse(raw, where):

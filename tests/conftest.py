@@ -38,10 +38,13 @@ def _pair(i):
 PAIRS = [_pair(i) for i in range(24)]
 
 
+SMOLLM2 = smollm2_dir()  # before the cache is the tests' own
+
+
 @pytest.fixture(scope="session", autouse=True)
-def token_cache(tmp_path_factory):
-    """The token cache of the tests, and of the runs that they start, is their own."""
-    os.environ["NANOPO_TOKENS"] = str(tmp_path_factory.mktemp("tokens"))
+def own_cache(tmp_path_factory):
+    """What tests, and the runs that they start, keep between runs is their own."""
+    os.environ["NANOPO_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
@@ -103,10 +106,9 @@ def no_plots(monkeypatch):
 @pytest.fixture(scope="session")
 def smollm2():
     """The real small chat model, SmolLM2-135M-Instruct, as a Hugging Face directory."""
-    directory = smollm2_dir()
-    if directory is None:
+    if SMOLLM2 is None:
         pytest.skip("SmolLM2 is not built: python tests/tools/smollm2.py")
-    return directory
+    return SMOLLM2
 
 
 def shared_data(name):

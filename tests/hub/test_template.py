@@ -22,8 +22,7 @@ from dialogues import say
 
 from data import Dataset, Limits
 from hub import template as template_file
-from hub.bounds import bounded
-from hub.template import Template, with_suffix
+from hub.template import Template, bounded, with_suffix
 from jobs.cli import UserError
 from losses import recipe
 from pairs.read import Pair
@@ -282,7 +281,7 @@ def test_the_bounds_are_lifted_again():
             pass
     # in a process of its own: this one may hold so much freed memory that nothing new is mapped
     program = (
-        "from hub.bounds import bounded\n"
+        "from hub.template import bounded\n"
         "try:\n    with bounded(nbytes=2**26):\n        bytearray(2**28)\n"
         "except MemoryError as error:\n    print(error)\n"
         "print(len(bytearray(2**28)) == 2**28)"

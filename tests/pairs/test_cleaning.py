@@ -6,7 +6,7 @@ from published import h4
 
 from hub.template import Template
 from jobs.cli import UserError
-from pairs.cleaning import Rules, clean
+from pairs.cleaning import CleaningFlags, clean
 from pairs.read import Drops, Pair, read_pairs
 from train import TrainFlags
 
@@ -24,13 +24,13 @@ def pair(i, chosen, rejected, margin=None, prompt="Why?"):
 def cleaned(pairs, template, **rules):
     """(rows kept, {rule: rows dropped})"""
     drops = Drops()
-    kept = clean(pairs, Rules(**rules), template, drops)
+    kept = clean(pairs, CleaningFlags(**rules), template, drops)
     assert len(kept) + drops.total == len(pairs)
     return [p.where[2:] for p in kept], {r: [w[2:] for w in ws] for r, ws in drops.rules.items()}
 
 
 def test_no_rule_is_on_by_default(tiny):
-    assert Rules.of(TrainFlags()) == Rules()
+    assert CleaningFlags.of(TrainFlags()) == CleaningFlags()
     pairs = [pair(1, "a", "b"), pair(2, "a", "b"), pair(3, "a" * 9999, "b", -5.0)]
     assert cleaned(pairs, tiny) == (["1", "2", "3"], {})
 
@@ -56,7 +56,7 @@ def test_of_exact_duplicates_the_first_stays(tiny):
 def test_copies_made_by_a_weight_are_no_duplicates(tmp_path, tiny):
     file = write_rows(tmp_path, [GOOD, GOOD | {"chosen": "Yes."}, GOOD])
     drops = Drops()
-    pairs = clean(read_pairs(f"{file}@2", Drops()), Rules(dedup=True), tiny, drops)
+    pairs = clean(read_pairs(f"{file}@2", Drops()), CleaningFlags(dedup=True), tiny, drops)
     assert [p.chosen for p in pairs] == ["So.", "Yes."] * 2
     assert set(drops.rules["duplicate"]) == {f"{file}:3"}
 
@@ -111,7 +111,7 @@ def test_the_papers_rules_together_on_rows_of_ultrafeedback(tmp_path, tiny):
         h4("What?", "c" * 31, short, (8.0, 5.0)),
     ]
     drops, pairs = Drops(), read_pairs(write_rows(tmp_path, rows, "train_prefs.parquet"), Drops())
-    rules = Rules(dedup=True, max_answer=2048, min_answer=32, min_margin=1.0)
+    rules = CleaningFlags(dedup=True, max_answer=2048, min_answer=32, min_margin=1.0)
     assert clean(pairs, rules, tiny, drops) == pairs[:1]
     assert {rule: len(where) for rule, where in drops.rules.items()} == {
         "duplicate": 1,
@@ -123,4 +123,4 @@ def test_the_papers_rules_together_on_rows_of_ultrafeedback(tmp_path, tiny):
 
 def test_nothing_left_is_told_with_the_reasons(tiny):
     with pytest.raises(UserError, match="no pair is left after cleaning; dropped: 1 margin under"):
-        clean([pair(1, "a", "b", 0.5)], Rules(min_margin=1.0), tiny, Drops())
+        clean([pair(1, "a", "b", 0.5)], CleaningFlags(min_margin=1.0), tiny, Drops())

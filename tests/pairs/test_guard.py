@@ -8,10 +8,12 @@ import tiny
 import torch
 
 from conftest import write_model
+from families import llama_guard
+from families.llama_guard import Guard
 from hub.template import Template
 from jobs.cli import parse
 from losses import recipe
-from pairs.guard import Guard, dialogues, identity, key, safe
+from pairs.guard import dialogue_key, dialogues, without_unsafe
 from pairs.layouts import Pair
 from pairs.read import Drops, read_pairs
 from train import TrainFlags, load_data
@@ -53,20 +55,31 @@ def data(tmp_path):
 @pytest.fixture
 def runs(monkeypatch):
     """A list of the dialogues that a guard was run on."""
-    seen, unsafe = [], Guard.unsafe
+    seen, judge = [], Guard.__call__
 
-    def counted(self, messages):
-        seen.append(messages)
-        return unsafe(self, messages)
+    def counted(self, dialogues, label):
+        for verdict in judge(self, dialogues, label):
+            seen.append(dialogues[verdict[0]])
+            yield verdict
 
-    monkeypatch.setattr(Guard, "unsafe", counted)
+    monkeypatch.setattr(Guard, "__call__", counted)
     return seen
+
+
+def unsafe(guard, messages):
+    """The guard's verdict on one dialogue."""
+    ((_, found),) = guard({"": messages})
+    return found
+
+
+def safe(pairs, directory, threshold, drops):
+    return without_unsafe(pairs, Guard(directory, "cpu"), threshold, drops)
 
 
 def worst(guard_dir, pairs):
     """The larger probability of each pair's two dialogues."""
-    judge = Guard(guard_dir, "cpu")
-    return [max(map(judge.unsafe, dialogues(pair))) for pair in pairs]
+    guard = Guard(guard_dir, "cpu")
+    return [max(unsafe(guard, messages) for messages in dialogues(pair)) for pair in pairs]
 
 
 def between(values, n):
@@ -82,7 +95,7 @@ def test_the_probability_is_that_of_transformers(guard_dir, data):
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(guard_dir).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(guard_dir)
-    judge, found = Guard(guard_dir, "cpu"), []
+    guard, found = Guard(guard_dir, "cpu"), []
     for pair in data[1][:3]:  # no special token in them
         for messages in dialogues(pair):
             text = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -94,15 +107,17 @@ def test_the_probability_is_that_of_transformers(guard_dir, data):
                 scored = logits[len(ids[0]) - 1 : -1].log_softmax(-1)
                 logps.append(scored[range(len(ids[1])), ids[1]].sum())
             odds = torch.stack(logps).softmax(0)
-            assert judge.unsafe(messages) == pytest.approx(float(odds[2:].sum()), abs=1e-5)
-            found.append(judge.unsafe(messages))
+            assert unsafe(guard, messages) == pytest.approx(float(odds[2:].sum()), abs=1e-5)
+            found.append(unsafe(guard, messages))
     assert len(set(found)) == len(found) and 0 < min(found) < max(found) < 1
 
 
 def test_where_both_are_one_token_it_is_the_softmax_over_the_two(guard_dir, data, monkeypatch):
     """Llama Guard's own case, here with the tokens of "s" and "u"."""
     transformers = pytest.importorskip("transformers")
-    monkeypatch.setattr(Guard, "ANSWERS", ("s", "\n\n\n\n\n\n\n\ns", "u", "\n\n\n\n\n\n\n\nu"))
+    monkeypatch.setattr(
+        llama_guard, "ANSWERS", ("s", "\n\n\n\n\n\n\n\ns", "u", "\n\n\n\n\n\n\n\nu")
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(guard_dir).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(guard_dir)
     messages = dialogues(data[1][0])[0]
@@ -110,7 +125,7 @@ def test_where_both_are_one_token_it_is_the_softmax_over_the_two(guard_dir, data
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0, -1]
     two = logits[tokenizer.convert_tokens_to_ids(["s", "u"])].softmax(0)
-    assert Guard(guard_dir, "cpu").unsafe(messages) == pytest.approx(float(two[1]), abs=1e-4)
+    assert unsafe(Guard(guard_dir, "cpu"), messages) == pytest.approx(float(two[1]), abs=1e-4)
 
 
 # ----------------------------------------------------------------------------- what it drops
@@ -126,11 +141,11 @@ def test_one_that_drops_and_one_that_keeps(guard_dir, data):
 
 def test_a_pair_goes_where_either_answer_is_over_the_threshold(guard_dir, data):
     _, pairs = data
-    unsafe = worst(guard_dir, pairs)
-    threshold = between(unsafe, 2)
+    odds = worst(guard_dir, pairs)
+    threshold = between(odds, 2)
     drops = Drops()
     kept = safe(pairs, guard_dir, threshold, drops)
-    assert kept == [p for p, u in zip(pairs, unsafe, strict=True) if u <= threshold]
+    assert kept == [p for p, u in zip(pairs, odds, strict=True) if u <= threshold]
     assert 0 < len(kept) < len(pairs) == len(kept) + drops.total
 
 
@@ -187,7 +202,7 @@ def test_another_guard_judges_for_itself(guard_dir, data, runs, tmp_path):
     other = shutil.copytree(guard_dir, tmp_path / "other")
     settings = (other / "tokenizer_config.json").read_text()
     (other / "tokenizer_config.json").write_text(settings.replace("Task:", "Duty:"))
-    assert identity(other) != identity(guard_dir)
+    assert Guard(other).identity != Guard(guard_dir).identity
     for directory in (guard_dir, other, guard_dir, other):
         safe(pairs, directory, 0.5, Drops())
     assert len(runs) == 4 * len(pairs)
@@ -207,7 +222,7 @@ def test_a_stopped_run_goes_on(guard_dir, data, runs):
 
 def test_a_read_only_folder_falls_back_to_the_cache(guard_dir, data, runs, tmp_path, monkeypatch):
     """Nothing can be made in the folder (nobody may write there, not even root)."""
-    monkeypatch.setenv("NANOPO_TOKENS", str(tmp_path / "tokens"))
+    monkeypatch.setenv("NANOPO_CACHE", str(tmp_path / "tokens"))
     file, pairs = data
     beside = file.with_name(".pairs.jsonl.guard")
     beside.mkdir()  # opening it fails as in a read-only folder, whoever asks
@@ -219,7 +234,7 @@ def test_a_read_only_folder_falls_back_to_the_cache(guard_dir, data, runs, tmp_p
 def test_where_nothing_can_be_written_it_still_judges(guard_dir, data, runs, tmp_path, monkeypatch):
     file, pairs = data
     (tmp_path / "a_file").write_text("")
-    monkeypatch.setenv("NANOPO_TOKENS", str(tmp_path / "a_file" / "tokens"))
+    monkeypatch.setenv("NANOPO_CACHE", str(tmp_path / "a_file"))
     file.with_name(".pairs.jsonl.guard").mkdir()
     kept = [safe(pairs, guard_dir, 0.5, Drops()) for _ in range(2)]
     assert kept[0] == kept[1] and len(runs) == 4 * len(pairs)
@@ -228,5 +243,5 @@ def test_where_nothing_can_be_written_it_still_judges(guard_dir, data, runs, tmp
 def test_keys_tell_dialogues_apart():
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     moved = [{"role": "user", "content": "a b"}]
-    assert len({key(messages), key(messages[:1]), key(messages[::-1]), key(moved)}) == 4
-    assert key(messages) == key([dict(m) for m in messages])
+    assert len(set(map(dialogue_key, (messages, messages[:1], messages[::-1], moved)))) == 4
+    assert dialogue_key(messages) == dialogue_key([dict(m) for m in messages])

@@ -1,11 +1,11 @@
-"""The token cache: the same datasets, made once, bounded, and no run depends on it."""
+"""The token cache: the same datasets, made once, and no run depends on it."""
 
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,11 @@ import pytest
 
 import train
 from conftest import PAIRS, write_model
+from families.llama_guard import Guard
 from hub.template import Template
-from jobs.cli import UserError, parse
+from jobs.cli import parse
 from losses import recipe
-from pairs import token_cache as tokens
+from pairs import token_cache
 from train import TrainFlags, load_data, read_and_tokenise
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty token cache."""
-    monkeypatch.setenv("NANOPO_TOKENS", str(tmp_path / "tokens"))
+    monkeypatch.setenv("NANOPO_CACHE", str(tmp_path))
     return tmp_path / "tokens"
 
 
@@ -85,7 +86,7 @@ def test_mapped_datasets_equal_fresh_ones(loss, cut, start, made, tmp_path):
     max_len = (120 if loss == "ifsr_dpo" else 60) if cut else 200
     sets, lines = start(loss, max_len=max_len)
     again, lines_again = start(loss, max_len=max_len)
-    os.environ["NANOPO_TOKENS"] = str(tmp_path / "other")
+    os.environ["NANOPO_CACHE"] = str(tmp_path / "other")
     fresh, lines_fresh = start(loss, max_len=max_len)
     assert len(made) == 2 and lines == lines_again == lines_fresh
     assert same(sets, again) and same(again, fresh)
@@ -125,8 +126,8 @@ def test_all_ranks_share_one_tokenisation(writable, tiny_model_dir, pairs_file, 
     """Two processes; where the cache cannot be written each tokenises, to the same datasets."""
     (tmp_path / "program.py").write_text(PROGRAM)
     (tmp_path / "a_file").write_text("")
-    place = tmp_path / ("tokens" if writable else "a_file/tokens")
-    env = {"NANOPO_TOKENS": str(place), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    place = tmp_path / ("cache" if writable else "a_file")
+    env = {"NANOPO_CACHE": str(place), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     words += [str(tmp_path / "program.py"), "--model", str(tiny_model_dir), "--max_len", "200"]
     words += ["--data", str(pairs_file), "--loss", "dpo"]
@@ -171,11 +172,11 @@ def test_changed_code_tokenises_anew(start, made, tmp_path, monkeypatch):
     """Whoever edits data.py does not train on what the old one cut."""
     start()
     edited = tmp_path / "code"
-    for name in tokens.CODE:
-        (edited / name).parent.mkdir(parents=True, exist_ok=True)
-        text = (ROOT / name).read_text(encoding="utf-8")
-        (edited / name).write_text(text + "# edited\n" * (name == "data.py"))
-    monkeypatch.setattr(tokens, "__file__", str(edited / "pairs" / "token_cache.py"))
+    for room in ("pairs", "hub"):
+        shutil.copytree(ROOT / room, edited / room)
+    text = (ROOT / "data.py").read_text(encoding="utf-8")
+    (edited / "data.py").write_text(text + "# edited\n")
+    monkeypatch.setattr(token_cache, "__file__", str(edited / "pairs" / "token_cache.py"))
     start()
     assert len(made) == 2
 
@@ -186,7 +187,7 @@ def test_the_guard_counts_by_what_it_is(tmp_path, tiny_model_dir, pairs_file):
     def key(guard):
         words = ["--model", str(tiny_model_dir), "--data", str(pairs_file), "--guard", str(guard)]
         s = parse(TrainFlags, "", words)
-        return train.data_key(s, Template(tiny_model_dir), recipe("dpo"))
+        return train.data_key(s, Template(tiny_model_dir), recipe("dpo"), Guard(guard))
 
     first = key(write_model(tmp_path / "guard"))
     assert key(write_model(tmp_path / "moved")) == first
@@ -219,7 +220,7 @@ def test_a_damaged_cache_is_made_again(fault, start, made, cache):
 def test_a_cache_that_cannot_be_written_is_told_and_not_needed(start, made, monkeypatch, tmp_path):
     sets, lines = start()
     (tmp_path / "a_file").write_text("")
-    monkeypatch.setenv("NANOPO_TOKENS", str(tmp_path / "a_file" / "tokens"))
+    monkeypatch.setenv("NANOPO_CACHE", str(tmp_path / "a_file"))
     again, told = start()
     assert same(sets, again) and told[:-1] == lines
     assert told[-1] == f"no token cache in {tmp_path}/a_file/tokens: Not a directory"
@@ -244,42 +245,6 @@ def test_a_run_that_was_killed_while_writing_is_no_cache(start, made, cache):
     start()
     (place,) = cache.iterdir()
     place.rename(cache / f".{place.name}-killed")
-    assert tokens.read(place.name) is None
+    assert token_cache.read(place) is None
     start()
     assert len(made) == 2
-
-
-# ----------------------------------------------------------------------------- its size
-
-
-def test_what_was_not_used_for_longest_goes_first(start, made, cache, monkeypatch):
-    """Three caches, the first used again: a limit of three drops the second for the fourth."""
-    for seed in (1, 2, 3):
-        start(seed=seed)
-        time.sleep(0.01)
-    foreign = cache / "somebody's"
-    foreign.mkdir()
-    (foreign / "file").write_bytes(b"0" * 10**6)
-    start(seed=1)
-    size = max(sum(f.stat().st_size for f in p.iterdir()) for p in cache.glob("[0-9a-f]*"))
-    monkeypatch.setenv("NANOPO_TOKENS_GB", str(3.5 * size / 1e9))
-    start(seed=4)
-    assert len(made) == 4 and foreign.exists()
-    for seed, kept in ((1, True), (3, True), (4, True), (2, False)):
-        before = len(made)
-        start(seed=seed)
-        assert (len(made) == before) is kept, seed
-
-
-def test_a_limit_below_one_cache_keeps_the_one_just_made(start, made, monkeypatch, cache):
-    monkeypatch.setenv("NANOPO_TOKENS_GB", "0")
-    start(seed=1)
-    start(seed=2)
-    start(seed=2)
-    assert len(made) == 2 and len(list(cache.iterdir())) == 1
-
-
-def test_a_limit_that_is_no_number_is_told(start, monkeypatch):
-    monkeypatch.setenv("NANOPO_TOKENS_GB", "many")
-    with pytest.raises(UserError, match="NANOPO_TOKENS_GB=many: expected a number of gigabytes"):
-        start()

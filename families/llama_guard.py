@@ -1,0 +1,67 @@
+"""Computes how likely a Llama-Guard-style model is to call a dialogue unsafe (Inan et al. 2023).
+
+Such a model is a language model whose chat template wraps a dialogue in its policy and asks for
+"safe" or "unsafe". Nothing is sampled: the verdict is the softmax over the log-probabilities of
+these answers (arXiv 2312.06674). pairs/guard.py keeps verdicts and filters by them.
+"""
+
+import hashlib
+import math
+from functools import cached_property
+
+from data import lay_out, scored_rows, trie_size
+from hub.template import Refused, open_template
+from hub.weights import Weights, resolve
+from model import load
+
+ANSWERS = ("safe", "\n\nsafe", "unsafe", "\n\nunsafe")  # some guards open with a blank line
+
+
+class Guard:
+    """A guard by its HF directory or hub id; weights are loaded when it is first asked."""
+
+    def __init__(self, source, device="auto"):
+        self.directory, self.device = resolve(source, "--guard"), device
+
+    @cached_property
+    def template(self):
+        return open_template(self.directory)
+
+    @cached_property
+    def model(self):
+        return load(self.directory, None, self.device, head="logps", flag="--guard")
+
+    @cached_property
+    def identity(self):
+        """sha256 of what decides the verdicts: weights, configuration, tokenizer and template."""
+        sha = hashlib.sha256(Weights(self.directory).digest().encode())
+        for name in ("config.json", "tokenizer.json"):
+            sha.update((self.directory / name).read_bytes())
+        sha.update(self.template.source.encode())
+        return sha.hexdigest()
+
+    def __call__(self, dialogues, label="guard"):
+        """{key: messages} -> yields (key, probability of unsafe), in no particular order.
+
+        nan where the guard's template refuses the dialogue. label: of the progress bar.
+        """
+        answers, paths = self.template.encode(ANSWERS), {}
+        for key, messages in dialogues.items():
+            try:
+                text = self.template.render(messages, generation=True)
+            except Refused:
+                yield key, math.nan
+            else:
+                (prompt,) = self.template.encode([text])
+                paths[key] = [([prompt, answer], len(answer)) for answer in answers]
+        keys, sizes = list(paths), [trie_size(four) for four in paths.values()]
+        if not keys:
+            return
+
+        def trie(n):
+            return lay_out(paths[keys[n]])
+
+        for items, row, values in scored_rows(self.model, trie, sizes, len(ANSWERS), label=label):
+            logps = row.sums(values)  # (B, 4)
+            unsafe = logps.softmax(1)[:, 2:].sum(1)  # (B,)
+            yield from zip((keys[n] for n in items), unsafe.tolist(), strict=True)
