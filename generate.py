@@ -80,7 +80,7 @@ def candidates(probs, top_p, few=256):
     forward pass of a small model.
     """
     top, ids = probs.topk(min(few, probs.shape[-1]))
-    enough = (top.sum(-1) >= top_p).all()
+    enough = (top.sum(-1) >= top_p).all()  # for every sequence of the batch
     return (top, ids) if enough else probs.sort(-1, descending=True)
 
 
@@ -97,7 +97,7 @@ class KVCache:
 
     def __init__(self, model, rows):
         c = self.config = model.config
-        self.groups = c.heads // c.kv_heads
+        self.groups = c.heads // c.kv_heads  # grouped-query attention: G query heads share a key
         new = model.embed.weight.new_zeros
         self.layers = [new(2, rows, c.kv_heads, 0, c.head_width) for _ in range(c.n_layers)]
 
@@ -159,7 +159,7 @@ class Sequence:
     depends on no other sequence of the batch (but for the rounding of the batch's matmuls).
     """
 
-    prompt: list
+    prompt: list  # ids
     seed: tuple = (0,)
     on_token: object = None  # called with every id of the answer, as it comes
     tag: object = None  # whatever the caller wants to find again
@@ -176,7 +176,7 @@ class Sequence:
     def take(self, token, sampling):
         """Appends a drawn token. Returns whether the sequence is at its end."""
         self.finished = token in sampling.stop_ids
-        if not self.finished:
+        if not self.finished:  # the stop token is no part of the answer
             self.answer.append(token)
             if self.on_token:
                 self.on_token(token)
@@ -189,14 +189,15 @@ def complete(model, queue, sampling, batch=16):
     At most `batch` are at work. One that ends makes room for the next at once, so a long answer
     holds up no other (continuous batching).
     """
-    cache, active = KVCache(model, batch), []  # active[row] is what a row of the cache belongs to
+    cache, active = KVCache(model, batch), []  # row r of the cache belongs to active[r]
     while queue or active:
-        while queue and len(active) < batch:
+        while queue and len(active) < batch:  # one by one: a batch of prompts would need padding
             active.append(queue.popleft())
             prefill(model, cache, len(active) - 1, active[-1].prompt)
         tokens = next_tokens(model, cache, active, sampling)
         ended = [row for row, seq in enumerate(active) if seq.take(tokens[row], sampling)]
-        # the last row fills each gap; from the end, so that the last row is one that goes on
+        # The last row moves into each gap, so that rows 0 to B - 1 stay those in use. From the end,
+        # so that the row that moves is one that goes on.
         for row in reversed(ended):
             yield active[row]
             cache.move(len(active) - 1, row)
@@ -218,13 +219,13 @@ def prefill(model, cache, row, prompt):
 def next_tokens(model, cache, active, sampling):
     """Feeds every sequence its last token and draws the next -> list of B ids."""
     device = model.embed.weight.device
-    places = [len(seq.prompt) + len(seq.answer) - 1 for seq in active]
+    places = [len(seq.prompt) + len(seq.answer) - 1 for seq in active]  # of the last tokens
     last = torch.tensor([seq.last for seq in active], device=device)[:, None]  # (B, 1)
-    positions = torch.tensor(places, device=device)[:, None]
+    positions = torch.tensor(places, device=device)[:, None]  # (B, 1)
     rules = cache.attend(slice(0, len(active)), positions, max(places) + 1)
     logits = model.to_logits(model.hidden(last, positions, rules)[:, 0])  # (B, D) -> (B, V)
     uniforms = torch.tensor([seq.rng.random() for seq in active], device=device)
-    return draw_tokens(logits, uniforms, sampling).tolist()
+    return draw_tokens(logits, uniforms, sampling).tolist()  # the step's one wait for the device
 
 
 def sample(model, prompts, sampling, seed=0, batch=16, on_token=None):
@@ -265,7 +266,7 @@ class Job:
 
     @property
     def turn(self):
-        """How many turns have been answered and left behind."""
+        """How many turns are answered and left behind: each added an answer and a question."""
         return (len(self.row["prompt"]) - len(self.ask.prompt)) // 2
 
     @property
