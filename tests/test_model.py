@@ -6,42 +6,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from tiny import MODELS
+from tries import random_paths, segment
 
 import model as model_file
 from conftest import write_model
 from data import build_row, lay_out
 from jobs.cli import UserError
-from kernels import chains, flex
 from model import Config, ScoredLogps, hf_name, load
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
-QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": 3}
-SLIDES = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
-
-CHANGES = {  # T = 100: beyond the original positions of LLAMA3, and beyond every window
-    "llama": {},
-    "llama tied": {"tie_word_embeddings": True},
-    "llama biased": {"attention_bias": True},
-    "llama one kv head": {"num_key_value_heads": 1},
-    "llama without gqa": {"num_key_value_heads": 4},
-    "llama wide heads": {"head_dim": 16},
-    "llama 3.1": {"rope_scaling": LLAMA3, "rope_theta": 500000.0},
-    "llama 3.1, small theta": {"rope_scaling": LLAMA3, "rope_theta": 100.0},
-    "llama linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
-    "llama old linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
-    "mistral sliding": MISTRAL | {"sliding_window": 7},
-    "mistral 0.2": MISTRAL | {"sliding_window": None},
-    "qwen2": QWEN2 | {"use_sliding_window": False, "sliding_window": 7},
-    "qwen2 sliding from layer 1": QWEN2 | SLIDES,
-}
-MODELS = {name: tiny.LLAMA | changes for name, changes in CHANGES.items()}
 
 
 def new_spelling(config):
@@ -170,20 +142,6 @@ def test_scored_logps_of_bf16_states_are_fp32_and_finite_for_large_logits():
 # ----------------------------------------------------------------------------- rows
 
 
-def random_paths(rng, n_paths=5):
-    """Paths that share prefixes: each continues a random prefix of an earlier one."""
-    paths = [([segment(rng), segment(rng)], None)]
-    while len(paths) < n_paths:
-        stem = paths[rng.integers(len(paths))][0]
-        stem = stem[: rng.integers(1, len(stem) + 1)]
-        paths.append(([*stem, *(segment(rng) for _ in range(rng.integers(1, 3)))], None))
-    return [(s, int(rng.integers(1, len(s[-1]) + 1))) for s, _ in paths]
-
-
-def segment(rng):
-    return rng.integers(0, 260, rng.integers(1, 6)).astype(np.int32)
-
-
 def alone(model, segments, n):
     """Log-probabilities of the first n tokens of the last segment: the sequence run by itself."""
     tokens = torch.tensor(np.concatenate(segments), dtype=torch.long)
@@ -223,39 +181,6 @@ def test_an_empty_row_has_no_values_and_gives_zero_gradients(tiny_model_dir):
     assert values.shape == (0,) and row.sums(values).shape == (0, 2)
     row.sums(values).sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
-
-
-@pytest.mark.parametrize("family", ["llama tied", "mistral sliding"])
-def test_flex_attention_equals_sdpa(family, tmp_path):
-    """Forward only: FlexAttention has no backward on a CPU."""
-    model, rng = load(write_model(tmp_path, MODELS[family])), np.random.default_rng(0)
-    tries = [lay_out(random_paths(rng)) for _ in range(3)]
-    row = build_row(tries, range(3), 5, pad_to=128)
-    with torch.no_grad():
-        expected = model(row)
-        model.attend = flex.attend
-        assert (model(row) - expected).abs().max() <= 1e-5
-
-
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_attention_spelt_out_in_bf16_equals_sdpa_in_value_and_gradient(kv_heads):
-    """What short chains run in bf16 on a CPU, as against fp32 SDPA."""
-    torch.manual_seed(0)
-    q, k, v = (
-        torch.randn(1, h, 20, 8).bfloat16().requires_grad_() for h in (4, kv_heads, kv_heads)
-    )
-    trie = build_row([lay_out(random_paths(np.random.default_rng(1)))], [0], 5, pad_to=20)
-    mask = model_file.visible(trie.until, trie.positions, window=6)
-    exact = [t.detach().float().requires_grad_() for t in (q, k, v)]
-    expected = torch.nn.functional.scaled_dot_product_attention(*exact, mask, enable_gqa=True)
-    found = chains.fast_attention(q, k, v, mask)
-    assert found.dtype == torch.bfloat16 and (found - expected).abs().max() < 0.03
-    direction = torch.randn(expected.shape)
-    wanted = torch.autograd.grad(expected, exact, direction)
-    for a, b in zip(
-        torch.autograd.grad(found, (q, k, v), direction.bfloat16()), wanted, strict=True
-    ):
-        assert (a - b).norm() < 0.02 * b.norm()
 
 
 def test_recomputed_blocks_give_the_same_gradient(tiny_model_dir, monkeypatch):

@@ -4,12 +4,13 @@ import numpy as np
 import parity
 import pytest
 import torch
+from tiny import MODELS
+from tries import random_paths
 
 from conftest import write_model
 from data import build_row, lay_out
 from kernels import chains, detached, flex
 from model import load, plain_attention, scored_states, visible
-from test_model import MODELS, random_paths, trainable
 
 CONFIGS = {name: MODELS[name] for name in ("llama tied", "mistral sliding")}
 CONFIGS |= {"qwen2 sliding from layer 1": MODELS["qwen2 sliding from layer 1"]}
@@ -75,12 +76,37 @@ def test_chains_see_what_the_rule_says(seed, window):
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_model_by_chains_equals_one_by_dense_masks(family, tmp_path):
     """Values and gradients of a whole model."""
-    model, row, results = trainable(write_model(tmp_path, CONFIGS[family])), a_row(0), []
+    model, row, results = (
+        load(write_model(tmp_path, CONFIGS[family])).requires_grad_(True),
+        a_row(0),
+        [],
+    )
     for model.attend in (chains.attend, plain_attention):
         x = model.row_states(row)
         results.append((x, *torch.autograd.grad(x.square().mean(), [*model.blocks.parameters()])))
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_spelt_out_in_bf16_equals_sdpa_in_value_and_gradient(kv_heads):
+    """What short chains run in bf16 on a CPU, as against fp32 SDPA."""
+    torch.manual_seed(0)
+    q, k, v = (
+        torch.randn(1, h, 20, 8).bfloat16().requires_grad_() for h in (4, kv_heads, kv_heads)
+    )
+    trie = build_row([lay_out(random_paths(np.random.default_rng(1)))], [0], 5, pad_to=20)
+    mask = visible(trie.until, trie.positions, window=6)
+    exact = [t.detach().float().requires_grad_() for t in (q, k, v)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*exact, mask, enable_gqa=True)
+    found = chains.fast_attention(q, k, v, mask)
+    assert found.dtype == torch.bfloat16 and (found - expected).abs().max() < 0.03
+    direction = torch.randn(expected.shape)
+    wanted = torch.autograd.grad(expected, exact, direction)
+    for a, b in zip(
+        torch.autograd.grad(found, (q, k, v), direction.bfloat16()), wanted, strict=True
+    ):
+        assert (a - b).norm() < 0.02 * b.norm()
 
 
 # ----------------------------------------------------------------------------- FlexAttention
@@ -116,7 +142,10 @@ class Detached:
 def test_without_context_grad_values_are_the_same_and_gradients_those_of_detached_contexts(
     family, seed, tmp_path
 ):
-    model, row = trainable(write_model(tmp_path, CONFIGS[family])), a_row(seed, pad_to=128)
+    model, row = (
+        load(write_model(tmp_path, CONFIGS[family])).requires_grad_(True),
+        a_row(seed, pad_to=128),
+    )
     parameters = [p for n, p in model.named_parameters() if n != "head.weight"]
     weights = torch.linspace(-1, 1, len(row.source))
 
@@ -139,7 +168,7 @@ def test_without_context_grad_values_are_the_same_and_gradients_those_of_detache
 
 def test_a_row_without_pairs_still_reaches_every_parameter(tiny_model_dir):
     """Ranks without pairs run one, since FSDP's collectives must line up."""
-    model = trainable(tiny_model_dir)
+    model = load(tiny_model_dir).requires_grad_(True)
     model.states = detached.states
     model(build_row([], [], n_paths=2)).sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())

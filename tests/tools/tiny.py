@@ -48,6 +48,35 @@ QWEN2 = LLAMA | {  # slides over 8 tokens in its second layer only
 }
 REWARD = LLAMA | {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
 
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+_QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": 3}
+_SLIDES = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+
+_CHANGES = {  # 100 tokens are beyond the original positions of _LLAMA3, and every window
+    "llama": {},
+    "llama tied": {"tie_word_embeddings": True},
+    "llama biased": {"attention_bias": True},
+    "llama one kv head": {"num_key_value_heads": 1},
+    "llama without gqa": {"num_key_value_heads": 4},
+    "llama wide heads": {"head_dim": 16},
+    "llama 3.1": {"rope_scaling": _LLAMA3, "rope_theta": 500000.0},
+    "llama 3.1, small theta": {"rope_scaling": _LLAMA3, "rope_theta": 100.0},
+    "llama linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama old linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "mistral sliding": _MISTRAL | {"sliding_window": 7},
+    "mistral 0.2": _MISTRAL | {"sliding_window": None},
+    "qwen2": _QWEN2 | {"use_sliding_window": False, "sliding_window": 7},
+    "qwen2 sliding from layer 1": _QWEN2 | _SLIDES,
+}
+MODELS = {name: LLAMA | changes for name, changes in _CHANGES.items()}
+
 
 def build(directory, config=LLAMA, seed=0, template=CHATML):
     """Write a random model with a byte tokenizer; returns the directory."""
