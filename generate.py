@@ -30,7 +30,7 @@ from tokenizers.decoders import DecodeStream
 
 from hub.benchmarks import ANSWER_FORMATS, refuse_twins, token_counter, write_answers
 from hub.endpoint import Endpoint, RequestRefused, public, together
-from hub.template import INSTRUCTIONS, Template, with_suffix
+from hub.template import INSTRUCTIONS, Template, open_template, with_suffix
 from hub.weights import pinned
 from jobs.cli import UserError, flag, parse, progress, run
 from jobs.files import Shared, read_json, to_line
@@ -443,13 +443,10 @@ def check_flags(s, world=1):
 
 
 def load_model(directory, dtype=None, device="auto", head="logps", name="--model"):
-    """HF directory or hub id -> (Transformer, Template); UserError if it has another head."""
+    """What every command that reads a model needs: model.load's Transformer, and its Template."""
     model = load(directory, dtype, device, head, name)
-    model.attend = chains.attend
-    template = Template(model.directory)
-    if template.fallback:
-        print(f"{model.directory} has no chat template: using the plain one", file=sys.stderr)
-    return model, template
+    model.attend = chains.attend  # rows are scored chain by chain: same values, less work
+    return model, open_template(model.directory)
 
 
 def stop_ids(template):
