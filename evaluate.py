@@ -19,7 +19,7 @@ import torch
 
 from data import Dataset, Limits, lay_out, scored_rows
 from evals.answers import align, question_ids, read_answers, read_both
-from evals.results import number, refuse, save, table
+from evals.results import refuse, save_results, table
 from evals.stats import estimate, win_rate
 from generate import load_model
 from hub.weights import Weights, pinned
@@ -27,6 +27,7 @@ from jobs.cli import UserError, as_user_error, flag, parse, require, run
 from jobs.files import Store, read_json
 from jobs.flags import ModelFlags, PathFlags, ResultFlags, VerdictFlags
 from losses import recipe
+from pairs.layouts import number
 from pairs.read import Drops, read_pairs
 
 # ----------------------------------------------------------------------------- scores from rows
@@ -99,7 +100,7 @@ def evaluate_reward(s):
     }
     if len(sides) == 2:
         results |= compare_sides(*sides.values(), *scores.values(), s)
-    save(s.out, results)
+    save_results(s.out, results)
 
 
 def read_sides(s):
@@ -151,7 +152,7 @@ def compare_sides(ours, theirs, our_scores, their_scores, s):
         from evals import rewardbench
 
         won = our_scores[fine] > their_scores[fine]
-        found["sections"] = rewardbench.report(names[fine], won, s.seed)
+        found["sections"] = rewardbench.print_sections(names[fine], won, s.seed)
     return found
 
 
@@ -289,7 +290,7 @@ def evaluate_pairs(s):
         accuracy, mean = estimate(margin > 0, s.seed), estimate(margin, s.seed)
         print(f"{name:24} accuracy {accuracy:.1%}   margin {mean:+.4f}")
         results[name] = {"accuracy": accuracy, "margin": mean, "margins": margin.tolist()}
-    save(s.out, results | {"pairs": [example.where for example in dataset.examples]})
+    save_results(s.out, results | {"pairs": [example.where for example in dataset.examples]})
 
 
 def margins(rule, sums, counts, reference):
@@ -307,19 +308,19 @@ COMMANDS = {  # name: (module of evals/ or None for this file, function, flags, 
               "accuracy and margin of the implicit reward on preference pairs: of the plain "
               "policy, which gets deployed, and of the cross-conditioned one, which was trained"),
     "world": ("world", "world", "WorldFlags", "exact win rate in the embedded small world"),
-    "alpaca": ("alpaca", "alpaca", "Settings",
+    "alpaca": ("alpaca", "alpaca", "AlpacaFlags",
                "AlpacaEval 2: win rate, raw and length-controlled, from annotations"),
     "arena": ("arena", "arena", "ArenaFlags",
               "Arena-Hard: scores from verdicts, raw and style-controlled"),
     "mtbench": ("mtbench", "mtbench", "MtbenchFlags", "MT-Bench: scores by turn and category"),
-    "compare": ("compare", "compare", "Settings",
+    "compare": ("compare", "compare", "CompareFlags",
                 "two models, question by question, with a paired interval"),
-    "report": ("report", "report", "Settings", "one self-contained page of all of it"),
-    "context": ("context", "context", "ContextSettings",
+    "report": ("report", "report", "ReportFlags", "one self-contained page of all of it"),
+    "context": ("context", "context", "ContextFlags",
                 "why conditioning works: answers with and without another one (IFSR's Table 2)"),
-    "next_token": ("context", "next_token", "NextTokenSettings",
+    "next_token": ("context", "next_token", "NextTokenFlags",
                    "the same for the next token's distribution (IFSR's Table 7)"),
-    "attention": ("attention", "attention", "AttentionSettings",
+    "attention": ("attention", "attention", "AttentionFlags",
                   "where the attention of a conditioned answer goes (IFSR's Figure 4)"),
     "judge": ("judge", "judge", "JudgeFlags",
               "let a model compare answers, or grade them; files as the benchmarks' tools write"),

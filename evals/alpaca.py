@@ -1,4 +1,4 @@
-"""AlpacaEval 2: win rate and length-controlled win rate from annotation files.
+"""Computes AlpacaEval 2: win rate and length-controlled win rate from annotation files.
 
     win rate   100 mean(p - 1) of the preferences p in [1, 2]; 0 stands for a draw, 1.5
     LC         Dubois et al. 2024 (arXiv 2404.04475). Per model a logistic regression of p - 1,
@@ -19,9 +19,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from evals.results import number, refuse, save, table
+from evals.results import refuse, save_results, table
 from evals.stats import estimate, interval, logistic, sigmoid
 from jobs.cli import UserError, flag, progress, require
+from jobs.flags import VerdictFlags
+from pairs.layouts import number
 from pairs.read import Drops
 from pairs.sources import records
 
@@ -30,7 +32,7 @@ GAMED_WEIGHT = 0.1  # lambda 0.2 over two baselines
 
 
 @dataclass
-class Settings:
+class AlpacaFlags(VerdictFlags):
     """Every flag of `evaluate.py alpaca`."""
 
     annotations: str | None = flag(
@@ -40,9 +42,6 @@ class Settings:
     gamed: str = flag("hub", "csv with the rows of the gamed baselines; or hub, or none")
     model: str | None = flag(None, "only this model of the file")
     resamples: int = flag(1000, "of the bootstrap that refits LC; 0 leaves its interval out")
-    max_missing: float = flag(0.05, "largest share of missing or faulty verdicts")
-    seed: int = flag(0, "of the bootstrap")
-    out: str | None = flag(None, "json file for the numbers")
 
 
 # ----------------------------------------------------------------------------- reading
@@ -103,7 +102,7 @@ def read_annotations(file):
 
 
 def csv_rows(file):
-    """Yield ("file:line", {column: text}) of a csv or csv.gz with a header line."""
+    """Yields ("file:line", {column: text}) of a csv or csv.gz with a header line."""
     try:
         with (gzip.open if file.endswith(".gz") else open)(file, "rt", encoding="utf-8") as f:
             yield from ((f"{file}:{n}", row) for n, row in enumerate(csv.DictReader(f), 2))
@@ -111,7 +110,7 @@ def csv_rows(file):
         raise UserError(f"{file}: not readable: {error}") from error
 
 
-def local(source, name):
+def published(source, name):
     """A file's path; "hub" fetches `name` from the dataset that AlpacaEval publishes."""
     if source != "hub":
         return source
@@ -130,7 +129,7 @@ def read_difficulty(source):
     """{question index: difficulty}; None where there is none."""
     if source == "none":
         return None
-    rows = csv_rows(local(source, "instruction_difficulty.csv"))
+    rows = csv_rows(published(source, "instruction_difficulty.csv"))
     return {int(row.get("index") or row[""]): float(row["instruction_difficulty"])
             for _, row in rows}  # fmt: skip
 
@@ -140,19 +139,22 @@ def read_gamed(source, difficulty):
     model, index, preference_minus_1, len_model, len_baseline. Empty where there are none."""
     if source == "none" or difficulty is None:  # they answer AlpacaEval's questions
         return np.zeros((0, 3)), np.zeros(0)
-    parts, labels = {}, []
-    for _, row in csv_rows(local(source, "df_gamed.csv")):
-        lengths = "len_baseline" in row
-        delta = float(row["len_baseline"]) - float(row["len_model"]) if lengths else None
-        part = parts.setdefault(row["model"], ([], []))
-        part[0].append(delta if lengths else float(row["std_delta_len"]))
-        part[1].append(difficulty[int(row["index"])])
-        labels.append(float(row["preference_minus_1" if lengths else "preference"]))
-    blocks = []
-    for deltas, difficulties in parts.values():
-        scaled = np.array(deltas) / (np.std(deltas, ddof=1) if lengths else 1)
-        blocks.append(np.stack([np.tanh(scaled), difficulties, np.zeros(len(scaled))], 1))
-    return np.concatenate(blocks), np.array(labels)
+    models = {}
+    for _, row in csv_rows(published(source, "df_gamed.csv")):
+        scaled = "std_delta_len" in row  # AlpacaEval's own
+        if scaled:
+            delta, label = float(row["std_delta_len"]), float(row["preference"])
+        else:
+            delta = float(row["len_baseline"]) - float(row["len_model"])
+            label = float(row["preference_minus_1"])
+        models.setdefault(row["model"], []).append((delta, difficulty[int(row["index"])], label))
+    blocks, labels = [], []
+    for rows in models.values():
+        delta, hard, label = np.array(rows).T
+        delta = np.tanh(delta / (1 if scaled else delta.std(ddof=1)))
+        blocks.append(np.stack([delta, hard, np.zeros(len(hard))], 1))
+        labels.append(label)
+    return np.concatenate(blocks), np.concatenate(labels)
 
 
 # ----------------------------------------------------------------------------- the fit
@@ -200,8 +202,8 @@ def length_controlled(x, preference, gamed, penalty=None):
     return 100 * sigmoid(x[:, 1:] @ w[1:]).mean(), penalty
 
 
-def evaluate_model(annotations, difficulty, gamed, resamples, seed):
-    """One row of the leaderboard -> dict; intervals by resampling questions."""
+def leaderboard_row(annotations, difficulty, gamed, resamples, seed):
+    """A model's numbers as the leaderboard has them -> dict; intervals by resampling questions."""
     p, *lengths = (
         np.array(column, dtype=np.float64)
         for column in (annotations.preference, annotations.length, annotations.baseline_length)
@@ -233,8 +235,8 @@ def evaluate_model(annotations, difficulty, gamed, resamples, seed):
 # ----------------------------------------------------------------------------- the command
 
 
-def check(model, annotations, difficulty, max_missing):
-    """Count the questions without a verdict; refuse what cannot be fitted, or lacks too many."""
+def refuse_incomplete(model, annotations, difficulty, max_missing):
+    """Counts the questions without a verdict; refuse what cannot be fitted, or lacks too many."""
     expected = len(difficulty) if difficulty else len(annotations.index)
     if difficulty:
         known = set(annotations.index)
@@ -260,10 +262,10 @@ def alpaca(s):
     difficulty = read_difficulty(s.difficulty)
     gamed, results = read_gamed(s.gamed, difficulty), {}
     for model, annotations in models.items():
-        check(model, annotations, difficulty, s.max_missing)
+        refuse_incomplete(model, annotations, difficulty, s.max_missing)
     with progress("fit", len(models), "model", len(models) == 1, leave=False) as bar:
         for model, annotations in models.items():
-            results[model] = evaluate_model(annotations, difficulty, gamed, s.resamples, s.seed)
+            results[model] = leaderboard_row(annotations, difficulty, gamed, s.resamples, s.seed)
             bar.update()
     print(table([{
         "model": model, "n": r["n"], "win rate": f"{r['win_rate']:.2f}",
@@ -271,4 +273,5 @@ def alpaca(s):
         "won/drawn/lost": f"{r['n_wins']}/{r['n_draws']}/{r['n_losses']}",
         "length": f"{r['avg_length']:.0f}",
     } for model, r in results.items()]))  # fmt: skip
-    save(s.out, {"command": "alpaca", "seed": s.seed, "resamples": s.resamples, "models": results})
+    told = {"command": "alpaca", "seed": s.seed, "resamples": s.resamples}
+    save_results(s.out, told | {"models": results})

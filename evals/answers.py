@@ -1,4 +1,4 @@
-"""Answer files, read as they lie, and joined by what was asked.
+"""Reads answer files of every format, and joins two of them by what was asked.
 
 A row is of any format that generate.py writes (hub/benchmarks.py), or a preference pair, whose
 chosen answer is taken. Its `subset`, `category` or `dataset` names the part it belongs to.
@@ -39,9 +39,8 @@ class Answer(NamedTuple):
     @property
     def said(self):
         """The answer's text; in a later turn, the dialogue from the model's first answer on."""
-        last = {"role": "assistant", "content": self.text}
-        dialogue = self.prompt[self._first :]
-        return transcript([*dialogue, last]).lstrip("\n") if dialogue else self.text
+        dialogue = [*self.prompt[self._first :], message("assistant", self.text)]
+        return transcript(dialogue).lstrip("\n") if len(dialogue) > 1 else self.text
 
     @property
     def subset(self):
@@ -77,53 +76,54 @@ def answered(row, where, asks, drops):
     about = about_of(row)
     ask = asks.get(question_id(None, about))
     try:
-        if "choices" in row:
-            texts, name = row["choices"][0]["turns"], row["model_id"]
-            if ask is None:
-                raise UserError(
-                    f"{where}: give the questions: --questions FILE has no such id; "
-                    "or read the .rows.jsonl beside the file"
-                )
-            prompt, users = ask.prompt, ask.turns
-        else:
-            prompt, text, name = last_answer(row, where, drops)
-            first = len(prompt) - 2 * (row.get("turns", 1) - 1)
-            users = [m["content"] for m in prompt[first + 1 :: 2]]
-            texts = [*(m["content"] for m in prompt[first::2]), text] if prompt else []
-            prompt = prompt[:first]
-        if not all(isinstance(text, str) for text in texts):
+        dialogue, turns, name = dialogue_of(row, where, ask, drops)
+        places = range(len(dialogue) + 1 - 2 * turns, len(dialogue), 2)  # of the model's answers
+        if not all(isinstance(dialogue[n]["content"], str) for n in places):
             raise TypeError
     except (LookupError, TypeError, ValueError) as error:
         columns = f"{where}: columns {sorted(row)} are no answer"
         formats = ", ".join(ANSWER_FORMATS)
         raise UserError(f"{columns}; expected a row of {formats}, or a pair") from error
-    return turns(prompt, users, texts, (ask.about if ask else {}) | about, where, name)
+    about = (ask.about if ask else {}) | about
+    return [
+        Answer(dialogue[:n], dialogue[n]["content"], about | {"turn": turn}, where, name)
+        for turn, n in enumerate(places, 1)
+    ]
 
 
-def last_answer(row, where, drops):
-    """(messages, text, model's name) of a row's answer; no messages for a pair without use."""
+def dialogue_of(row, where, ask, drops):
+    """A row's (messages, the last an answer; turns that were answered here; the model's name)."""
+    if "choices" in row:  # FastChat's, which holds the answers alone
+        texts, name = row["choices"][0]["turns"], row["model_id"]
+        if ask is None:
+            raise UserError(
+                f"{where}: give the questions: --questions FILE has no such id; "
+                "or read the .rows.jsonl beside the file"
+            )
+        dialogue = list(ask.prompt)
+        for turn, text in enumerate(texts):
+            dialogue += [message("user", ask.turns[turn - 1])] if turn else []
+            dialogue.append(message("assistant", text))
+        return dialogue, len(texts), name
     if isinstance(row.get("messages"), list) and "uid" in row:
         *prompt, last = row["messages"]
-        found = prompt, last["content"]["answer"], row["model"]
+        text, name = last["content"]["answer"], row["model"]
     elif "chosen" in row:
         pair = to_pair(row, where, drops, need_rejected=False)
-        found = (pair.prompt, pair.chosen, CHOSEN) if pair else ([], "", CHOSEN)
+        if pair is None:
+            return [], 0, None
+        prompt, text, name = pair.prompt, pair.chosen, CHOSEN
     elif "answer" in row:
-        found = row["prompt"], row["answer"], row.get("model")
+        prompt, text, name = row["prompt"], row["answer"], row.get("model")
     else:
-        found = row["instruction"], row["output"], row.get("generator")
-    return as_messages(found[0], where), *found[1:]
+        prompt, text, name = row["instruction"], row["output"], row.get("generator")
+    if not (prompt := as_messages(prompt, where)):
+        raise ValueError
+    return [*prompt, message("assistant", text)], row.get("turns", 1), name
 
 
-def turns(prompt, users, texts, about, where, name):
-    """A dialogue of one or more turns, each an Answer behind what was said before it."""
-    found = []
-    for turn, text in enumerate(texts):
-        found.append(Answer(prompt, text, about | {"turn": turn + 1}, where, name))
-        if turn < len(users):
-            said = [("assistant", text), ("user", users[turn])]
-            prompt = prompt + [{"role": who, "content": content} for who, content in said]
-    return found
+def message(role, content):
+    return {"role": role, "content": content}
 
 
 def read_both(file, flag):
@@ -143,7 +143,7 @@ def read_both(file, flag):
 
 
 def question_ids(answers):
-    """A name for each answer's question, equal in every file: a digest, and #k for the k-th."""
+    """A name for each answer's question, the same in every file: a digest, and #k for the k-th."""
     seen, names = Counter(), []
     for answer in answers:
         name = json_digest(answer.question)[:16]

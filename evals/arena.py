@@ -22,11 +22,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evals.results import collect, number, refuse, rows_of, save, table
+from evals.results import collect, refuse, rows_of, save_results, table
 from evals.stats import Estimate, interval, logistic, ratio_of_sums, resample, sigmoid
 from evals.verdicts import VERDICTS, read_verdict, to_label
 from jobs.cli import UserError, flag, progress, require
 from jobs.flags import VerdictFlags
+from pairs.layouts import number
 
 STYLE = ("token_len", "header_count", "list_count", "bold_count")
 CONTROLS = {"none": [], "length": [0], "markdown": [1, 2, 3], "both": [0, 1, 2, 3]}
@@ -246,4 +247,5 @@ def arena(s):
         view.replace("_", " "): f"{value:.1%}"
         for view, value in results[model].items() if isinstance(value, Estimate)
     } for model in order]))  # fmt: skip
-    save(s.out, {"command": "arena", "seed": s.seed, "control": s.control, "models": results})
+    told = {"command": "arena", "seed": s.seed, "control": s.control}
+    save_results(s.out, told | {"models": results})

@@ -1,8 +1,7 @@
-"""What the parts of a prompt get of the attention while the chosen answer y+ is read.
+"""Computes IFSR's Figure 4: how attention falls on the parts of a prompt while y+ is read.
 
-    attention    mass, variance and skewness by layer, before and after training (IFSR Figure 4)
-
-The contexts are analysis.py's: x,i (the instruction i as a suffix of the question x) and x,ỹ,i (it
+Mass, variance and skewness of the weights by layer, before and after training. y+ is the chosen
+answer; it stands behind x,i (the instruction i as a suffix of the question x) and behind x,ỹ,i (i
 follows the pseudo response ỹ in a turn of its own). Of the paper only the names of these three
 quantities were at hand; what is averaged over what here, `attention_statistics` says.
 
@@ -10,40 +9,39 @@ Legend: N pairs, P contexts, L layers, H heads, K key/value heads, C head width,
 trie, S of them that predict y+.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from data import build_row, lay_out
-from evals.context import Context, Settings, open_views
-from evals.results import save, table
+from evals.context import AnalysisFlags, Context, open_views
+from evals.results import figure_file, out_file, save_results, table
 from evals.stats import estimate
 from generate import load_model
-from jobs.cli import UserError, flag, progress, require
+from jobs.cli import flag, progress, require
+from jobs.flags import InstructionFlags
 from kernels import chains
 from model import visible
 
 MEASURES = ("mass", "variance", "skewness")
-PARTS = ("first", "x", "ỹ", "i", "y+")
+PROMPT_PARTS = ("first", "x", "ỹ", "i", "y+")
 
 
 @dataclass
-class AttentionSettings(Settings):
+class AttentionFlags(AnalysisFlags, InstructionFlags):
     """Every flag of `evaluate.py attention`."""
 
     ref: str | None = flag(None, "the model before training, to be compared with --model")
-    instruction: str = flag("better", "refining instruction: better, another, worse, or your text")
 
 
 def attention(s):
     """What the parts of a prompt get of the attention while y+ is read, by layer."""
     require(s, "model", "data")
-    if s.out and Path(s.out).suffix == ".png":
-        raise UserError(f"--out {s.out}: name the json file; the figure goes beside it")
+    figure = s.out and figure_file(s.out)
     contexts = {
         "x,i": Context("instruct", s.instruction),
         "x,ỹ,i": Context("rejected", s.instruction),
@@ -55,13 +53,15 @@ def attention(s):
         views = views or open_views(s, template, contexts)
         found[name] = attention_statistics(model, views, name)
         del model  # one model in memory at a time
-    averages, rows = compare(found, contexts, s.seed)
+    columns = {name: columns_of(values, contexts) for name, values in found.items()}
+    averages, rows = changes(columns, s.seed)
     print(table(rows))
     results = {"model": s.model, "ref": s.ref, "data": s.data, "n": len(views)}
-    layers = {name: by_layer(values, contexts) for name, values in found.items()}
-    save(s.out, results | {"means": averages, "layers": layers, "pairs": views.where()})
-    if s.out:
-        draw(layers, Path(s.out).with_suffix(".png"))
+    layers = {name: by_layer(values, contexts) for name, values in columns.items()}
+    save_results(s.out, results | {"means": averages, "layers": layers, "pairs": views.where()})
+    if figure:
+        with out_file(figure):
+            draw_layers(layers, figure)
 
 
 class Watched:
@@ -94,13 +94,12 @@ def attention_statistics(model, views, label):
     query to query, there is the mass only.
     """
     device = model.embed.weight.device
-    shape = (len(views), len(views.contexts), model.config.n_layers, len(PARTS), len(MEASURES))
-    found = np.full(shape, np.nan)
+    shape = (len(views), len(views.contexts), model.config.n_layers)
+    found = np.full((*shape, len(PROMPT_PARTS), len(MEASURES)), np.nan)
     with progress(f"attention {label}", len(views), "pair", leave=False) as bar:
         for n in range(len(views)):
             row = build_row([lay_out(views.paths(n))], [n], shape[1]).to(device)
-            rules = chains.attend(row, model.config)
-            rules = [Watched(rule, row.source) for rule in rules]
+            rules = [Watched(rule, row.source) for rule in chains.attend(row, model.config)]
             model.hidden(row.tokens[None], row.positions[None], rules)
             sees = visible(row.until, row.positions)
             for p, spans in enumerate(views.spans(n)):
@@ -108,8 +107,10 @@ def attention_statistics(model, views, label):
                 keys = sees[row.source[scored][-1]].nonzero()[:, 0]  # the path, in its order
                 for layer, rule in enumerate(rules):
                     weights = rule.weights[:, scored][..., keys].double()  # (H, S of p, keys)
-                    for part, (a, b) in spans.items():
-                        found[n, p, layer, PARTS.index(part)] = moments(weights[..., a:b], part)
+                    for i, part in enumerate(PROMPT_PARTS):
+                        if part in spans:
+                            a, b = spans[part]
+                            found[n, p, layer, i] = moments(weights[..., a:b], part)
             bar.update()
     return found
 
@@ -125,20 +126,29 @@ def moments(weights, part):
     return mass.item(), variance.mean().item(), skewness.nanmean().item()
 
 
-def there(values):
-    """Yield (context, part, measure) of (N, P, L, parts, measures) that have no NaN, as numbers."""
-    missing = np.isnan(values).any((0, 2))  # (P, parts, measures)
-    return np.argwhere(~missing.transpose(0, 2, 1))[:, [0, 2, 1]].tolist()
+def columns_of(values, contexts):
+    """(N, P, L, parts, measures) -> {(context, measure, part): (N, L)} of those without a NaN."""
+    found, axes = {}, map(enumerate, (contexts, MEASURES, PROMPT_PARTS))
+    for (p, context), (m, measure), (i, part) in itertools.product(*axes):
+        column = values[:, p, :, i, m]
+        if not np.isnan(column).any():
+            found[context, measure, part] = column
+    return found
 
 
-def compare(found, contexts, seed):
-    """Means over layers, and after training less before: as a list of numbers and as table rows."""
-    averages, rows, names = [], [], list(contexts)
-    for p, i, m in there(sum(found.values())):
-        means = {name: values[:, p, :, i, m].mean(1) for name, values in found.items()}  # (N,)
-        row = {"context": names[p], "measure": MEASURES[m], "part": PARTS[i]}
-        numbers = {name: estimate(mean, seed) for name, mean in means.items()}
-        text = {name: f"{number:.4g}" for name, number in numbers.items()}
+def changes(columns, seed):
+    """Means over layers, and after training less before: as a list of numbers and as table rows.
+
+    columns: {"before": columns_of(…), "after": …}, or the latter alone.
+    """
+    averages, rows = [], []
+    for name in columns["after"]:
+        if not all(name in found for found in columns.values()):
+            continue
+        means = {when: found[name].mean(1) for when, found in columns.items()}  # (N,)
+        row = dict(zip(("context", "measure", "part"), name, strict=True))
+        numbers = {when: estimate(mean, seed) for when, mean in means.items()}
+        text = {when: f"{number:.4g}" for when, number in numbers.items()}
         if len(means) == 2:
             numbers["change"] = estimate(means["after"] - means["before"], seed)
             text["change"] = f"{numbers['change']:+.2g}"
@@ -147,34 +157,29 @@ def compare(found, contexts, seed):
     return averages, rows
 
 
-def by_layer(values, contexts):
-    """(N, P, L, parts, measures) -> {context: {measure: {part: [L means over pairs]}}}."""
+def by_layer(columns, contexts):
+    """{(context, measure, part): (N, L)} -> {context: {measure: {part: [L means over pairs]}}}."""
     layers = {name: {measure: {} for measure in MEASURES} for name in contexts}
-    names = list(contexts)
-    for p, i, m in there(values):
-        layers[names[p]][MEASURES[m]][PARTS[i]] = values[:, p, :, i, m].mean(0).tolist()
+    for (name, measure, part), values in columns.items():
+        layers[name][measure][part] = values.mean(0).tolist()
     return layers
 
 
-def draw(layers, file):
+def draw_layers(layers, file):
     """By layer, a row of panels per context, a colour per part: {before, after: by_layer(…)}."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
     contexts = list(layers["after"])
     size = (13, 3.4 * len(contexts))
-    figure, axes = plt.subplots(len(contexts), 3, figsize=size, layout="constrained")
-    for row, name in zip(axes, contexts, strict=True):
+    figure = Figure(figsize=size, layout="constrained")
+    for row, name in zip(figure.subplots(len(contexts), 3), contexts, strict=True):
         for axis, measure in zip(row, MEASURES, strict=True):
             for when, style in (("before", "--"), ("after", "-")):
                 for part, values in layers.get(when, {name: {measure: {}}})[name][measure].items():
-                    colour = f"C{PARTS.index(part)}"
+                    colour = f"C{PROMPT_PARTS.index(part)}"
                     axis.plot(values, style, color=colour, lw=1.3, label=f"{part} {when}")
             axis.set(title=f"{name}: {measure}", xlabel="layer")
             axis.grid(alpha=0.3)
         row[1].set_yscale("log")
         row[0].legend(frameon=False, fontsize=8, ncols=2)
     figure.savefig(file, dpi=120)
-    plt.close(figure)

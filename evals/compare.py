@@ -1,4 +1,4 @@
-"""Compare two models question by question: the paired bootstrap.
+"""Compares two models question by question, by the paired bootstrap.
 
 Both sides are result files that evaluate.py wrote with --out: the same command, the same questions.
 Several files of a side (a glob, or names with commas) are seeds of one model: a question's value
@@ -10,14 +10,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evals.results import files_of, number, read_results, refuse, save, table
+from evals.results import files_of, read_results, refuse, save_results, table
 from evals.stats import estimate
 from jobs.cli import UserError, flag, require
+from jobs.flags import VerdictFlags
+from pairs.layouts import number
 from pairs.read import Drops
 
 
 @dataclass
-class Settings:
+class CompareFlags(VerdictFlags):
     """Every flag of `evaluate.py compare`."""
 
     a: str | None = flag(None, "result files of one model: a path, a glob, or several with commas")
@@ -25,8 +27,6 @@ class Settings:
     model_a: str | None = flag(None, "which model of the files of --a; default: the first")
     model_b: str | None = flag(None, "which model of the files of --b; default: the first")
     max_missing: float = flag(0.05, "largest share of questions that lack a value")
-    seed: int = flag(0, "of the bootstrap")
-    out: str | None = flag(None, "json file for the numbers")
 
 
 def read_side(text, model, name):
@@ -83,7 +83,8 @@ def compare(s):
                      "seeds": " ".join(f"{mean:.4f}" for mean in means)})  # fmt: skip
     print(table(rows))
     results |= difference(*values, s.seed)
-    save(s.out, results | {"nulls": {rule: len(where) for rule, where in drops.rules.items()}})
+    nulls = {rule: len(where) for rule, where in drops.rules.items()}
+    save_results(s.out, results | {"nulls": nulls})
 
 
 def difference(a, b, seed):

@@ -1,10 +1,8 @@
-"""Why conditioning works: IFSR's analyses, on any model and pairs.
+"""Computes IFSR's Tables 2 and 7: what the context of an answer does to its probability.
 
     context      loss of y+ and variance of its tokens' probabilities, by what stands before it
-                 (IFSR Table 2, and InSPO's separators beside it)
-    next_token   which token comes next in the answer, behind four prompts (IFSR Table 7)
-
-The third, attention over the parts of a prompt (Figure 4), is attention.py's.
+                 (Table 2, and InSPO's separators beside it)
+    next_token   which token comes next in the answer, behind four prompts (Table 7)
 
 In the signs of the paper, y+ is the chosen answer, ỹ the pseudo response (the rejected one), i the
 refining instruction: ↑ for a better, ⁰ for another, ↓ for a worse response. Without ỹ it is a
@@ -16,6 +14,7 @@ The token sequences are those of training, and log-probabilities come from the s
 Legend: N pairs, P contexts, V vocabulary.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,10 +23,11 @@ import torch
 
 import losses
 from data import Dataset, Limits, lay_out, scored_rows, trie_size
-from evals.results import save, table
+from evals.results import save_results, table
 from evals.stats import estimate
 from generate import load_model
 from jobs.cli import UserError, flag, progress, require
+from jobs.flags import DataFlags, ModelFlags, ResultFlags
 from pairs.read import Drops, read_pairs
 
 # ----------------------------------------------------------------------------- contexts
@@ -61,16 +61,15 @@ class Views:
     """
 
     def __init__(self, pairs, template, contexts, max_len):
-        self.contexts, self.drops, datasets = contexts, Drops(), {}
-        for c in contexts.values():
-            if c[1:] not in datasets:
-                # with instructed prompts; since nothing is cut, it serves the other contexts too
-                rule = losses.recipe("dpo", "instruct", c.bridge)
-                limits = Limits(10**9, 1.0)
-                datasets[c[1:]] = Dataset(
-                    pairs, template, rule, limits, c.instruction, c.sep, shown=True
-                )
-        self.datasets = [datasets[c[1:]] for c in contexts.values()]
+        @functools.cache
+        def dataset(*options):
+            """Serves all contexts that agree in these: nothing is cut, whatever they show."""
+            instruction, bridge, sep = options
+            rule, limits = losses.recipe("dpo", "instruct", bridge), Limits(10**9, 1.0)
+            return Dataset(pairs, template, rule, limits, instruction, sep, shown=True)
+
+        self.contexts, self.drops = contexts, Drops()
+        self.datasets = [dataset(*c[1:]) for c in contexts.values()]
         self.kept = [i for i in range(len(self.datasets[0])) if self._fits(i, max_len)]
         if not self.kept:
             raise UserError(f"no pair is left: {self.drops}")
@@ -109,9 +108,8 @@ class Views:
         there, with what the template writes around them, and y+.
         """
         spans = []
-        for c, dataset, (segments, _) in zip(
-            self.contexts.values(), self.datasets, self.paths(n), strict=True
-        ):
+        views = zip(self.contexts.values(), self.datasets, self.paths(n), strict=True)
+        for c, dataset, (segments, _) in views:
             example, end = dataset.examples[self.kept[n]], sum(map(len, segments))
             start = end - len(segments[-1])
             asked = start if c.shows is None else len(example.prompt)
@@ -135,24 +133,17 @@ def shared(a, b):
 
 
 @dataclass
-class Settings:
+class AnalysisFlags(ModelFlags, DataFlags, ResultFlags):
     """The flags that all analyses share."""
 
-    model: str | None = flag(None, "HF directory or hub id")
-    revision: str | None = flag(None, "branch, tag or commit of --model on the hub")
-    data: str | None = flag(None, "jsonl, json, parquet, glob or hub dataset id[:split]")
-    limit: int | None = flag(None, "only the first N pairs")
     max_len: int = flag(2048, "tokens of every single path; longer pairs are left out")
-    seed: int = flag(0, "of the bootstrap")
-    dtype: str | None = flag(None, "default: bf16 on CUDA, else fp32", ("bf16", "fp32"))
-    device: str = flag("auto", "where to run", ("auto", "cpu", "cuda"))
     out: str | None = flag(None, "json file for the numbers; a figure goes beside it as png")
 
 
 def open_views(s, template, contexts):
-    """Read --data, say what was left out -> Views."""
+    """Reads --data, says what was left out -> Views."""
     drops = Drops()
-    pairs = read_pairs(s.data, drops, s.limit)
+    pairs = read_pairs(s.data, drops, s.limit, bad_rows=s.bad_rows, revision=s.data_revision)
     views = Views(pairs, template, contexts, s.max_len)
     print(f"{s.data}: {len(pairs)} pairs read, dropped: {drops}; compared: {views.report()}")
     return views
@@ -162,7 +153,7 @@ def open_views(s, template, contexts):
 
 
 @dataclass
-class ContextSettings(Settings):
+class ContextFlags(AnalysisFlags):
     """Every flag of `evaluate.py context`."""
 
     sep: str | None = flag(None, "one more separator to look at")
@@ -189,7 +180,7 @@ def context(s):
         rows.append({"context": name} | {k: f"{v:{forms[k]}}" for k, v in numbers.items()})
         results["contexts"][name] = numbers | {"losses": loss[:, p].tolist()}
     print(table(rows))
-    save(s.out, results | {"pairs": views.where()})
+    save_results(s.out, results | {"pairs": views.where()})
 
 
 def separated(template, sep=None):
@@ -225,7 +216,7 @@ def token_statistics(model, views, row_tokens=None):
 
 
 @dataclass
-class NextTokenSettings(Settings):
+class NextTokenFlags(AnalysisFlags):
     """Every flag of `evaluate.py next_token`."""
 
     draft: bool = flag(False, "show ỹ, and bring the instruction in a second turn")
@@ -246,7 +237,7 @@ def next_token(s):
     with progress("next token", len(views), "pair", leave=False) as bar:
         for n, where in enumerate(views.where()):
             logps = next_logps(model, views, n, prefix)  # (P, V)
-            tops = [likeliest(row, template, s.top) for row in logps]
+            tops = [top_tokens(row, template, s.top) for row in logps]
             pairs.append({"pair": where, "top": dict(zip(contexts, tops, strict=True))})
             measures.append(spread(logps))
             if n < s.show:
@@ -263,7 +254,7 @@ def next_token(s):
         for name, numbers in results["contexts"].items()
     ]
     print(f"\nentropy in nats, total variation distance from x\n{table(rows)}")
-    save(s.out, results | {"pairs": pairs})
+    save_results(s.out, results | {"pairs": pairs})
 
 
 @torch.no_grad()
@@ -277,7 +268,7 @@ def next_logps(model, views, n, prefix):
     return torch.stack(rows).cpu()
 
 
-def likeliest(logps, template, top):
+def top_tokens(logps, template, top):
     """(V,) -> [[token's text, probability]], the likeliest first."""
     values, ids = logps.topk(min(top, len(logps)))
     texts = [template.decode([i], skip_special=False) for i in ids]

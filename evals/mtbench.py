@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evals.results import collect, number, refuse, rows_of, save, table
+from evals.results import collect, refuse, rows_of, save_results, table
 from evals.stats import ratio_of_sums
 from evals.verdicts import read_grade
 from jobs.cli import UserError, flag, require
 from jobs.flags import VerdictFlags
+from pairs.layouts import number
 
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem",
               "humanities")  # fmt: skip
@@ -151,7 +152,7 @@ def mtbench(s):
         {"model": m} | {c: two_digits(v) for c, v in results[m]["categories"].items()}
         for m in order
     ]))  # fmt: skip
-    save(s.out, {"command": "mtbench", "seed": s.seed, "models": results})
+    save_results(s.out, {"command": "mtbench", "seed": s.seed, "models": results})
 
 
 def two_digits(estimate):

@@ -5,11 +5,12 @@ Only config.json is read, and the model is built on the meta device: no weights,
 Legend: T tokens of a row, N GPUs, H heads, C head width.
 """
 
-import dataclasses
+from dataclasses import dataclass
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from evals.results import markdown_table
 from hub.weights import resolve
 from jobs.cli import flag, require
 from jobs.flags import CheckpointFlags
@@ -19,14 +20,14 @@ GPUS = (1, 4, 8)
 HEADROOM = 0.9  # of a GPU's memory: CUDA, NCCL and fragmentation have the rest
 
 
-@dataclasses.dataclass
+@dataclass
 class PlanFlags(CheckpointFlags):
     """Every flag of `evaluate.py plan`."""
 
     row_tokens: int = flag(8192, "tokens per row")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Sizes:
     """Parameters of a model, and the bytes that backward needs of one row of T tokens."""
 
@@ -90,7 +91,7 @@ class Kernel(torch.autograd.Function):
 
 
 def per_gpu(sizes, n, dtype=torch.bfloat16):
-    """{what: bytes} on each of n GPUs, as ranks.shard lays a model out.
+    """{what: bytes} on each of n GPUs, as jobs.processes.shard lays a model out.
 
     fp32 weights, gradients and AdamW's two moments are sharded. Gathered in the compute dtype are,
     on several GPUs, the root and two blocks (one computes, one is fetched), and in backward their
@@ -116,17 +117,15 @@ def memory_table(config, tokens, gpu_bytes=80 * 10**9):
         f"{s.parameters:,} parameters; a row of {tokens} tokens keeps {s.activations / gb:.1f} GB "
         f"for backward, {s.recomputed / gb:.1f} GB with --checkpoint_activations"
     )
-    names = ("GPUs", *per_gpu(s, 1), "sum", "+ row", "+ recomputed")
-    yield "| " + " | ".join(names) + " |"
-    yield "| --- " * len(names) + "|"
+    rows = []
     for n in GPUS:
         parts = per_gpu(s, n)
         total = sum(parts.values())
-        cells = [f"{size / gb:.1f}" for size in (*parts.values(), total)]
+        rows.append([str(n), *(f"{size / gb:.1f}" for size in (*parts.values(), total))])
         for row in (s.activations, s.recomputed):
             fits = total + row <= HEADROOM * gpu_bytes
-            cells.append(f"{(total + row) / gb:.1f}{'' if fits else ' (too much)'}")
-        yield f"| {n} | " + " | ".join(cells) + " |"
+            rows[-1].append(f"{(total + row) / gb:.1f}{'' if fits else ' (too much)'}")
+    yield from markdown_table(("GPUs", *parts, "sum", "+ row", "+ recomputed"), rows)
     yield (
         f"GB per GPU; too much: over {HEADROOM:.0%} of {gpu_bytes / gb:.0f} GB. --offload keeps "
         "weights, gradients and optimizer in CPU memory"

@@ -1,31 +1,30 @@
-"""One self-contained page: tables, lengths, answers side by side, training curves.
+"""Writes one self-contained page: tables, training curves, lengths, answers side by side.
 
 Everything that comes from files is escaped: tables by jinja2, answers as JSON that the page's
-script sets as text. No external resources, so the file can be mailed and opened anywhere.
+script sets as text. Pictures are drawn by matplotlib and embedded. There are no external
+resources, so the file can be mailed and opened anywhere.
 """
 
+import base64
+import io
 import json
 import math
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 
 from evals.answers import question_ids, read_answers
-from evals.results import files_of, read_results
+from evals.results import draw_lengths, files_of, out_file, read_results
 from jobs.cli import UserError, flag, require
 from jobs.files import ASSETS
-from jobs.rundir import read_metrics
+from jobs.rundir import draw, read_metrics
 
 HIDDEN = {"values", "scores", "models", "pairs", "margins", "probabilities"}  # too long for a table
-COLOURS = ("#3366cc", "#dc7a12", "#2a9d5c", "#a43fb5", "#c02f3d", "#5f6b7a")
-WIDTH, HEIGHT = 300, 130  # of a drawing
-BARS = 24
 
 
 @dataclass
-class Settings:
+class ReportFlags:
     """Every flag of `evaluate.py report`."""
 
     results: str | None = flag(None, "json files of --out: paths or globs, with commas between")
@@ -39,16 +38,16 @@ class Settings:
 # ----------------------------------------------------------------------------- tables
 
 
-def cell(value):
+def cell_text(value):
     """A number, or a [mean, low, high] -> text; None where it is neither."""
-    if isinstance(value, list) and len(value) == 3 and all(map(is_number, value)):
-        return "{} [{}, {}]".format(*map(cell, value))
+    if isinstance(value, list) and len(value) == 3 and all(map(is_finite, value)):
+        return "{} [{}, {}]".format(*map(cell_text, value))
     if isinstance(value, bool | str | int):
         return str(value)
-    return f"{value:.4g}" if is_number(value) else None
+    return f"{value:.4g}" if is_finite(value) else None
 
 
-def is_number(value):
+def is_finite(value):
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -60,14 +59,13 @@ def flatten(content, prefix=""):
             continue
         if isinstance(value, dict):
             row |= flatten(value, f"{prefix}{key} ")
-        elif (text := cell(value)) is not None:
+        elif (text := cell_text(value)) is not None:
             row[f"{prefix}{key}".replace("_", " ")] = text
     return row
 
 
 def tables_of(file, results):
-    """A result file -> list of {title, columns, rows}: what it says of all, of each model, of each
-    subset."""
+    """A result file -> [{title, columns, rows}]: of all, of each model, of each subset."""
     parts = results.get("subsets") or {}
     whole = {k: v for k, v in results.items() if k not in ("subsets", "answers", "against")}
     found = [
@@ -84,59 +82,32 @@ def tables_of(file, results):
     return tables
 
 
-# ----------------------------------------------------------------------------- drawings
+# ----------------------------------------------------------------------------- pictures
 
 
-def histograms(sides):
-    """{name: list of Answer} -> one drawing of lengths per file, all on one scale."""
-    lengths = {name: [len(answer.text) for answer in rows] for name, rows in sides.items()}
-    top = max((max(values) for values in lengths.values()), default=0) or 1
-    drawings = []
-    for number, (name, values) in enumerate(lengths.items()):
-        counts = [0] * BARS
-        for value in values:
-            counts[min(BARS - 1, value * BARS // top)] += 1
-        step, scale = WIDTH / BARS, HEIGHT / max(counts)
-        bars = [(i * step, HEIGHT - n * scale, step - 1, n * scale, n, i * top // BARS)
-                for i, n in enumerate(counts)]  # fmt: skip
-        drawings.append({
-            "name": name, "n": len(values), "mean": statistics.mean(values), "bars": bars,
-            "median": statistics.median(values), "top": top,
-            "colour": COLOURS[number % len(COLOURS)],
-        })  # fmt: skip
-    return drawings
+def pictures_of(run, sides):
+    """[{title, about, source}] of the curves of a run and the lengths of answer files, if given."""
+    pictures = []
+    if run:
+        file = Path(run) / "metrics.jsonl"
+        if not file.exists():
+            raise UserError(f"--run {run}: no metrics.jsonl; give the --out of a training run")
+        about = "loss, accuracy and margin over steps"
+        pictures.append(picture("Training", about, draw, {None: read_metrics(file)}))
+    if sides:
+        lengths = {name: [len(answer.text) for answer in rows] for name, rows in sides.items()}
+        title = "Lengths of the answers, in characters"
+        about = "histograms of " + ", ".join(f"{k} ({len(v)} answers)" for k, v in lengths.items())
+        pictures.append(picture(title, about, draw_lengths, lengths, "characters", "answers"))
+    return pictures
 
 
-def curves(run):
-    """Loss, accuracy and margin of a run's metrics.jsonl -> drawings, as in metrics.py."""
-    file = Path(run) / "metrics.jsonl"
-    if not file.exists():
-        raise UserError(f"--run {run}: no metrics.jsonl; give the --out of a training run")
-    drawings, lines = [], read_metrics(file)
-    for name in ("loss", "accuracy", "margin"):
-        series = {}
-        for key in (name, f"eval_{name}", f"eval_plain_{name}"):
-            points = [(x["step"], x[key]) for x in lines if is_number(x.get(key)) and "step" in x]
-            if points:
-                series[key] = points
-        if series:
-            drawings.append(curve(name, series))
-    return drawings
-
-
-def curve(title, series):
-    """{name: [(step, value)]} -> a drawing with its lines scaled to WIDTH x HEIGHT."""
-    steps, values = zip(*(point for points in series.values() for point in points), strict=True)
-    low, high, last = min(values), max(values), max(max(steps), 1)
-    spread = (high - low) or 1.0
-    lines = [
-        {"name": name, "colour": COLOURS[n % len(COLOURS)], "points": [
-            (round(x / last * WIDTH, 1), round(HEIGHT - (y - low) / spread * HEIGHT, 1))
-            for x, y in points
-        ]}
-        for n, (name, points) in enumerate(series.items())
-    ]  # fmt: skip
-    return {"title": title, "lines": lines, "low": low, "high": high, "last": last}
+def picture(title, about, drawing, content, *options):
+    """What drawing(content, file, *options) draws, as a PNG in a data URI."""
+    png = io.BytesIO()
+    drawing(content, png, *options)
+    source = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+    return {"title": title, "about": about, "source": source}
 
 
 # ----------------------------------------------------------------------------- answers
@@ -179,22 +150,16 @@ def report(s):
     page = render(
         title=s.title,
         tables=[t for file, content in results.items() for t in tables_of(file, content)],
-        histograms=histograms(sides) if sides else [],
-        curves=curves(s.run) if s.run else [],
-        width=WIDTH,
-        height=HEIGHT,
-        data={"files": list(sides), "rows": rows, "colours": COLOURS},
+        pictures=pictures_of(s.run, sides),
+        data={"files": list(sides), "rows": rows},
     )
-    try:
-        Path(s.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(s.out).write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out {s.out}: {error.strerror}") from error
+    with out_file(s.out) as file:
+        file.write_text(page, encoding="utf-8")
     print(f"{s.out}: {len(results)} result files, {len(rows)} prompts, {len(page) / 1e6:.1f} MB")
 
 
 def render(**content):
-    """Fill assets/report.html; every value is escaped."""
+    """Fills assets/report.html; every value is escaped."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

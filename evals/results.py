@@ -1,19 +1,22 @@
-"""What every evaluation reads and reports: rows of files, what is missing, a table, one JSON file.
+"""Reads rows of files, counts missing verdicts, prints tables and writes the numbers as JSON.
 
-The JSON has {"models": {name: {"n", …, "values": {question id: number or null}}}}; the values are
-what `evaluate.py compare` pairs, question by question.
+Every evaluation does these alike. The JSON has {"models": {name: {"n", …, "values": {question id:
+number or null}}}}; the values are what `evaluate.py compare` pairs, question by question.
 """
 
+import contextlib
 import glob
-import json
-import math
 import os
-import pathlib
+from pathlib import Path
+
+import numpy as np
 
 from jobs.cli import UserError
-from jobs.files import parse_json
+from jobs.files import parse_json, write_json
 from pairs.read import Drops
 from pairs.sources import records
+
+# ----------------------------------------------------------------------------- reading
 
 
 def files_of(text, name):
@@ -28,12 +31,27 @@ def files_of(text, name):
 
 
 def rows_of(text, name):
-    """Yield ("file:row", dict) of all the files_of text; UserError for a row that is no object."""
+    """Yields ("file:row", dict) of all the files_of text; UserError for a row that is no object."""
     for file in files_of(text, name):
         for where, row in records(file):
             if not isinstance(row, dict):
                 raise UserError(f"{where}: expected an object with named columns")
             yield where, row
+
+
+def read_results(file):
+    """A file of save_results -> dict, "models" {} where it has none; UserError for another file."""
+    try:
+        content = parse_json(Path(file).read_text(encoding="utf-8"), file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not readable: {error}") from error
+    known = isinstance(content, dict) and ("models" in content or "command" in content)
+    if not known or not isinstance(content.setdefault("models", {}), dict):
+        raise UserError(f"{file}: no result file; write one with evaluate.py … --out")
+    return content
+
+
+# ----------------------------------------------------------------------------- what is missing
 
 
 def collect(verdicts):
@@ -61,28 +79,21 @@ def collect(verdicts):
 
 
 def refuse(drops, expected, max_missing, what):
-    """Print what is missing of `expected` verdicts or scores; UserError if it is too large a share.
+    """Prints what is missing of `expected` verdicts or scores; UserError if the share is too large.
 
-    drops: pairs.Drops; max_missing: a share in [0, 1].
+    drops: pairs.read.Drops; max_missing: a share in [0, 1].
     """
-    missing = sum(len(where) for where in drops.rules.values())
-    if not missing:
+    if not drops.total:
         return
-    print(f"{what}: {missing} of {expected} missing or faulty: {drops}")
-    if missing > max_missing * expected:
+    print(f"{what}: {drops.total} of {expected} missing or faulty: {drops}")
+    if drops.total > max_missing * expected:
         raise UserError(
-            f"{what}: {missing / expected:.1%} missing or faulty ({drops}); "
+            f"{what}: {drops.total / expected:.1%} missing or faulty ({drops}); "
             f"mend them or raise --max_missing {max_missing}"
         )
 
 
-def number(value):
-    """A finite number, or text that is one, as float; None for all else: that is no verdict."""
-    try:
-        found = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        return None
-    return found if math.isfinite(found) else None
+# ----------------------------------------------------------------------------- writing
 
 
 def table(rows):
@@ -96,25 +107,69 @@ def table(rows):
     )
 
 
-def save(file, results):
-    """Write the numbers as JSON, if a file is wanted; an Estimate becomes [mean, low, high]."""
-    if file:
-        try:
-            pathlib.Path(file).parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
-            pathlib.Path(file).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--out {file}: {error.strerror}") from error
+def markdown_table(columns, rows):
+    """Column names and rows of texts -> the lines of a table in Markdown."""
+    lines = (columns, ["---"] * len(columns), *rows)
+    return ["| " + " | ".join(cells) + " |" for cells in lines]
 
 
-def read_results(file):
-    """A file of `save` -> dict, "models" being empty where it has none; UserError for another."""
+@contextlib.contextmanager
+def out_file(file):
+    """Makes the folder of --out for what is written inside; UserError where it cannot be."""
     try:
-        with open(file, encoding="utf-8") as f:
-            content = parse_json(f.read(), file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not readable: {error}") from error
-    known = isinstance(content, dict) and ("models" in content or "command" in content)
-    if not known or not isinstance(content.setdefault("models", {}), dict):
-        raise UserError(f"{file}: no result file; write one with evaluate.py … --out")
-    return content
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        yield Path(file)
+    except OSError as error:
+        raise UserError(f"--out {file}: {error.strerror}") from error
+
+
+def figure_file(file):
+    """FILE.png, where the figure beside --out FILE.json goes."""
+    if (figure := Path(file).with_suffix(".png")) == Path(file):
+        raise UserError(f"--out {file}: name the json file; the figure goes beside it")
+    return figure
+
+
+def save_results(file, results):
+    """Writes the numbers as JSON, if a file is wanted; an Estimate becomes [mean, low, high]."""
+    if file:
+        with out_file(file):
+            write_json(file, results)
+
+
+# ----------------------------------------------------------------------------- lengths
+
+
+def count_lengths(lengths):
+    """{name: (N,) lengths} -> edges of up to forty bins between whole numbers, {name: counts}.
+
+    The bins grow as the lengths do, for a logarithmic axis; the first one takes in length 0.
+    """
+    lengths = {name: np.maximum(values, 1) for name, values in lengths.items()}
+    low, top = (pick([pick(v) for v in lengths.values()]) for pick in (np.min, np.max))
+    edges = np.unique(np.geomspace(low, top + 1, 41).round()) - 0.5
+    return edges, {name: np.histogram(v, edges)[0] for name, v in lengths.items()}
+
+
+def draw_lengths(lengths, file, unit, of, limit=None):
+    """Histograms of {name: (N,) lengths} over each other. unit, of: what the axes count.
+
+    file: a name, or a binary file; limit: {name: length} to be marked.
+    """
+    from matplotlib.figure import Figure  # not pyplot: no window, no global state
+    from matplotlib.ticker import LogFormatter
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    edges, counts = count_lengths(lengths)
+    for name, values in lengths.items():
+        name = name if len(name) < 60 else f"…{name[-59:]}"  # or it is wider than the figure
+        name = name.replace("$", r"\$")  # or it is set as a formula
+        label = f"median {np.median(values):.0f}, 95% {np.percentile(values, 95):.0f}: {name}"
+        axis.stairs(counts[name], edges, label=label, lw=1.6)
+    for name, at in (limit or {}).items():
+        axis.axvline(at, color="black", lw=0.8, linestyle=":", label=f"{name} {at}")
+    axis.set(xscale="log", xlabel=unit, ylabel=of)
+    axis.xaxis.set(major_formatter="{x:g}", minor_formatter=LogFormatter())  # 20, not 2 × 10¹
+    figure.legend(loc="outside lower left", frameon=False)
+    figure.savefig(file, dpi=120)

@@ -1,4 +1,4 @@
-"""RewardBench: a reward model's accuracy on pairs, by section (Lambert et al. 2024, 2403.13787).
+"""Computes RewardBench: a reward model's accuracy on pairs by section (arXiv 2403.13787).
 
 A pair is won where the chosen answer's score is strictly higher. A section's accuracy weighs its
 subsets by the number of their prompts, but that math-prm weighs as much as all the code together
@@ -65,8 +65,8 @@ def sections(subsets, wins, seed=0):
     return found, missing
 
 
-def report(subsets, wins, seed=0):
-    """Print what `sections` found, and what was missing for more; return the former."""
+def print_sections(subsets, wins, seed=0):
+    """Prints what `sections` found, and what was missing for more; returns the former."""
     found, missing = sections(subsets, wins, seed)
     if found:
         print(table([{"RewardBench": name, "accuracy": f"{of:.1%}"} for name, of in found.items()]))

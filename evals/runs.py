@@ -6,6 +6,7 @@ Draws the curves of their metrics.jsonl over each other, and tabulates where eac
 from dataclasses import dataclass
 from pathlib import Path
 
+from evals.results import markdown_table, out_file
 from jobs.cli import UserError, arguments, flag
 from jobs.rundir import draw, read_metrics
 
@@ -18,44 +19,40 @@ class RunsFlags:
     out: str = flag("runs.png", "the figure")
 
 
-ENDS = (  # column, which line of metrics.jsonl, key
-    ("steps", "last", "step"),
-    ("loss", "last", "loss"),
-    ("grad norm", "last", "grad_norm"),
-    ("best eval loss", "best", "eval_loss"),
-    ("at step", "best", "step"),
-    ("its accuracy", "best", "eval_accuracy"),
-    ("its plain accuracy", "best", "eval_plain_accuracy"),
-    ("its plain margin", "best", "eval_plain_margin"),
-    ("pairs/s", "speed", "pairs_per_second"),
-)
-
-
 def runs(s):
     """Draw training runs over each other, and print where each of them ended."""
     if not s.runs:
         raise UserError("runs: name the run directories, OUT1 OUT2 …")
     names = [str(Path(run)) for run in s.runs]
     lines = {name: read_metrics(Path(name) / "metrics.jsonl") for name in names}
-    print("| run | " + " | ".join(column for column, _, _ in ENDS) + " |")
-    print("| --- |" + " --- |" * len(ENDS))
-    for name in lines:
-        found = ends(lines[name])
-        cells = [found[which].get(key) for _, which, key in ENDS]
-        shown = (
-            "-" if c is None else f"{c:.4f}" if isinstance(c, float) else str(c) for c in cells
-        )
-        print(f"| {name} | " + " | ".join(shown) + " |")
-    Path(s.out).parent.mkdir(parents=True, exist_ok=True)
-    draw(lines, s.out)
+    ended = {name: ends(lines[name]) for name in lines}
+    rows = [[name, *map(shown, values.values())] for name, values in ended.items()]
+    print("\n".join(markdown_table(["run", *ended[names[0]]], rows)))
+    with out_file(s.out):
+        draw(lines, s.out)
     print(f"drawn: {s.out}")
 
 
+def shown(value):
+    """A number as the table has it; "-" where a run has none."""
+    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
 def ends(lines):
-    """The last step, the best validation after the start, and the mean speed of a run."""
+    """{column: value} of a run: its last step, best validation after the start, mean speed."""
     steps = [x for x in lines if "loss" in x]
     evals = [x for x in lines if "eval_loss" in x and x["step"] > 0]
+    last = steps[-1] if steps else {}
     best = min(evals, key=lambda x: x["eval_loss"], default={})
     seconds = sum(x["seconds"] for x in steps)
-    speed = {"pairs_per_second": sum(x["pairs"] for x in steps) / seconds} if seconds else {}
-    return {"last": steps[-1] if steps else {}, "best": best, "speed": speed}
+    return {
+        "steps": last.get("step"),
+        "loss": last.get("loss"),
+        "grad norm": last.get("grad_norm"),
+        "best eval loss": best.get("eval_loss"),
+        "at step": best.get("step"),
+        "its accuracy": best.get("eval_accuracy"),
+        "its plain accuracy": best.get("eval_plain_accuracy"),
+        "its plain margin": best.get("eval_plain_margin"),
+        "pairs/s": sum(x["pairs"] for x in steps) / seconds if seconds else None,
+    }

@@ -1,4 +1,4 @@
-"""What a number is worth: intervals by the bootstrap, win rates, logistic regression.
+"""Computes bootstrap intervals, win rates and weighted logistic regressions.
 
 Legend: N prompts, pairs or questions, R resamples, D features.
 """

@@ -12,7 +12,7 @@ import torch
 
 from assets import world as small_world
 from data import BRIDGES, Dataset, Limits, lay_out, scored_rows
-from evals.results import save
+from evals.results import save_results
 from generate import load_model
 from jobs.cli import flag, require
 from jobs.files import ASSETS
@@ -50,7 +50,7 @@ def world(s):
             best = small_world.best_win_rate(start, kind, shown=name == "shown")
             print(f"  {kind:13} win rate {rate:.1%} against the start; the best is {best:.1%}")
             results[name][kind] = {"win_rate": rate, "best": best}
-    save(s.out, results)
+    save_results(s.out, results)
 
 
 def world_win_rate(directory, start, kind="separable"):

@@ -202,13 +202,10 @@ def read_metrics(file, say=print):
 
 def draw(runs, file):
     """{label or None: lines} -> a figure of loss, accuracy and margin over steps."""
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    for axis, name in zip(axes, ("loss", "accuracy", "margin"), strict=True):
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    for axis, name in zip(figure.subplots(1, 3), ("loss", "accuracy", "margin"), strict=True):
         for n, (label, lines) in enumerate(runs.items()):
             for key, style in (
                 (name, "-"),
@@ -225,4 +222,3 @@ def draw(runs, file):
         if axis.has_data():
             axis.legend(frameon=False, fontsize=8)
     figure.savefig(file, dpi=120)
-    plt.close(figure)

@@ -17,7 +17,7 @@ NONE = ["--difficulty=none", "--gamed=none"]
 
 def run_alpaca(file, *words, out=None):
     words = [f"--annotations={file}", *words, *([f"--out={out}"] if out else [])]
-    alpaca.alpaca(parse(alpaca.Settings, "", list(map(str, words))))
+    alpaca.alpaca(parse(alpaca.AlpacaFlags, "", list(map(str, words))))
     return json.loads(out.read_text())["models"] if out else None
 
 
@@ -58,7 +58,7 @@ def test_the_interval_is_wider_than_that_of_the_predictions():
     model = read_annotations(str(data / "annotations.csv.gz"))["OpenHermes-2.5-Mistral-7B"]
     difficulty = alpaca.read_difficulty(str(data / "instruction_difficulty.csv"))
     gamed = alpaca.read_gamed(str(data / "gamed.csv.gz"), difficulty)
-    result = alpaca.evaluate_model(model, difficulty, gamed, resamples=60, seed=0)
+    result = alpaca.leaderboard_row(model, difficulty, gamed, resamples=60, seed=0)
     mean, low, high = result["length_controlled_winrate"]
     assert low < mean < high
     assert 0.6 < (high - low) / (2 * 1.96 * result["standard_error"]) < 2

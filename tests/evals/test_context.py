@@ -11,7 +11,7 @@ import torch
 import evaluate
 from conftest import PAIRS, write_model
 from evals import context as analysis
-from evals.attention import MEASURES, PARTS, Watched, attention_statistics
+from evals.attention import MEASURES, PROMPT_PARTS, Watched, attention_statistics
 from evals.context import INSTRUCTED, SHOWN, Views, separated, token_statistics
 from generate import load_model
 from hub.template import INSTRUCTIONS, Template
@@ -203,7 +203,7 @@ def attention_by_hand(peer, row, context, template):
     found = []
     for layer in peer.run(before + answer, output_attentions=True).attentions:
         heads = layer[0].double().numpy()
-        parts = np.full((len(PARTS), len(MEASURES)), np.nan)
+        parts = np.full((len(PROMPT_PARTS), len(MEASURES)), np.nan)
         for part, start in starts.items():
             values = []
             for head in heads:
@@ -212,9 +212,9 @@ def attention_by_hand(peer, row, context, template):
                     d = a - a.mean()
                     moment = (d**3).mean() / a.std() ** 3 if a.std() > 0 else np.nan
                     values.append((a.sum(), a.var(), moment))
-            parts[PARTS.index(part)] = np.nanmean(values, 0)
+            parts[PROMPT_PARTS.index(part)] = np.nanmean(values, 0)
             if part in ("first", "y+"):
-                parts[PARTS.index(part), 1:] = np.nan
+                parts[PROMPT_PARTS.index(part), 1:] = np.nan
         found.append(parts)
     return np.array(found)
 
@@ -314,4 +314,4 @@ def test_attention_of_a_real_model_equals_transformers(smollm2, hh_file):
     for layer, weights in enumerate(peer.run(ids, output_attentions=True).attentions):
         for part, (a, b) in spans.items():
             mass = weights[0, :, queries, a:b].sum(-1).mean().item()
-            assert found[layer, PARTS.index(part)] == pytest.approx(mass, abs=1e-4)
+            assert found[layer, PROMPT_PARTS.index(part)] == pytest.approx(mass, abs=1e-4)
