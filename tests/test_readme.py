@@ -111,6 +111,21 @@ def headings(page):
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
+def test_every_file_and_test_that_is_named_exists():
+    pages = "\n".join([README, *DOCS.values()])
+    exercises = {"evals/lengths.py", "families/olmo2.py"}  # which the tour's reader writes
+    named = set(
+        re.findall(r"(?<![\w/])((?:bench|tests|assets|recipes|evals|families)/[\w/]+\.\w+)", pages)
+    )
+    assert not [name for name in named - exercises if not (ROOT / name).exists()]
+    tests = {file.name: file.read_text(encoding="utf-8") for file in ROOT.glob("tests/**/*.py")}
+    for line in pages.splitlines():
+        for file, functions in re.findall(r"(test_\w+\.py)((?:.*?::\w+)*)", line):
+            assert file in tests, file
+            for function in re.findall(r"::(\w+)", functions):
+                assert f"def {function}(" in tests[file], f"{file}::{function}"
+
+
 def test_the_prose_stays_short():
     """README at most 9 KB; the docs at most eight pages and 10,000 words."""
     assert len(README.encode()) <= 9 * 1024
