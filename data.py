@@ -170,7 +170,7 @@ class Dataset:
         contexts = {path.context for path in recipe.paths}
         self.in_context = bool(contexts & {"chosen", "rejected"})
         self.instructed = "instruct" in contexts
-        self.twice = Path("rejected", "rejected") in recipe.paths  # the same answer on one path
+        self.twice = {p.target for p in recipe.paths if p.context == p.target}  # on one path
         self._bridge(template.separator() if sep is None else sep)
         self.drops, self.cuts = Drops(), defaultdict(int)
         if stored is None:
@@ -288,9 +288,10 @@ class Dataset:
 
         chosen, rejected: their lengths. The chosen one may take what the rejected one leaves.
         """
-        half = room // 2 if self.twice else max(room // 2, room - chosen)
+        half = room // 2 if "rejected" in self.twice else max(room // 2, room - chosen)
         capped = min(int(self.limits.draft_cap * self.limits.max_len), half)
-        return capped, room - min(rejected, capped)
+        left = room - min(rejected, capped)
+        return capped, min(left, room // 2) if "chosen" in self.twice else left
 
     def _shorten(self, messages, ids, room):
         """Drops whole turns from the left (a system turn stays), then tokens from the left."""

@@ -181,10 +181,12 @@ def random_dataset(rng, template, condition):
         return None, pairs, rule
 
 
-@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("condition", [*CONDITIONS, "each behind itself"])
 def test_max_len_holds_for_every_path_and_every_path_has_something_to_score(
-    condition, tiny, for_all
+    condition, tiny, for_all, monkeypatch
 ):
+    monkeypatch.setitem(CONDITIONS, "each behind itself", (("chosen", "rejected"),))  # a fork's
+
     def check(rng):
         dataset, _, rule = random_dataset(rng, tiny, condition)
         for i in range(len(dataset or ())):
