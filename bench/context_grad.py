@@ -6,7 +6,7 @@
                 and its share of the exact norm, over all parameters, mean over pairs
     win rates   in the small world (bench/small_world.py's runs, learning rate and seeds), of the
                 policy as deployed and as shown the answer to beat; percent, mean ± standard
-                deviation over seeds
+                deviation over seeds; *cut* is without the gradient of contexts
 
 What it saves is a row of bench/pairs_per_second.py.
 """
@@ -16,17 +16,19 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import losses
 from bench import small_world
 from bench.inputs import WorkloadFlags
 from bench.measuring import table, tell
+from bench.small_world_report import spread
 from bench.training import CONTENDERS
 from data import Dataset, Limits, build_row
 from hub.template import Template
 from jobs.cli import flag, parse, run
-from kernels import detached
+from kernels import chains, detached
 from model import load, scored_states
 from pairs.read import Drops, read_pairs
 
@@ -39,7 +41,7 @@ class ContextGradFlags(WorkloadFlags):
     """Flags."""
 
     pairs: int = flag(8, "pairs whose gradients are compared")
-    seeds: int = flag(5, "runs of each form in the small world; 0: none")
+    seeds: int = flag(5, "runs of each form in the small world, at least 2; 0: none")
     workers: int = flag(2, "runs side by side")
     out: str = flag("bench/out/context_grad.json", "where the figures go")
 
@@ -47,6 +49,7 @@ class ContextGradFlags(WorkloadFlags):
 def distances(s, directory, data):
     """{form: (cosine, share of the norm)}, mean over pairs."""
     model, template = load(directory).requires_grad_(True), Template(directory)
+    model.attend = chains.attend
     pairs, found = read_pairs(data, Drops(), s.pairs), {}
     for name in FORMS:
         form = CONTENDERS[name]
@@ -74,33 +77,20 @@ def gradient(model, row, signs, context_grad):
 
 
 def win_rates(s):
-    """{(form, context_grad): [result of each seed]} of runs in the small world."""
+    """{form: {view: (exact, cut)}}, (seeds,) win rates each, of runs in the small world."""
     jobs = {}
-    for key in ((name, grad) for name in FORMS for grad in (True, False)):
-        stages = (small_world.Stage(**CONTENDERS[key[0]], lr=LR, context_grad=key[1]),)
-        name = ("context_grad", key[0], str(key[1]))
-        jobs[key] = [small_world.Job(name, START, KIND, n, stages) for n in range(s.seeds)]
+    for form, grad in ((form, grad) for form in FORMS for grad in (True, False)):
+        stages = (small_world.Stage(**CONTENDERS[form], lr=LR, context_grad=grad),)
+        name = ("context_grad", form, str(grad))
+        jobs[form, grad] = [small_world.Job(name, START, KIND, n, stages) for n in range(s.seeds)]
     with tempfile.TemporaryDirectory() as folder:
         every = [job for group in jobs.values() for job in group]
         known = small_world.run_all(every, Path(folder) / "results.jsonl", {}, s.workers)
-    return {key: [known[job] for job in group] for key, group in jobs.items()}
 
+    def of(view, form, grad):
+        return [known[job][view] for job in jobs[form, grad]]
 
-def world_table(results):
-    """Mean and standard deviation over seeds, exact against forward-only contexts."""
-    columns = [(view, grad) for view in ("plain", "shown") for grad in (True, False)]
-    rows = [
-        (name, *(spread(results[name, grad], view) for view, grad in columns)) for name in FORMS
-    ]
-    headers = [f"{view}, {'exact' if grad else 'context_grad false'}" for view, grad in columns]
-    return table(("form", *headers), rows)
-
-
-def spread(runs, view):
-    """Percent, as mean ± standard deviation."""
-    values = [100 * run[view] for run in runs]
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation}"
+    return {f: {v: (of(v, f, True), of(v, f, False)) for v in ("plain", "shown")} for f in FORMS}
 
 
 def main():
@@ -110,9 +100,13 @@ def main():
     tables = [table(("form", "cosine", "norm / exact"), [(k, *v) for k, v in near.items()])]
     figures = {"gradient": near}
     if s.seeds:
-        results = win_rates(s)
-        tables.append(world_table(results))
-        figures["win_rates"] = {" ".join(map(str, key)): runs for key, runs in results.items()}
+        figures["win_rates"] = win_rates(s)
+        headers = ("form", "plain, exact", "plain, cut", "shown, exact", "shown, cut")
+        rows = [
+            (form, *(spread(np.array(runs)) for both in views.values() for runs in both))
+            for form, views in figures["win_rates"].items()
+        ]
+        tables.append(table(headers, rows))
     tell(s, figures, *tables)
 
 

@@ -21,6 +21,7 @@ from bench.measuring import DTYPES, median, table, times, whole_numbers
 from generate import Sampling, sample
 from hub.template import Template
 from jobs.cli import UserError, flag, parse, run
+from kernels import chains
 from model import load
 from pairs.read import Drops, read_pairs
 
@@ -39,6 +40,7 @@ class GenerationFlags(WorkloadFlags):
 def ours(s, directory, stop_ids):
     """answer(prompts, batch) -> token ids, by this project's sampler."""
     model = load(directory, DTYPES[s.dtype], s.device)
+    model.attend = chains.attend
     sampling = Sampling(s.max_new_tokens, temperature=0, stop_ids=frozenset(stop_ids))
     return lambda prompts, batch: sample(model, prompts, sampling, batch=batch)
 

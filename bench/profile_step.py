@@ -49,17 +49,14 @@ PREFIXES = {  # of what the profiler or FSDP name by themselves -> part
 def label(job):
     """Records every part of a step of a train.Run under its name."""
     model = job.model
-    for owner, method, part in (
-        (job, "step", "host"),
-        (job, "update", "clip"),
-        (model, "hidden", "rest of the model"),
-        (model.embed, "forward", "embedding"),
-        (model.norm, "forward", "norms"),
-    ):
-        record(owner, method, part)
     rows = job.rows
-    job.rows = lambda *args: list(rows(*args))  # built one after the other, in the step
+    job.rows = lambda *args: list(rows(*args))  # not one by one between forwards
     record(job, "rows", "rows")
+    record(job, "step", "host")
+    record(job, "update", "clip")
+    record(model, "hidden", "rest of the model")
+    record(model.embed, "forward", "embedding")
+    record(model.norm, "forward", "norms")
     for block in model.blocks:
         record(block.attn, "forward", "attention: scores")
         record(block.mlp, "forward", "MLP")
@@ -71,13 +68,7 @@ def label(job):
 
 def record(owner, method, part):
     """Puts a method into a range of the profiler that has the part's name."""
-    function = getattr(owner, method)
-
-    def recorded(*args, **kwargs):
-        with record_function(part):
-            return function(*args, **kwargs)
-
-    setattr(owner, method, recorded)
+    setattr(owner, method, record_function(part)(getattr(owner, method)))
 
 
 # ----------------------------------------------------------------------------- reading the profile
@@ -92,21 +83,28 @@ def attribute(events, device="cpu"):
     forward, spent = {}, defaultdict(float)
 
     def part(event):
-        while event is not None:
-            if found := part_of(event.name):
+        """That of the innermost range around an event that names one."""
+        for outer in around(event):
+            if found := part_of(outer.name):
                 return found
-            if backward(event):
-                return forward.get(event.sequence_nr, "rest of the model")
-            event = event.cpu_parent
+            if backward(outer):
+                return forward.get(outer.sequence_nr, "rest of the model")
         return "host"
 
     for event in events:
-        if event.sequence_nr >= 0 and not in_backward(event):
+        if event.sequence_nr >= 0 and not any(map(backward, around(event))):
             forward[event.sequence_nr] = part(event)
     own = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
     for event in events:
         spent[part(event)] += getattr(event, own) / 1e6  # counted in microseconds
     return dict(spent)
+
+
+def around(event):
+    """Yield an event and what it lies in, inside out."""
+    while event is not None:
+        yield event
+        event = event.cpu_parent
 
 
 def part_of(name):
@@ -121,13 +119,6 @@ def backward(event):
     return event.name.startswith("autograd::engine::evaluate_function")
 
 
-def in_backward(event):
-    """Whether an operation runs inside of that."""
-    while event is not None and not backward(event):
-        event = event.cpu_parent
-    return event is not None
-
-
 # ----------------------------------------------------------------------------- the command
 
 
@@ -135,10 +126,8 @@ def measure(s, model, data, flags):
     """{part: seconds} of one step, and `step`, its seconds as a whole."""
     given = flags | s.train_flags(model, data) | {"batch": s.batch, "compile": False}
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (s.device == "cuda")
-    with training.opened(training.TrainingFlags(**given, steps=1, uncounted=UNCOUNTED)) as (
-        job,
-        clock,
-    ):
+    settings = training.TrainingFlags(**given, steps=1, uncounted=UNCOUNTED)
+    with training.opened(settings) as (job, clock):
         label(job)
         for k in range(UNCOUNTED):
             job.step(k, False)
@@ -156,13 +145,10 @@ def main():
     with s.ready() as (model, data):
         names = measuring.chosen(s.only, training.CONTENDERS)
         found = {n: measure(s, model, data, training.CONTENDERS[n]) for n in names}
-    lines = [[part] for part in (*PARTS, "sum of the parts", "step, seconds")]
-    for spent in found.values():
-        total = sum(spent[part] for part in PARTS)
-        column = [percent(spent[part], spent["step"]) for part in PARTS]
-        column += [percent(total, spent["step"]), spent["step"]]
-        for line, text in zip(lines, column, strict=True):
-            line.append(text)
+    lines = [(p, *(percent(spent[p], spent["step"]) for spent in found.values())) for p in PARTS]
+    sums = [percent(sum(spent[p] for p in PARTS), spent["step"]) for spent in found.values()]
+    lines.append(("sum of the parts", *sums))
+    lines.append(("step, seconds", *(spent["step"] for spent in found.values())))
     measuring.tell(s, found, table(("part", *found), lines))
 
 

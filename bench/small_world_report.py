@@ -19,6 +19,8 @@ JSON = ROOT / "docs" / "small_world.json"
 MARKS = "<!-- bench/small_world.py -->", "<!-- /bench/small_world.py -->"
 KEY = ("table", "row", "column", "start", "kind")  # of a cell
 MEASURES = ("plain", "shown", "refined", "accuracy", "kl", "length", "mass")
+SHOWN = {"forms": MEASURES, "stages": MEASURES[:3], "instructions": MEASURES[:3]}
+SHOWN |= {"rates": ("plain",)}  # measures of each table
 SHORT = ("dpo", "kto")  # the objectives that the README shows
 T_4 = 2.776  # 97.5% quantile of Student's t with 4 degrees of freedom: five seeds
 WORLDS = [
@@ -84,32 +86,38 @@ def differs(values, others):
     return abs(gap.mean()) > T_4 * gap.std(ddof=1) / len(gap) ** 0.5
 
 
-def form_cells(found, base, measure, start, kind):
-    """One measure of one base in every form, with its marks."""
-    cells, plain = [], found.values(measure, "forms", base, "plain", start, kind)
-    for name in found.columns("forms"):
-        values = found.values(measure, "forms", base, name, start, kind)
+def cell(found, measure, name, row, column, *world):
+    """One cell of a table, with its marks; of the rates the worst of their three forms."""
+    values = found.values(measure, name, row, column, *world)
+    if name == "rates":
+        return f"{100 * values.min():.1f}"
+    text = spread(values, measure not in ("kl", "length"))
+    if name == "forms":
+        plain = found.values(measure, name, row, "plain", *world)
         noisy = measure == "plain" and not validated(values)
-        marks = ("*" if differs(values, plain) else "") + (" (n)" if noisy else "")
-        cells.append(spread(values, measure not in ("kl", "length")) + marks)
-    return cells
+        text += ("*" if differs(values, plain) else "") + (" (n)" if noisy else "")
+    return text
 
 
-def form_table(found, measure, start, kind, bases=None):
-    """Bases in rows, forms in columns, one measure in one world."""
-    bases = bases or found.rows("forms")
-    rows = [[base, *form_cells(found, base, measure, start, kind)] for base in bases]
-    return table(["", *found.columns("forms")], rows)
+def pivot(found, measure, name, start, kind, rows=None):
+    """One measure of one table in one world."""
+    columns, rows = found.columns(name), rows or found.rows(name)
+    lines = [
+        [row, *(cell(found, measure, name, row, c, start, kind) for c in columns)] for row in rows
+    ]
+    return table(["", *columns], lines)
 
 
 def world_table(found, base):
     """Worlds and ways to ask in rows, forms in columns, one base."""
+    forms = found.columns("forms")
     rows = [
-        [f"{kind}, `{start}`", view, *form_cells(found, base, view, start, kind)]
+        [f"{kind}, `{start}`", view]
+        + [cell(found, view, "forms", base, name, start, kind) for name in forms]
         for start, kind in WORLDS
         for view in ("plain", "shown")
     ]
-    return table(["world, start", "asked", *found.columns("forms")], rows)
+    return table(["world, start", "asked", *forms], rows)
 
 
 def stage_table(found):
@@ -121,30 +129,6 @@ def stage_table(found):
         for third, view in (("-", "plain"), ("III", "refined"))
     ]
     return table(["I: irft", "II: ifsr_dpo", "III: refine", "win rate, %"], rows)
-
-
-def instruction_table(found):
-    """What the second turn asks for."""
-    views = ("plain", "refined", "shown")
-    rows = [
-        [start, instruction]
-        + [spread(found.values(v, "instructions", instruction, "ifsr_dpo", start)) for v in views]
-        for start in TITLES
-        for instruction in found.rows("instructions")
-    ]
-    return table(["from", "instruction", *views], rows)
-
-
-def rate_table(found):
-    """Where the learning rates come from; the one taken is bold."""
-    rates, rows = found.columns("rates"), []
-    for base in found.rows("rates"):
-        wins = [found.values("plain", "rates", base, r, "start", "mirrored").min() for r in rates]
-        texts = [f"{100 * win:.1f}" for win in wins]
-        best = rates.index(f"{found.about['rates'][base]:g}")
-        texts[best] = f"**{texts[best]}**"
-        rows.append([base, *texts])
-    return table(["", *rates], rows)
 
 
 # ----------------------------------------------------------------------------- figure and pages
@@ -190,22 +174,9 @@ def draw_world(found, axis, start, kind):
     axis.grid(axis="y", alpha=0.3)
 
 
-TABLES = {
-    "plain": "**Prompt-only win rate**, percent (at best {plain:.1%}):",
-    "shown": "**Win rate when shown the answer to beat**, percent (at best {shown:.1%}):",
-    "refined": "**Win rate of refining an answer of its own** (IFSR's stage III), percent:",
-    "accuracy": "**Accuracy** of the plain log-ratio on labels, percent:",
-    "kl": "**KL(policy || start)** of prompt-only answers, nats:",
-    "length": "**Length** of a prompt-only answer, tokens:",
-    "mass": "**Probability of the 16 answers**, prompt-only, percent:",
-}
 STAGES = (
-    "Without a stage its steps go to the one before, so that all eight take equally many "
-    "(sft 2N or sft N, irft N; then dpo 2N or dpo N, ifsr_dpo N):"
-)
-INSTRUCTIONS = "`ifsr_dpo`, trained and asked with the same instruction (percent):"
-RATES = (
-    "Prompt-only win rate in the mirrored world, the worst of the plain, `ins` and `ifsr` forms:"
+    "IFSR's stages, from `start-single`. Without a stage its steps go to the one before, so that "
+    "all eight take equally many (sft 2N or sft N, irft N; then dpo 2N or dpo N, ifsr_dpo N):"
 )
 
 
@@ -218,26 +189,23 @@ def readme_part(found):
         f"{about['seeds']} seeds ± deviation; `*` differs from plain on the same seeds: "
         "`bench/small_world.py`."
     )
-    return "\n".join([form_table(found, "plain", "start", "separable", SHORT), "", caption])
+    return "\n".join([pivot(found, "plain", "forms", "start", "separable", SHORT), "", caption])
 
 
 def results_part(found):
     """The tables of docs/results.md."""
-    stages = f"IFSR's stages, from `start-single`. {STAGES}"
-    return "\n\n".join([world_table(found, "dpo"), stages, stage_table(found)])
+    return "\n\n".join([world_table(found, "dpo"), STAGES, stage_table(found)])
 
 
 def page(found):
-    """All tables, as a page of text."""
+    """All tables, as a page of text; what is measured stands in bench/small_world.py."""
     parts = []
-    for start, kind in WORLDS:
-        best = found.about["best"][f"{start} {kind}"]
-        parts.append(f"## {kind}, from `{start}` ({TITLES[start]})")
-        for measure, what in TABLES.items():
-            parts += [what.format(**best), form_table(found, measure, start, kind)]
-    parts += ["## IFSR's three stages, from `start-single`", STAGES, stage_table(found)]
-    parts += ["## What the second turn asks for", INSTRUCTIONS, instruction_table(found)]
-    parts += ["## Learning rates", RATES, rate_table(found)]
+    for name, start, kind in dict.fromkeys((key[0], *key[3:]) for key in found.cells):
+        best = found.about["best"].get(f"{start} {kind}", {})
+        limits = "".join(f"; {view} at best {rate:.1%}" for view, rate in best.items())
+        parts.append(f"## {name}: {kind}, from `{start}`{limits}")
+        for measure in SHOWN[name]:
+            parts += [f"{measure}:", pivot(found, measure, name, start, kind)]
     return "\n\n".join(parts)
 
 
