@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evals.results import collect, refuse, rows_of, save_results, table
+from evals.results import collect, rows_of, save_results, table
 from evals.stats import Estimate, interval, logistic, ratio_of_sums, resample, sigmoid
 from evals.verdicts import VERDICTS, read_verdict, to_label
 from jobs.cli import UserError, flag, progress, require
@@ -72,15 +72,6 @@ def read_games(row):
     if fault or other:
         return None, fault or other
     return [(1 - first[0], first[1]), second], None
-
-
-def read_judgments(pattern, category=None):
-    """{model: {question: games or None}} and {model: Drops} of all files."""
-    models, drops = collect(judged_games(pattern, category))
-    if not models:
-        only = f" of category {category}" if category is not None else ""
-        raise UserError(f"--judgments {pattern}: no judgments{only}")
-    return models, drops
 
 
 def judged_games(pattern, category):
@@ -220,11 +211,9 @@ def bradley_terry(battles, names, style, equal, seed=0, resamples=0):
 def arena(s):
     """Print Arena-Hard scores of every model in --judgments, and style-controlled ones."""
     require(s, "judgments", *(["answers", "baseline"] if s.control != "none" else []))
-    models, drops = read_judgments(s.judgments, s.category)
-    for model, questions in models.items():
-        refuse(drops[model], len(questions), s.max_missing, model)
-        if not any(questions.values()):
-            raise UserError(f"{model}: not one verdict")
+    only = "" if s.category is None else f" of category {s.category}"
+    none = f"--judgments {s.judgments}: no judgments{only}"
+    models = collect(judged_games(s.judgments, s.category), s.max_missing, none, "verdict")
     results = {
         model: {
             "n": sum(games is not None for games in questions.values()),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evals.results import collect, refuse, rows_of, save_results, table
+from evals.results import collect, rows_of, save_results, table
 from evals.stats import ratio_of_sums
 from evals.verdicts import read_grade
 from jobs.cli import UserError, flag, require
@@ -60,14 +60,6 @@ def share_of(row, us):
     return 0.5 if "tie" in winners or len(winners) == 2 else float(us in winners), None
 
 
-def read_scores(pattern):
-    """{model: {(question, turn): score or None}} and {model: Drops} of all files."""
-    models, drops = collect(judged_turns(pattern))
-    if not models:
-        raise UserError(f"--judgments {pattern}: no judgments")
-    return models, drops
-
-
 def judged_turns(pattern):
     """What results.collect takes, of all files."""
     for where, row in rows_of(pattern, "--judgments"):
@@ -105,23 +97,25 @@ def mean_score(scores, seed, resamples):
 def mean_scores(scores, categories, seed, resamples):
     """Everything the tables show of one model -> dict."""
 
-    def part(keep):
-        return mean_score({k: v for k, v in scores.items() if keep(*k)}, seed, resamples)
+    def means(part_of):
+        """{part: Estimate}, of what part_of(question, turn) names."""
+        parts = {}
+        for key, score in scores.items():
+            parts.setdefault(part_of(*key), {})[key] = score
+        return {name: mean_score(part, seed, resamples) for name, part in parts.items()}
 
-    turns = sorted({turn for _, turn in scores})
-    found = dict.fromkeys(categories.get(question, "other") for question, _ in scores)
-    names = sorted(found, key=lambda c: CATEGORIES.index(c) if c in CATEGORIES else 99)
+    def place(item):
+        return CATEGORIES.index(item[0]) if item[0] in CATEGORIES else len(CATEGORIES)
+
     by_question = {}
     for (question, _), score in scores.items():
         by_question.setdefault(question, []).append(score)
+    by_category = means(lambda question, turn: categories.get(question, "other"))
     return {
         "n": sum(score is not None for score in scores.values()),
-        "score": part(lambda question, turn: True),
-        "turns": {str(t): part(lambda question, turn, t=t: turn == t) for t in turns},
-        "categories": {
-            c: part(lambda question, turn, c=c: categories.get(question, "other") == c)
-            for c in names
-        },
+        "score": mean_score(scores, seed, resamples),
+        "turns": {str(t): mean for t, mean in sorted(means(lambda question, turn: turn).items())},
+        "categories": dict(sorted(by_category.items(), key=place)),
         "values": {
             question: None if None in given else float(np.mean(given))
             for question, given in by_question.items()
@@ -132,12 +126,9 @@ def mean_scores(scores, categories, seed, resamples):
 def mtbench(s):
     """Print MT-Bench scores of every model in --judgments: overall, by turn, by category."""
     require(s, "judgments")
-    models, drops = read_scores(s.judgments)
+    none = f"--judgments {s.judgments}: no judgments"
+    models = collect(judged_turns(s.judgments), s.max_missing, none, "score")
     categories = category_of(s.questions)
-    for model, scores in models.items():
-        refuse(drops[model], len(scores), s.max_missing, model)
-        if all(score is None for score in scores.values()):
-            raise UserError(f"{model}: not one score")
     results = {
         model: mean_scores(scores, categories, s.seed, s.resamples)
         for model, scores in models.items()

@@ -54,11 +54,12 @@ def read_results(file):
 # ----------------------------------------------------------------------------- what is missing
 
 
-def collect(verdicts):
-    """(model, key, (value, or None and what is wrong), "file:row") -> two dicts by model.
+def collect(verdicts, max_missing, none, what):
+    """Gathers verdicts of several models on the same questions -> {model: {key: value or None}}.
 
-    They are {model: {key: value or None}} and {model: Drops}. What comes again is doubled, and
-    passed over; what other models have and a model lacks is missing there, and None.
+    verdicts: (model, key, (value, or None and what is wrong), "file:row"). A key that comes again
+    is passed over; one that only other models have is None. What is missing is printed. UserError
+    where it is too much, for a model without any `what`, and, as `none` says it, without a model.
     """
     models, drops = {}, {}
     for model, key, (value, fault), where in verdicts:
@@ -69,13 +70,17 @@ def collect(verdicts):
         values[key] = value
         if fault:
             faults.add(fault, where)
+    if not models:
+        raise UserError(none)
     everything = dict.fromkeys(key for values in models.values() for key in values)
     for model, values in models.items():
-        for key in everything:
-            if key not in values:
-                drops[model].add("without a row", f"question {key}")
-                values[key] = None
-    return models, drops
+        for key in [key for key in everything if key not in values]:
+            drops[model].add("without a row", f"question {key}")
+            values[key] = None
+        refuse(drops[model], len(values), max_missing, model)
+        if all(value is None for value in values.values()):
+            raise UserError(f"{model}: not one {what}")
+    return models
 
 
 def refuse(drops, expected, max_missing, what):
