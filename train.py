@@ -13,6 +13,7 @@ Legend: N pairs of a dataset, B pairs of a row, P paths per pair, S scored token
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -27,20 +28,11 @@ import losses
 from data import Dataset, Limits, Plan, build_row, pack, plain_paths
 from hub import weights
 from hub.template import Template
-from jobs import checkpoint, rundir
+from jobs import checkpoint, processes, rundir
 from jobs.cli import UserError, as_user_error, flag, parse, progress, run
 from jobs.files import ASSETS, written_whole
 from jobs.flags import HYPER, DataFlags, HyperFlags, ModelFlags, PathFlags, RunFlags
-from jobs.processes import (
-    Ranks,
-    Stopped,
-    by_device,
-    local_part,
-    peak_memory,
-    reshard,
-    shard,
-    whole_tensors,
-)
+from jobs.processes import Ranks, Stopped
 from jobs.rundir import Metrics
 from kernels import chains, detached, flex
 from losses import CONDITIONS, unique
@@ -93,10 +85,6 @@ def resolve(s, kind):
     """
     if s.model is not None and s.data is None:
         raise UserError(f"--model {s.model} needs --data: a file, a glob or a hub dataset id")
-    if s.log:
-        from jobs.loggers import logger_names
-
-        logger_names(s.log)
     embedded = s.model is None and s.data is None
     world = ASSETS / "world"
     defaults = {"model": str(ASSETS / "start"), "data": str(world / "pairs.jsonl")}
@@ -104,7 +92,7 @@ def resolve(s, kind):
     if s.steps is not None or s.epochs is not None:  # the length of the run is given
         defaults = {k: v for k, v in defaults.items() if k not in ("steps", "epochs")}
     defaults = {name: value for name, value in defaults.items() if getattr(s, name) is None}
-    defaults |= {"eval_revision": s.eval_revision or s.data_revision} | by_device(s, kind)
+    defaults |= {"eval_revision": s.eval_revision or s.data_revision} | processes.by_device(s, kind)
     return dataclasses.replace(s, **defaults), embedded
 
 
@@ -173,26 +161,19 @@ def tokenise(s, template, recipe, pairs=(), **options):
 
 def fit_to_data(s, ranks, recipe, sets, plan):
     """Computes the settings that depend on the data: row length, and how often to validate."""
-    held = sets.get("validation")
-    every = [*recipe.paths, *recipe.reference_paths, *recipe.kl_paths, *plain_paths(recipe)]
-    paths = unique(every)
+    held, r = sets.get("validation"), recipe
+    paths = unique([*r.paths, *r.reference_paths, *r.kl_paths, *plain_paths(r)])
+    # a row holds whole tries, so at least the longest one; a multiple of 128 suits the kernels
     longest = max(d.size(i, paths) for d in sets.values() for i in range(len(d)))
     room = max(8192 if ranks.kind == "cuda" else 2048, -(-longest // 128) * 128)
     if longest > (s.row_tokens or room):
-        raise UserError(
-            f"--row_tokens {s.row_tokens}: the longest pair takes {longest} tokens; "
-            "raise it or lower --max_len"
-        )
-    eval_pairs, eval_every = s.eval_pairs, s.eval_every or max(1, plan.steps // 10)
-    if not s.eval_data and eval_pairs is None:
-        eval_pairs = len(held) + held.drops.total if held else 0
-    return dataclasses.replace(
-        s,
-        row_tokens=s.row_tokens or room,
-        eval_pairs=eval_pairs,
-        eval_every=eval_every,
-        save_every=s.save_every or eval_every,
-    )
+        fault = f"--row_tokens {s.row_tokens}: the longest pair takes {longest} tokens"
+        raise UserError(f"{fault}; raise it or lower --max_len")
+    eval_every = s.eval_every or max(1, plan.steps // 10)
+    found = {"eval_every": eval_every, "save_every": s.save_every or eval_every}
+    if not s.eval_data and s.eval_pairs is None:
+        found["eval_pairs"] = len(held) + held.drops.total if held else 0
+    return dataclasses.replace(s, row_tokens=s.row_tokens or room, **found)
 
 
 # ----------------------------------------------------------------------------- set-up: the run
@@ -215,7 +196,9 @@ def train(s, ranks):
             s = dataclasses.replace(s, out=out)
             fit(s, ranks, recipe)
             if embedded and ranks.first:
-                report_world(s)
+                from evals.world import tell_win_rate
+
+                tell_win_rate(Path(out) / "final", s.model)
             ranks.say(f"saved: {Path(out) / 'final'}")
     except OSError as error:  # a full disk, a lost mount: one line
         raise UserError(f"{error.filename or s.out}: {error.strerror}; then --resume") from error
@@ -240,7 +223,9 @@ def fit(s, ranks, recipe):
 
     # the model, and the reference's log-probabilities, computed once
     model = build_model(s, ranks, source, recipe.objective.head)
-    digest, ref_digest = ranks.share(lambda: digests(source, reference_source))
+    digest = ref_digest = ranks.share(lambda: weights.Weights(source).digest())
+    if s.ref_model:
+        ref_digest = ranks.share(lambda: weights.Weights(reference_source).digest())
     job = Run(s, ranks, recipe, model, digest, sets, plan)
     ranks.deferred = True  # from here on a signal waits for the next place to save or stop
     reference = job.score_reference(reference_source, ref_digest)
@@ -264,21 +249,6 @@ def fetch(ranks, source, name):
     return weights.resolve(source, name)
 
 
-def digests(*sources):
-    """sha256 of the weights of each directory, each read once."""
-    known = {source: weights.Weights(source).digest() for source in set(sources)}
-    return [known[source] for source in sources]
-
-
-def report_world(s):
-    """The embedded default ends with exact win rates in the small world (assets/world.py)."""
-    from evals.world import world_win_rate
-
-    out = Path(s.out) / "final"
-    before, after = (world_win_rate(path, s.model) for path in (s.model, out))
-    print(f"exact win rate against the start: before {before:.1%}, after {after:.1%}", flush=True)
-
-
 def build_model(s, ranks, source, head):
     """Builds on the meta device, shards, and lets each rank read only its slices of the weights.
 
@@ -286,16 +256,15 @@ def build_model(s, ranks, source, head):
     """
     _, config = read_config(source)
     if head == "logps" and config.head != head:
-        raise UserError(
-            f"--model {source} is a reward model; --loss {s.loss} needs a language model"
-        )
-    with torch.device("meta"):
+        fault = f"--model {source} is a reward model"
+        raise UserError(f"{fault}; --loss {s.loss} needs a language model")
+    with torch.device("meta"):  # shapes without memory
         model = Transformer(dataclasses.replace(config, head=head))
     model.attend = (flex if s.attention == "flex" else chains).attend
-    if not s.context_grad:
+    if not s.context_grad:  # an inexact gradient (InSPO D.5)
         model.states = detached.states
-    shard(model, s, ranks)
-    load_weights(model, source, local_part)
+    processes.shard(model, s, ranks)
+    load_weights(model, source, processes.local_part)
     return model
 
 
@@ -317,14 +286,8 @@ class Run:
     def __init__(self, s, ranks, recipe, model, digest, sets, plan):
         self.s, self.ranks, self.recipe, self.model, self.plan = s, ranks, recipe, model, plan
         self.sets, self.train, self.validation = sets, sets["train"], sets.get("validation")
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=s.lr,
-            betas=(0.9, 0.999),
-            eps=1e-8,
-            weight_decay=s.weight_decay,
-            fused=True,
-        )
+        adam = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": s.weight_decay}
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, fused=True, **adam)
         r = recipe
         self.plain = plain_paths(r)  # prompt only: what is deployed, validated beside the others
         self.validation_paths = unique([*r.paths, *self.plain, *r.kl_paths, *r.reference_paths])
@@ -344,11 +307,8 @@ class Run:
     # -- rows, and their values without gradient
 
     def rows(self, dataset, pairs, paths):
-        """This rank's share of the rows that hold these pairs; equally many on every rank.
-
-        (FSDP gathers parameters row by row on all ranks together: one row more on one of them would
-        wait for ever.)
-        """
+        """This rank's share of the rows that hold these pairs; equally many on every rank."""
+        # FSDP gathers parameters on all ranks together: a row more on one would wait for ever
         sizes = [dataset.size(i, paths) for i in pairs]
         packed = pack(sizes, self.s.row_tokens, self.ranks.world)
         for row in packed[self.ranks.rank :: self.ranks.world]:
@@ -367,10 +327,10 @@ class Run:
             for block in [pairs[i : i + 256] for i in range(0, len(pairs), 256)]:
                 out = torch.zeros(len(block), len(paths), device=self.ranks.device)
                 for row in self.rows(dataset, block, paths):
-                    out[row.pairs] = row.sums(model(row))
+                    out[row.pairs] = row.sums(model(row))  # (B, P)
                     bar.update(len(row.pairs) * self.ranks.world)
-                reshard(model)
-                parts.append(self.ranks.sum(out))
+                processes.reshard(model)
+                parts.append(self.ranks.sum(out))  # a pair is 0 on every rank but one
                 if label and self.ranks.agree_to_stop():
                     raise Stopped
         return torch.cat(parts)
@@ -422,8 +382,8 @@ class Run:
         sha.update(json.dumps([self.s.dtype, self.s.attention, self.s.score_eos]).encode())
         for name, paths in self.wanted.items():
             sha.update(json.dumps([str(path) for path in paths]).encode())
-            for i in range(len(self.sets[name])):
-                for segment in (x for path in paths for x in self.sets[name].path(i, path)[0]):
+            for i, path in itertools.product(range(len(self.sets[name])), paths):
+                for segment in self.sets[name].path(i, path)[0]:
                     sha.update(segment.tobytes())
         return sha.hexdigest()
 
@@ -443,13 +403,12 @@ class Run:
         pairs = self.plan.pairs(0)
         sums = self.score(self.model, self.train, pairs, paths)
         reference = torch.stack([self.reference_of("train", pairs)[p] for p in paths], 1)
-        counts = self.counts(self.train, pairs, paths).clamp(min=1)
+        counts = self.counts(self.train, pairs, paths).clamp(min=1)  # (batch, P)
         gap = ((sums - reference).abs() / counts).max().item()
         if not gap <= (5e-2 if self.s.dtype == "bf16" else 1e-3):
-            raise UserError(
-                f"step 0: policy and reference differ by {gap:.3g} nats per token where they must "
-                f"agree; remove {self.reference_file} and start again"
-            )
+            fault = f"step 0: policy and reference differ by {gap:.3g} nats per token"
+            cure = f"remove {self.reference_file} and start again"
+            raise UserError(f"{fault} where they must agree; {cure}")
         self.ranks.say(f"step 0: policy and reference agree within {gap:.1g} nats per token")
 
     # -- one optimizer step
@@ -470,7 +429,7 @@ class Run:
         units = len(pairs)  # what the step's loss is divided by: pairs, or target tokens
         if self.recipe.objective.per == "token":
             units = self.counts(self.train, pairs, paths).sum()
-        totals = torch.zeros(6, device=self.ranks.device)
+        totals = torch.zeros(6, device=self.ranks.device)  # loss, wins, rewards, tokens, stop
         rows = list(self.rows(self.train, pairs, paths))
         for k, row in enumerate(rows):
             # one process keeps its gradient until the last row; several reduce it row by row, so
@@ -479,21 +438,21 @@ class Run:
             self.model.set_requires_gradient_sync(together)
             self.model.set_reshard_after_backward(together)
             totals[:5] += self.backward(row, pairs, paths, kl, units)
-        totals[5] = stopping
-        loss, accuracy, chosen, rejected, tokens, stop = self.ranks.sum(totals).tolist()
-        norm = self.update(step, loss)
+        totals[5] = stopping  # rides along, so that all ranks decide alike
+        loss, wins, chosen, rejected, tokens, stop = self.ranks.sum(totals).tolist()
+        norm, n = self.update(step, loss), len(pairs)
         line = {"step": step + 1, "epoch": round(self.plan.epoch(step), 4), "loss": loss}
         if "rejected" in self.recipe.objective.answers:
-            line |= {"accuracy": accuracy / len(pairs), "margin": (chosen - rejected) / len(pairs)}
-            line |= {"rejected_reward": rejected / len(pairs)}
-        line |= {"chosen_reward": chosen / len(pairs), "lr": self.learning_rate(step)}
-        line |= {"grad_norm": norm, "pairs": len(pairs), "tokens": int(tokens)}
-        fill = tokens / (len(rows) * self.ranks.world * self.s.row_tokens)
-        line |= {"row_fill": round(fill, 4), "seconds": round(time.monotonic() - start, 4)}
-        line |= {
-            f"{k}_per_second": round(line[k] / line["seconds"], 2) for k in ("pairs", "tokens")
-        }
-        memory = self.ranks.most(peak_memory(self.ranks.kind))  # of the fullest process
+            line |= {"accuracy": wins / n, "margin": (chosen - rejected) / n}
+            line |= {"rejected_reward": rejected / n}
+        line |= {"chosen_reward": chosen / n, "lr": self.learning_rate(step)}
+        line |= {"grad_norm": norm, "pairs": n, "tokens": int(tokens)}
+        fill = tokens / (len(rows) * self.ranks.world * self.s.row_tokens)  # the rest is padding
+        seconds = time.monotonic() - start
+        line |= {"row_fill": round(fill, 4), "seconds": round(seconds, 4)}
+        line |= {"pairs_per_second": round(n / seconds, 2)}
+        line |= {"tokens_per_second": round(tokens / seconds, 2)}
+        memory = self.ranks.most(processes.peak_memory(self.ranks.kind))  # of the fullest process
         return line | {"memory_gib": round(memory, 3)}, stop > 0
 
     def kl_of_step(self, pairs):
@@ -505,11 +464,11 @@ class Run:
 
     def backward(self, row, pairs, paths, kl, units):
         """Forward and backward of one row -> (5,) loss, accuracy, rewards, tokens, summed."""
-        numbers = [pairs[j] for j in row.pairs]
+        numbers = [pairs[j] for j in row.pairs]  # the row counts within the step
         sums = by_path(row.sums(self.model(row)), paths)  # {path: (B,)}
         counts = by_path(row.counts(), paths)
         out = self.recipe(sums, counts, self.reference_of("train", numbers), kl)
-        loss = out.losses.sum() / units
+        loss = out.losses.sum() / units  # this row's share of the step's loss
         (loss * self.ranks.world).backward()  # FSDP averages over ranks; a step's loss is a sum
         chosen, rejected = out.rewards["chosen"], out.rewards.get("rejected")
         wins = torch.zeros_like(chosen) if rejected is None else (chosen > rejected).float()
@@ -519,19 +478,16 @@ class Run:
         return torch.stack(totals)
 
     def update(self, step, loss):
-        """Clip and apply the gradient; refuse a non-finite one before it touches the weights.
-
-        (clip_grad_norm_ with one Inf would make one element NaN and all others 0, and AdamW would
-        keep both in its moments.)
-        """
+        """Clip and apply the gradient; refuse a non-finite one before it touches the weights."""
+        # clip_grad_norm_ with one Inf would make that element NaN and all others 0, and AdamW would
+        # keep both in its moments: so the norm is looked at first
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters])
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # over all shards
         if not (math.isfinite(loss) and torch.isfinite(norm)):
-            raise UserError(
-                f"step {step + 1}: loss {loss}, gradient norm {norm.item()}; the weights are "
-                "unchanged. Lower --lr or look at the data, then --resume"
-            )
+            fault = f"step {step + 1}: loss {loss}, gradient norm {norm.item()}"
+            cure = "Lower --lr or look at the data, then --resume"
+            raise UserError(f"{fault}; the weights are unchanged. {cure}")
         clip_grads_with_norm_(parameters, self.s.clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
@@ -548,6 +504,7 @@ class Run:
         sums = by_path(self.score(self.model, dataset, pairs, paths, "validate"), paths)
         counts = by_path(self.counts(dataset, pairs, paths), paths)
         reference = self.reference_of("validation")
+        # z over all validation pairs at once, where a step has that of its batch
         out = recipe(sums, counts, reference, recipe.kl(sums, reference))
         line = {"step": step, "eval_loss": (out.losses.sum() / out.units.sum()).item()}
         if "rejected" in recipe.objective.answers:
@@ -555,7 +512,7 @@ class Run:
             line |= {"eval_accuracy": (margin > 0).float().mean().item()}
             line |= {"eval_margin": margin.mean().item()}
             # the plain policy, prompt only, is what gets deployed: does training carry over to it?
-            w, l = (sums[path] - reference.get(path, 0) for path in self.plain)
+            w, l = (sums[path] - reference.get(path, 0) for path in self.plain)  # (N,) each
             scale = recipe.scale if recipe.objective.uses_reference else 0.1  # DPO's beta
             margin = scale * (w - l) if recipe.objective.head == "logps" else w - l
             line |= {"eval_plain_accuracy": (margin > 0).float().mean().item()}
@@ -567,8 +524,9 @@ class Run:
     def export(self, name, template):
         """OUT/<name>: a HF directory, written aside and renamed when whole."""
         raw, _ = read_config(template.directory)
+        # the checkpoint's own dtype, whatever the masters are
         dtype = getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or "bfloat16")
-        tensors = whole_tensors(self.model, dtype)
+        tensors = processes.whole_tensors(self.model, dtype)
         if self.ranks.first:
             final, config = Path(self.s.out) / name, self.model.config
             with checkpoint.resumable(final), written_whole(final) as aside:
@@ -630,10 +588,8 @@ def validate(job, metrics, template, step):
         return
     line = job.validate(step)
     metrics.write(line)
-    shown = ", ".join(
-        f"{k} {v:.4f}" for k, v in line.items() if k.startswith("eval") and "sec" not in k
-    )
-    job.ranks.say(f"step {step}: {shown}")
+    shown = [f"{k} {v:.4f}" for k, v in line.items() if k not in ("step", "eval_seconds")]
+    job.ranks.say(f"step {step}: {', '.join(shown)}")
     if step > 0 and line["eval_loss"] < job.state["best"]:
         job.state |= {"best": line["eval_loss"], "best_step": step}
         job.export("best", template)

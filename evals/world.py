@@ -53,6 +53,12 @@ def world(s):
     save_results(s.out, results)
 
 
+def tell_win_rate(directory, start):
+    """Print the exact win rate against the start of a run, before it and after it."""
+    before, after = (world_win_rate(path, start) for path in (start, directory))
+    print(f"exact win rate against the start: before {before:.1%}, after {after:.1%}", flush=True)
+
+
 def world_win_rate(directory, start, kind="separable"):
     """Exact probability that the model's answer beats the start's; both are HF directories."""
     policies = (world_probabilities(*load_model(d, "fp32", "cpu")) for d in (directory, start))

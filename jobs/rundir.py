@@ -34,6 +34,7 @@ def open_out(s, ranks):
     UserError for a directory that holds another run, unless it is to be resumed. The lock goes
     with the process.
     """
+    logger_names(s.log)
     lock = contextlib.ExitStack()
 
     def choose():
@@ -145,10 +146,7 @@ class Metrics:
             if self.file.exists():  # keep what precedes the resumed step
                 rows = read_metrics(self.file, self.say)
                 replace(self.file, [to_line(row) for row in rows if precedes(row, step)])
-            if s.log:
-                from jobs.loggers import LOGGERS, logger_names
-
-                self.loggers = [LOGGERS[name](s, step) for name in logger_names(s.log)]
+            self.loggers = [LOGGERS[name](s, step) for name in logger_names(s.log)]
 
     def write(self, metrics):
         """One line of numbers; every logger gets the same names."""
@@ -222,3 +220,60 @@ def draw(runs, file):
         if axis.has_data():
             axis.legend(frameon=False, fontsize=8)
     figure.savefig(file, dpi=120)
+
+
+# ----------------------------------------------------------------------------- other loggers
+
+
+class TensorBoard:
+    """--log tensorboard: event files in OUT/tensorboard."""
+
+    def __init__(self, s, step):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError("--log tensorboard: pip install tensorboard") from error
+        self.writer = SummaryWriter(Path(s.out) / "tensorboard", purge_step=step + 1)
+
+    def write(self, metrics):
+        for name, value in metrics.items():
+            if name != "step":
+                self.writer.add_scalar(name, value, metrics.get("step", 0))
+
+    def close(self):
+        self.writer.close()
+
+
+class Wandb:
+    """--log wandb: one wandb run per OUT, gone on with by --resume; WANDB_* variables apply."""
+
+    def __init__(self, s, step):
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("--log wandb: pip install wandb") from error
+        name, file = Path(s.out).resolve().name, Path(s.out) / ".run-id"
+        if not file.exists():  # it stays with the run directory, so that --resume goes on with it
+            file.write_text(os.urandom(4).hex(), encoding="utf-8")
+        where = {"project": "nanopo", "name": name, "id": file.read_text(), "dir": s.out}
+        self.run = wandb.init(**where, config=vars(s), resume="allow")
+        # wandb's own count of steps never goes back, as a run that is resumed does
+        self.run.define_metric("*", step_metric="step")
+
+    def write(self, metrics):
+        self.run.log(metrics)
+
+    def close(self):
+        self.run.finish()
+
+
+LOGGERS = {"tensorboard": TensorBoard, "wandb": Wandb}
+
+
+def logger_names(log):
+    """ "tensorboard,wandb" -> their names; UserError for one that does not exist."""
+    names = [name.strip() for name in (log or "").split(",") if name.strip()]
+    for name in names:
+        if name not in LOGGERS:
+            raise UserError(f"--log {name}: unknown; choose from {', '.join(LOGGERS)}")
+    return names

@@ -7,8 +7,7 @@ import pytest
 
 import evaluate
 from jobs.cli import UserError
-from jobs.loggers import logger_names
-from jobs.rundir import Metrics, read_metrics
+from jobs.rundir import Metrics, logger_names, read_metrics
 from train import TrainFlags
 
 
