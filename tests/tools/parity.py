@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # conftest.py
+sys.path.insert(0, str(Path(__file__).parents[2]))  # model.py
 
 import tiny
 from smollm2 import smollm2_dir
