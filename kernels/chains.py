@@ -1,9 +1,9 @@
 """Computes a row's attention chain by chain: what model.plain_attention does, without a T x T mask.
 
 A chain is a run of tokens of a trie without a branching. Its tokens see the chains above it whole
-and their own chain up to themselves, so its queries need the keys of one path alone:
+and their own up to themselves, so its queries need the keys of one path alone:
 
-    x -+- w -- l         chains x, w l, l w; the queries of chain (l w) meet the keys of (x, l w)
+    x -+- w -- l      three chains: x, (w l), (l w); the queries of (l w) meet the keys of x, (l w)
        +- l -- w
 
 So no mask is as large as a row, and no score is computed between the branches of a long trie.
@@ -28,7 +28,8 @@ def attend(row, config, asking=None, stored=None):
     values lie behind those of the `stored` tokens, if there are any (kernels/detached.py).
     """
     asking = torch.ones_like(row.tokens, dtype=torch.bool) if asking is None else asking
-    found = {window: _pieces(row, window, asking, stored) for window in set(config.windows)}
+    kinds = [asking] if stored is None else [stored, asking]
+    found = {window: _pieces(row, window, kinds) for window in set(config.windows)}
     return [Chains(*found[window], config.scale, config.attn_cap) for window in config.windows]
 
 
@@ -36,8 +37,8 @@ def attend(row, config, asking=None, stored=None):
 class Chains:
     """Attention of one layer, chain by chain.
 
-    pieces  (parts, mask) per chain of queries, in the row's order: which parts of the keys its
-            path consists of, and (T, U) bool, what it sees of them
+    pieces  per chain, in the row's order: which parts of the keys make up its path, and the mask
+            of its queries over these, (T, U) bool
     sizes   tokens of each part of the keys
     """
 
@@ -54,8 +55,8 @@ class Chains:
         # keys are split once: a slice per chain would bring each a gradient as long as the row
         keys, values = k.split(self.sizes, 2), v.split(self.sizes, 2)
         out = []
-        for x, (parts, mask) in zip(queries, self.pieces, strict=True):
-            seen = (_joined([y[part] for part in parts]) for y in (keys, values))
+        for x, (path, mask) in zip(queries, self.pieces, strict=True):
+            seen = (_joined([y[part] for part in path]) for y in (keys, values))
             out.append(fast_attention(x, *seen, mask, self.scale, self.cap))
         return torch.cat([*out, padding], 2)  # what padding gets reaches nobody
 
@@ -77,47 +78,34 @@ def fast_attention(q, k, v, mask, scale=None, cap=None):
     )
 
 
-# ----------------------------------------------------------------------------- the chains of a row
+def _pieces(row, window, kinds):
+    """The `pieces` and `sizes` of Chains. kinds: [asking] or [stored, asking], (T,) bools.
 
-
-def _pieces(row, window, asking, stored):
-    """The `pieces` and `sizes` of Chains.
-
-    Keys come in parts: of each of the n chains its stored tokens, then of each its asking ones,
-    then padding. A part holds places in the row, (tokens of the part,).
+    Of keys there is one part per kind and chain, kind by kind, and last the padding. While they
+    are put together a part is its places in the row, (tokens of the part,).
     """
     chains, parts = row_chains(row), []
-    for kind in (asking,) if stored is None else (stored, asking):
+    for kind in kinds:
         places = kind.nonzero()[:, 0]
         before = F.pad(kind.cumsum(0), (1, 0)).tolist()  # how many of this kind before a token
-        parts += [places[before[start] : before[end]] for (start, end), _ in chains]
+        parts += [places[before[start] : before[end]] for start, end in chains]
     padding = places[before[row.spans[-1][1]] :]  # asking, behind the last trie
-    n, number = len(chains), {chain: i for i, (chain, _) in enumerate(chains)}
-    pieces = []
-    for i, (chain, above) in enumerate(chains):
+    until, n, pieces = row.until.tolist(), len(chains), []
+    for i, (first, _) in enumerate(chains):
         if len(queries := parts[i - n]):  # the last n are of the asking tokens
-            path = [number[c] for c in (*above, chain)]
-            seen = [first + j for first in range(0, len(parts), n) for j in path]
-            seen = [j for j in seen if len(parts[j])]
-            keys = torch.cat([parts[j] for j in seen])
-            pieces.append((seen, sees(queries[:, None], keys, row.until, row.positions, window)))
+            path = [j for j in range(i + 1) if until[chains[j][0]] > first]  # it lies below these
+            path = [j + n * kind for kind in range(len(kinds)) for j in path]
+            path = [j for j in path if len(parts[j])]
+            keys = torch.cat([parts[j] for j in path])
+            pieces.append((path, sees(queries[:, None], keys, row.until, row.positions, window)))
     return pieces, [len(part) for part in (*parts, padding)]
 
 
 def row_chains(row):
-    """[((start, end) of a chain, the chains above it)] of all tries of a row, in its order."""
-    until, found = row.until.tolist(), []
+    """[(start, end)] of the chains of all tries of a row, in its order; a short trie is one."""
+    until, starts = row.until.tolist(), []
     for start, end in row.spans:
-        short = end - start <= SHORT
-        found += [((start, end), ())] if short else _chains(until, start, end)
-    return found
-
-
-def _chains(until, start, end, above=()):
-    """Yield the chains of the subtrie that lies at start:end of the row, in pre-order."""
-    stop = next((i for i in range(start, end) if until[i] != end), end)  # where it branches
-    yield (start, stop), above
-    above = (*above, (start, stop))
-    while stop < end:
-        yield from _chains(until, stop, until[stop], above)
-        stop = until[stop]
+        inside = range(start + 1, end) if end - start > SHORT else ()
+        # a token that does not end where the one before it does begins a branch
+        starts += [start, *(i for i in inside if until[i] != until[i - 1])]
+    return list(zip(starts, [*starts[1:], row.spans[-1][1]], strict=True))

@@ -4,8 +4,7 @@ Blocks of the row in which nobody sees anybody are skipped, and no T x T matrix 
 wants rows of one length, has no backward on a CPU, and gives model.plain_attention's values.
 """
 
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -15,23 +14,10 @@ from model import sees, soft_cap
 
 def attend(row, config):
     """One attention rule per layer; layers of the same window share their block mask."""
+    kernel = _compiled() if row.tokens.is_cuda else flex_attention
+    known = {"scale": config.scale, "score_mod": _capped(config.attn_cap), "enable_gqa": True}
     masks = {window: _block_mask(row, window) for window in set(config.windows)}
-    capped = _capped(config.attn_cap)
-    return [Flex(masks[window], config.scale, capped) for window in config.windows]
-
-
-@dataclass
-class Flex:
-    """Attention of one layer: q (B, H, T, C), k and v (B, K, T, C) -> (B, H, T, C)."""
-
-    block_mask: object
-    scale: float | None
-    score_mod: object
-
-    def __call__(self, q, k, v):
-        kernel = _compiled() if q.is_cuda else flex_attention
-        options = {"block_mask": self.block_mask, "scale": self.scale, "enable_gqa": True}
-        return kernel(q, k, v, score_mod=self.score_mod, **options)
+    return [partial(kernel, block_mask=masks[window], **known) for window in config.windows]
 
 
 @cache

@@ -63,7 +63,7 @@ def test_chains_see_what_the_rule_says(seed, window):
     wanted = visible(row.until, row.positions, window)
     every = torch.ones_like(row.tokens, dtype=torch.bool)
     found, start = torch.zeros_like(wanted), 0
-    pieces, sizes = chains._pieces(row, window, every, None)
+    pieces, sizes = chains._pieces(row, window, [every])
     parts = torch.arange(len(row.tokens)).split(sizes)
     for seen, mask in pieces:
         index, end = torch.cat([parts[j] for j in seen]), start + len(mask)
