@@ -75,31 +75,31 @@ def rope_table(c, positions, dtype):
     than high_freq_factor times is kept, and between the two they are blended: so 8k positions of
     pre-training reach 128k, and near tokens are told apart as before.
     """
-    rope = c.rope
-    rotary = int(c.head_width * rope["partial_rotary_factor"])  # R = C, but for GPT-NeoX
+    rope, rotary = c.rope, int(c.head_width * c.rope["partial_rotary_factor"])  # R; mostly C
     exponent = torch.arange(0, rotary, 2, device=positions.device).float() / rotary
-    freq = 1.0 / rope["rope_theta"] ** exponent  # (R/2,) radians per position
-    if rope["rope_type"] == "linear":
+    freq = 1.0 / rope["rope_theta"] ** exponent  # (R/2,) radians per position: fast ones first
+    if rope["rope_type"] == "linear":  # positions squeezed into the range of pre-training
         freq = freq / rope["factor"]
     elif rope["rope_type"] == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         turns = rope["original_max_position_embeddings"] * freq / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         freq = keep * freq + (1 - keep) * freq / rope["factor"]
-    # fp32 up to here: bf16 has 8 bits of precision, and could not tell position 1,000 from 1,001
+    # fp32 up to here: bf16, of 8 significant bits, cannot tell position 1,000 from 1,001
     angles = positions[..., None].float() * freq  # (…, T, R/2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x, cos, sin):
-    """Turns pairs of dimensions by their position's angles. x: (B, H, T, C); cos, sin: (B, T, C/2).
+    """Turns pairs of numbers by their position's angles. x: (B, H, T, C); cos, sin: (B, T, R/2).
 
     q . k then depends on the distance of the two tokens alone. A pair is number i of the first half
     of a head and number i of the second; the paper pairs neighbours, which is the same up to the
     order of q's and k's weights, and Hugging Face's checkpoints have them in the order of halves.
     """
-    (a, b), cos, sin = x.chunk(2, -1), cos[:, None], sin[:, None]  # one angle for all heads
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    half, cos, sin = cos.shape[-1], cos[:, None], sin[:, None]  # (B, 1, T, R/2): all heads alike
+    a, b, still = x.split([half, half, x.shape[-1] - 2 * half], -1)  # still: C - R numbers, or none
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, still], -1)
 
 
 # ----------------------------------------------------------------------------- the attention rule
@@ -108,9 +108,9 @@ def rotate(x, cos, sin):
 def sees(q, k, until, positions, window=None):
     """Whether row index q attends to row index k, as tensors that broadcast -> bool.
 
-    until[k] is the index just past k's subtree, so a q in k <= q < until[k] continues a path that
-    leads through k. That is causality, and it also keeps branches and documents apart. window: how
-    many tokens of its path q looks back on, itself included (Mistral).
+    until[k] is the index just past k's subtree: every q in k <= q < until[k] lies on a path that
+    leads through k, and no other does. That is causality, and it keeps branches and documents
+    apart. window: how many tokens of its path q looks back on, itself included (Mistral).
     """
     inside = (k <= q) & (q < until[k])
     return inside if window is None else inside & (positions[q] - positions[k] < window)
@@ -123,8 +123,8 @@ def visible(until, positions, window=None):
 
 
 def plain_attention(row, c):
-    """The attention of a row: one function (q, k, v) -> y per layer, under a dense mask."""
-    masks = {w: visible(row.until, row.positions, w) for w in set(c.windows)}
+    """The attention of a row: one rule (q, k, v) -> y per layer, each under a dense mask."""
+    masks = {w: visible(row.until, row.positions, w) for w in set(c.windows)}  # (T, T) each
     known = {"scale": c.scale, "cap": c.attn_cap}
     return [partial(masked_attention, mask=masks[window], **known) for window in c.windows]
 
@@ -136,11 +136,11 @@ def masked_attention(q, k, v, mask, scale=None, cap=None):
     """
     (batch, heads, size, width), groups = q.shape, k.shape[1]
     scale = width**-0.5 if scale is None else scale
-    # the H/K query heads that share a key head are the rows of one matrix product
+    # the H/K query heads that share a key head are rows of one matrix product: k is never repeated
     grouped = (q * scale).reshape(batch, groups, -1, width)  # (B, K, H/K T, C)
     scores = soft_cap(grouped @ k.mT, cap).view(batch, heads, size, -1)  # (B, H, T, U)
-    hidden = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
-    weights = (scores + hidden).softmax(-1).view(batch, groups, -1, k.shape[2])
+    unseen = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+    weights = (scores + unseen).softmax(-1).view(batch, groups, -1, k.shape[2])  # exp(-inf) = 0
     return (weights @ v).view(batch, heads, size, v.shape[-1])
 
 
@@ -165,7 +165,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; who sees whom is decided by `attend`, handed in from outside."""
+    """Grouped-query attention (Ainslie et al. 2023); who sees whom is the `rule`'s, handed in."""
 
     def __init__(self, c):
         super().__init__()
@@ -182,14 +182,10 @@ class Attention(nn.Module):
             for proj in (self.q, self.k, self.v)
         )
 
-    def place(self, x, cos, sin):
-        """Puts the positions into queries or keys."""
-        return rotate(x, cos, sin)
-
-    def forward(self, x, cos, sin, attend):
+    def forward(self, x, cos, sin, rule):
         q, k, v = self.project(x)
-        y = attend(self.place(q, cos, sin), self.place(k, cos, sin), v)  # (B, H, T, C)
-        return self.o(y.transpose(1, 2).flatten(2))  # heads side by side, mixed: (B, T, D)
+        y = rule(rotate(q, cos, sin), rotate(k, cos, sin), v)  # (B, H, T, C)
+        return self.o(y.transpose(1, 2).flatten(2))  # the heads side by side, mixed: (B, T, D)
 
 
 class MLP(nn.Module):
@@ -221,13 +217,13 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = self.Norm(c.width, c.eps), self.MLP(c)
         self.recompute = False
 
-    def forward(self, x, cos, sin, attend):
+    def forward(self, x, cos, sin, rule):
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.body, x, cos, sin, attend, use_reentrant=False)
-        return self.body(x, cos, sin, attend)
+            return checkpoint(self.body, x, cos, sin, rule, use_reentrant=False)
+        return self.body(x, cos, sin, rule)
 
-    def body(self, x, cos, sin, attend):
-        x = x + self.attn(self.attn_norm(x), cos, sin, attend)
+    def body(self, x, cos, sin, rule):
+        x = x + self.attn(self.attn_norm(x), cos, sin, rule)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -250,9 +246,9 @@ class RewardHead(nn.Linear):
 class Transformer(nn.Module):
     """forward(row) gives one fp32 value per scored token; logits(tokens) is the plain causal model.
 
-    attend  (row, config) -> one function per layer, (q, k, v) -> y: the attention of a row
-    states  (model, row) -> (S, D): the residual stream at the tokens that predict scored ones
-    Both are the plain ones of this file, unless train.py or a loader puts in those of kernels/.
+    attend  (row, config) -> one attention rule per layer, (q, k, v) -> y
+    states  (model, row) -> (S, D), the residual stream at the tokens that predict scored ones
+    Both are this file's plain ones, unless train.py or a loader puts in those of kernels/.
     """
 
     def __init__(self, config):
@@ -272,22 +268,21 @@ class Transformer(nn.Module):
     def head_weight(self):
         return self.embed.weight if self.config.tied else self.head.weight  # (V, D)
 
-    def hidden(self, tokens, positions, attend):
-        """Residual stream after the last block, before the final norm.
+    def hidden(self, tokens, positions, rules):
+        """Residual stream after the last block, before the final norm: (B, T, D).
 
-        tokens, positions: (B, T); attend: one function per layer, (q, k, v) -> y, all
-        (B, heads, T, C). Returns (B, T, D).
+        tokens, positions: (B, T); rules: one per layer, (q, k, v) -> y, all (B, heads, T, C).
         """
         x = self.embed(tokens)  # (B, T, D)
         cos, sin = rope_table(self.config, positions, x.dtype)  # once for all layers
-        for block, attend_layer in zip(self.blocks, attend, strict=True):
-            x = block(x, cos, sin, attend_layer)
+        for block, rule in zip(self.blocks, rules, strict=True):
+            x = block(x, cos, sin, rule)
         return x
 
     def row_states(self, row):
         """(T, D) residual stream of a row."""
-        attend = self.attend(row, self.config)
-        return self.hidden(row.tokens[None], row.positions[None], attend)[0]
+        rules = self.attend(row, self.config)
+        return self.hidden(row.tokens[None], row.positions[None], rules)[0]
 
     def forward(self, row):
         """Row -> (S,) fp32: log-probabilities of the labels, or scalar rewards."""
@@ -306,8 +301,8 @@ class Transformer(nn.Module):
         positions = torch.arange(size, device=tokens.device)  # (T,)
         until = torch.full_like(positions, size)  # a row of one path: nothing branches off
         row = SimpleNamespace(tokens=tokens[0], positions=positions, until=until, spans=[(0, size)])
-        attend = self.attend(row, self.config)
-        return self.to_logits(self.hidden(tokens, positions.expand_as(tokens), attend))
+        rules = self.attend(row, self.config)
+        return self.to_logits(self.hidden(tokens, positions.expand_as(tokens), rules))
 
 
 def scored_states(model, row):
@@ -353,8 +348,9 @@ class ScoredLogps(torch.autograd.Function):
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
         last, ctx.last = ctx.last, None
         for part in reversed(ScoredLogps._chunks(x, weight)):
+            # d is z, (chunk, V), and becomes dLoss/du in place: a second one might not fit
             d = soft_cap((x[part] @ weight.T).float(), ctx.cap) if last is None else last
-            last = None  # d is z, (chunk, V), and becomes dLoss/du in place: no second one fits
+            last = None
             slope = None if ctx.cap is None else 1 - (d / ctx.cap) ** 2
             d.sub_(logsumexp[part, None]).exp_().mul_(-grad[part, None])
             d.scatter_add_(-1, label[part, None], grad[part, None])
@@ -442,15 +438,14 @@ FAMILIES = {  # a file of families/ adds its own when it is imported
     "qwen2": Family("Qwen2", lambda raw: read_qwen(raw) | {"qkv_bias": True}, LLAMA_NAMES),
 }
 BY_CLASS = {"LlamaForRewardModelWithGating": "armo"}  # its model_type says llama
-
-
-HEADS = {"logps": "ForCausalLM", "reward": "ForSequenceClassification"}  # ends of class names
+HEADS = {"logps": "ForCausalLM", "reward": "ForSequenceClassification"}  # how class names end
+FOLDER = Path(__file__).with_name("families")
 
 
 def family_of(name):
     """The Family of a model_type: of this file or of families/NAME.py; None where there is none."""
-    file = Path(__file__).with_name("families") / f"{name}.py"
-    if name not in FAMILIES and str(name).isidentifier() and file.exists():
+    found = str(name).isidentifier() and (FOLDER / f"{name}.py").exists()
+    if name not in FAMILIES and found:
         importlib.import_module(f"families.{name}")
     return FAMILIES.get(name)
 
@@ -461,9 +456,9 @@ def read_values(raw):
         kind, classes = raw.get("model_type"), raw.get("architectures") or [None]
         name = BY_CLASS.get(classes[0], kind)
         if (family := family_of(name)) is None:
-            raise UserError(
-                f"{raw.where}: model_type {kind!r} is not supported (known: {known_types()})"
-            )
+            others = {file.stem for file in FOLDER.glob("*.py") if family_of(file.stem)}
+            known = ", ".join(sorted({*FAMILIES, *others}.difference(BY_CLASS.values())))
+            raw.refuse("model_type", kind, f" (known: {known})")
         heads, width = raw.size("num_attention_heads"), raw.size("hidden_size")
         n_layers = raw.size("num_hidden_layers")
         values = {
@@ -484,13 +479,6 @@ def read_values(raw):
         raise UserError(f"{raw.where}: a field is of the wrong kind: {error}") from error
     raw.refuse_rest()
     return values
-
-
-def known_types():
-    """Every model_type, in one line."""
-    for file in Path(__file__).with_name("families").glob("*.py"):
-        family_of(file.stem)
-    return ", ".join(sorted(FAMILIES.keys() - BY_CLASS.values()))
 
 
 def read_head(raw, name):
@@ -530,12 +518,12 @@ def load(directory, dtype=torch.float32, device="cpu", head=None, flag="--model"
     or "auto": CUDA's where there is one; head: "logps" or "reward", if it must be one of these;
     flag: what an error calls the directory. UserError for all that is wrong with it.
     """
-    cuda = torch.cuda.is_available()
-    if device == "cuda" and not cuda:
-        raise UserError("--device cuda: no CUDA device is available")
-    device = ("cuda" if cuda else "cpu") if device == "auto" else device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # of torchrun's processes
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: no CUDA device is available")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # each of torchrun's its own
     dtype = dtype or ("bf16" if torch.device(device).type == "cuda" else "fp32")
     directory = resolve(directory, flag)
     _, config = read_config(directory)
@@ -568,13 +556,13 @@ def load_weights(model, directory, local=lambda parameter: (parameter, slice(Non
                 tensor.zero_()  # a new reward head on a language model starts at r = 0
             else:
                 tensor.copy_(weights.read(names[name], parameter.shape, rows))
-            if name == "embed.weight" and c.tied and head in weights:
-                theirs = weights.read(head, parameter.shape, rows).to(tensor)
-                if not torch.equal(tensor, theirs):
-                    raise UserError(
-                        f"{directory}: {head} differs from the embedding, but config.json says "
-                        "tie_word_embeddings; set it to false there"
-                    )
+    if c.tied and head in weights:  # some checkpoints have it twice
+        tensor, rows = local(model.embed.weight)
+        if not torch.equal(tensor, weights.read(head, (c.vocab, c.width), rows).to(tensor)):
+            raise UserError(
+                f"{directory}: {head} differs from the embedding, but config.json says "
+                "tie_word_embeddings; set it to false there"
+            )
 
 
 def export(directory, config, tensors, source, dtype, template=None, **options):

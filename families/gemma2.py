@@ -37,8 +37,8 @@ class Gemma2Block(Block):
         super().__init__(c)
         self.attn_post, self.mlp_post = (self.Norm(c.width, c.eps) for _ in range(2))
 
-    def body(self, x, cos, sin, attend):
-        x = x + self.attn_post(self.attn(self.attn_norm(x), cos, sin, attend))
+    def body(self, x, cos, sin, rule):
+        x = x + self.attn_post(self.attn(self.attn_norm(x), cos, sin, rule))
         return x + self.mlp_post(self.mlp(self.mlp_norm(x)))
 
 

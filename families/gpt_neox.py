@@ -2,11 +2,10 @@
 
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import FAMILIES, MLP, Attention, Block, Family, biases, rotate
+from model import FAMILIES, MLP, Attention, Block, Family, biases
 
 ACTIVATIONS = {"gelu": F.gelu}  # by the names that configs have for them
 ACTIVATIONS |= dict.fromkeys(
@@ -15,7 +14,7 @@ ACTIVATIONS |= dict.fromkeys(
 
 
 class NeoXAttention(Attention):
-    """One fused projection, (q, k, v) of a head side by side; only part of a head rotates."""
+    """One fused projection, (q, k, v) of a head side by side."""
 
     def __init__(self, c):
         nn.Module.__init__(self)
@@ -26,10 +25,6 @@ class NeoXAttention(Attention):
     def project(self, x):
         qkv = self.qkv(x).unflatten(-1, (-1, 3, self.head_width))  # (B, T, H, 3, C)
         return qkv.permute(3, 0, 2, 1, 4).unbind(0)  # each (B, H, T, C)
-
-    def place(self, x, cos, sin):
-        turning, still = x.tensor_split([2 * cos.shape[-1]], -1)
-        return torch.cat([rotate(turning, cos, sin), still], -1)
 
 
 class NeoXMLP(MLP):
@@ -53,10 +48,10 @@ class NeoXBlock(Block):
         super().__init__(c)
         self.parallel = c.own["parallel"]
 
-    def body(self, x, cos, sin, attend):
+    def body(self, x, cos, sin, rule):
         if not self.parallel:
-            return super().body(x, cos, sin, attend)
-        return x + self.attn(self.attn_norm(x), cos, sin, attend) + self.mlp(self.mlp_norm(x))
+            return super().body(x, cos, sin, rule)
+        return x + self.attn(self.attn_norm(x), cos, sin, rule) + self.mlp(self.mlp_norm(x))
 
 
 def read_neox(raw):

@@ -78,16 +78,8 @@ class ConfigFields:
         r"|cache_implementation|is_decoder|unsloth_\w+|max_length|min_length|do_sample|num_beams"
         r"|temperature|top_k|top_p|repetition_penalty|length_penalty|num_return_sequences"
     )
-    ROPE = {  # rope_type -> the fields that it needs
-        "default": (),
-        "linear": ("factor",),
-        "llama3": (
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        ),
-    }
+    LLAMA3 = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    ROPE = {"default": [], "linear": ["factor"], "llama3": LLAMA3}  # rope_type -> what it needs
 
     def __init__(self, raw, where):
         if not isinstance(raw, dict):
@@ -129,7 +121,7 @@ class ConfigFields:
             self.refuse("rope_type", kind)
         if missing := [name for name in self.ROPE[kind] if name not in rope]:
             raise UserError(f"{self.where}: rope_type {kind!r} without {missing[0]}")
-        for name in rope.keys() - {"rope_type", "rope_theta", *self.ROPE["llama3"]}:
+        for name in rope.keys() - {"rope_type", "rope_theta", *self.LLAMA3}:
             if rope[name] and (name != "partial_rotary_factor" or share == 1 != rope[name]):
                 self.refuse(f"rope_parameters: {name}", rope[name])
         return rope | {"partial_rotary_factor": rope["partial_rotary_factor"] or share}
@@ -234,16 +226,10 @@ def _no_weights(directory):
 
 # ----------------------------------------------------------------------------- and out
 
-SIDE_FILES = (  # what travels with the weights, unchanged
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-)
+# what travels with the weights, unchanged
+SIDE_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
+SIDE_FILES += ["special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"]
+SIDE_FILES += ["generation_config.json"]
 
 
 def write_directory(

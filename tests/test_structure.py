@@ -94,7 +94,8 @@ def defined(node):
         return {node.name}
     targets = node.targets if isinstance(node, ast.Assign) else []
     targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
-    return {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+    names = [n for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+    return {n.id for n in names if isinstance(n.ctx, ast.Store)}  # FAMILIES[…] = … defines none
 
 
 def test_at_most_three_names_mean_something_in_two_modules():
