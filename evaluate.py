@@ -52,7 +52,7 @@ def pair_logps(model, dataset, paths, row_tokens=None, label="score"):
     def trie(i):
         return dataset.trie(i, paths)
 
-    columns = path_sums(model, trie, sizes, len(paths), row_tokens, label)
+    columns = path_sums(model, trie, sizes, len(paths), row_tokens, label)  # two of (N, P)
     return [dict(zip(paths, values.unbind(1), strict=True)) for values in columns]
 
 
@@ -88,12 +88,13 @@ def evaluate_reward(s):
     # its score might differ in the last bit, and count as a win.
     every = [answer for _, rows in sides.values() for answer in rows]
     scores = reward_scores(model, template, every, s.pool, s.row_tokens, cache)  # (sides x N,)
-    scores = dict(zip(sides, np.split(scores, len(sides)), strict=True))
+    scores = dict(zip(sides, np.split(scores, len(sides)), strict=True))  # {side: (N,)}
     results = {"command": "reward", "model": s.model, "seed": s.seed}
     for name, (file, rows) in sides.items():
         results[name] = side = side_results(file, rows, scores[name], s)
         mean, std = side["reward"], side["std"]
         print(f"{file}: {len(rows)} answers, reward {mean:.4f}, std {std:.4f}")
+    # what `evaluate.py compare` pairs, question by question
     results["models"] = {
         side["file"]: {key: side[key] for key in ("n", "reward", "std", "values")}
         for side in map(results.get, sides)
@@ -129,7 +130,7 @@ def side_results(file, rows, scores, s):
     if not fine.any():
         raise UserError(f"{file}: not one finite score")
     std = float(scores[fine].std(ddof=1)) if fine.sum() > 1 else 0.0
-    values = [number(score) for score in scores]
+    values = [number(score) for score in scores]  # None for what is not finite: JSON has no NaN
     found = {"file": file, "n": len(rows), "reward": estimate(scores[fine], s.seed), "std": std}
     ids = dict(zip(question_ids(rows), values, strict=True))
     return found | {"scores": values, "values": ids}
@@ -137,10 +138,11 @@ def side_results(file, rows, scores, s):
 
 def compare_sides(ours, theirs, our_scores, their_scores, s):
     """Win rate, ties and difference where both have scores, over all and by subset."""
-    fine = np.isfinite(our_scores) & np.isfinite(their_scores)
+    fine = np.isfinite(our_scores) & np.isfinite(their_scores)  # (N,)
     if not fine.any():
         raise UserError(f"{ours[0]}, {theirs[0]}: no question with two scores")
     wins, ties = win_rate(our_scores[fine], their_scores[fine], s.seed)
+    # question by question, so that what makes a question easy for both cancels
     gap = estimate(our_scores[fine] - their_scores[fine], s.seed)
     print(f"{'accuracy' if s.pairs else 'win rate'} {wins:.1%}, {ties} ties; difference {gap:+.4f}")
     sides = zip(ours[1], theirs[1], strict=True)
@@ -211,7 +213,7 @@ def reward_scores(model, template, answers, pool="last", row_tokens=None, cache=
         new = [pairs[n] for n in first.values()]
         tries = [lay_out([([x, y], len(y))], "last") for x, y in new]
         sizes = list(map(len, tries))
-        sums, _ = path_sums(model, tries.__getitem__, sizes, 1, row_tokens, "reward")
+        sums, _ = path_sums(model, tries.__getitem__, sizes, 1, row_tokens, "reward")  # (N, 1)
         for key, value in zip(first, sums[:, 0].tolist(), strict=True):
             known[key] = value
     return np.array([known[key] for key in keys], dtype=np.float64)
@@ -280,13 +282,14 @@ def evaluate_pairs(s):
     reference = {}
     if every.objective.uses_reference:
         other, _ = load_model(s.ref, s.dtype, s.device, name="--ref")
-        if other.config.vocab != vocab:
+        if other.config.vocab != vocab:  # the same ids would mean other texts
             raise UserError(f"--ref {s.ref}: its vocabulary is not that of {s.model}")
         reference, _ = pair_logps(other, dataset, every.paths, s.row_tokens, "reference")
     results = {"model": s.model, "ref": s.ref, "loss": s.loss, "bridge": every.bridge}
     results |= {"hyper": every.hyper, "n": len(dataset)}
     for name, rule in rules.items():
-        margin = margins(rule, sums, counts, reference)
+        margin = margins(rule, sums, counts, reference)  # (N,)
+        # a tie is no win: a model that cannot tell answers apart has accuracy 0, not 50%
         accuracy, mean = estimate(margin > 0, s.seed), estimate(margin, s.seed)
         print(f"{name:24} accuracy {accuracy:.1%}   margin {mean:+.4f}")
         results[name] = {"accuracy": accuracy, "margin": mean, "margins": margin.tolist()}

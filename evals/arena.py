@@ -1,4 +1,4 @@
-"""Arena-Hard: scores from pairwise verdicts on a model and a baseline, raw and style-controlled.
+"""Computes Arena-Hard scores, raw and style-controlled, from verdicts on a model and a baseline.
 
 A judge sees each question twice, with the two answers in both orders; its verdict is [[A>>B]],
 [[A>B]], [[A=B]], [[B>A]] or [[B>>A]]. As arena-hard-auto counts them:

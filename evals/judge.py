@@ -1,7 +1,7 @@
-"""Let a model judge answers: `python evaluate.py judge --answers A --against B --model JUDGE`.
+"""Lets a model judge answers: `python evaluate.py judge --answers A --against B --model JUDGE`.
 
 The judge is a server (--endpoint) or a local model. It sees each pair in both orders, for judges
-favour a place, and its words are kept by content, so that nothing is asked, or paid for, twice:
+favour a place, and its texts are kept by content, so that nothing is asked, or paid for, twice:
 the same command goes on where a run was cut off. Files that it writes, as their tools do:
 
     alpaca_eval   annotations.json: output_1 is --against, output_2 --answers; preference 1 to 2
@@ -337,7 +337,7 @@ def grade(s, prompt, answers, ask):
 
 
 def report_games(s, games):
-    """Print the win rate, and how much the order of the answers mattered."""
+    """Prints the win rate, and how much the order of the answers mattered."""
     wins = np.array([[wins_of_b(g) for g in pair] for pair in games], float).reshape(-1, 2)
     wins = wins[np.isfinite(wins).all(1)]
     unread = len(games) - len(wins)
@@ -359,7 +359,7 @@ def report_grades(s, grades):
 
 
 def report_cost(s, judge, n):
-    """Print tokens and dollars of this run; what came from the cache costs nothing."""
+    """Prints tokens and dollars of this run; what came from the cache costs nothing."""
     told = [tokens for tokens in judge.asked if tokens is not None]
     tokens_in, tokens_out = (sum(column) for column in zip(*told, strict=True)) if told else (0, 0)
     dollars = (tokens_in * s.price_in + tokens_out * s.price_out) / 1e6

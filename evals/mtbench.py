@@ -1,4 +1,4 @@
-"""MT-Bench: mean scores by turn and by category, from single-answer judgments.
+"""Computes MT-Bench scores, by turn and by category, from judgments of single answers.
 
 A judge scores each of two turns from 1 to 10 and writes [[7]]; the score of a model is the mean
 over all turns of all questions (Zheng et al. 2023, arXiv 2306.05685). FastChat writes one row
