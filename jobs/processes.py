@@ -16,14 +16,8 @@ import time
 
 import torch
 import torch.distributed as dist
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -209,16 +203,17 @@ def by_device(s, kind):
         if attention == "flex":
             raise UserError("--context_grad false does not go with --attention flex")
         if s.loss == "reward":
-            told = "--context_grad false: --loss reward has no context; it scores dialogues"
-            raise UserError(told)
+            fault = "--loss reward has no context; it scores dialogues"
+            raise UserError(f"--context_grad false: {fault}")
         attention = "sdpa"  # computed piece by piece, since lengths vary
     if attention == "auto":
         attention = "flex" if kind == "cuda" else "sdpa"
     if attention == "flex" and kind != "cuda":
         raise UserError("--attention flex: FlexAttention trains on CUDA only; use sdpa")
     compiled = kind == "cuda" if s.compile is None else s.compile
-    if compiled and kind == "cpu":
-        need_compiler()
+    name = os.environ.get("CXX", "clang++" if platform.system() == "Darwin" else "g++")
+    if compiled and kind == "cpu" and shutil.which(name) is None:
+        raise UserError(f"--compile: there is no {name}; install it, or name yours in CXX")
     # `torchrun --max-restarts` starts the same command again: it goes on where it was
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     return {
@@ -227,13 +222,6 @@ def by_device(s, kind):
         "dtype": s.dtype or ("bf16" if kind == "cuda" else "fp32"),
         "resume": s.resume or restarted,
     }
-
-
-def need_compiler():
-    """UserError where torch.compile would find no C++ compiler."""
-    name = os.environ.get("CXX", "clang++" if platform.system() == "Darwin" else "g++")
-    if shutil.which(name) is None:
-        raise UserError(f"--compile: there is no {name}; install it, or name yours in CXX")
 
 
 def shard(model, s, ranks):
@@ -247,29 +235,24 @@ def shard(model, s, ranks):
     and what a copy records is lost.
     """
     compute = torch.bfloat16 if s.dtype == "bf16" else None
-    offload = CPUOffloadPolicy(pin_memory=ranks.kind == "cuda")
-    precision = MixedPrecisionPolicy(
-        param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
-    options = {
-        "mesh": ranks.mesh(s.shard_group),
-        "mp_policy": precision,
-        "offload_policy": offload if s.offload else OffloadPolicy(),
-        "reshard_after_forward": ranks.world > 1,
-    }
+    dtypes = {"param_dtype": compute, "reduce_dtype": torch.float32, "cast_forward_inputs": False}
+    options = {"mesh": ranks.mesh(s.shard_group), "reshard_after_forward": ranks.world > 1}
+    options |= {"mp_policy": fsdp.MixedPrecisionPolicy(**dtypes)}
+    if s.offload:
+        options["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=ranks.kind == "cuda")
     for block in model.blocks:
         block.recompute = s.checkpoint_activations
         if s.compile:
             block.body = torch.compile(block.body)
-        fully_shard(block, **options)
-    fully_shard(model, **options | {"reshard_after_forward": False})
+        fsdp.fully_shard(block, **options)
+    fsdp.fully_shard(model, **options | {"reshard_after_forward": False})
     model.to_empty(device="cpu" if s.offload else ranks.device)
 
 
 def reshard(model):
     """Give the gathered parameters back, after forward passes that no backward followed."""
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, fsdp.FSDPModule):
             module.reshard()
 
 
@@ -311,19 +294,14 @@ def whole_tensors(model, dtype):
         (local, rows), (_, parts) = local_part(parameter.detach()), shard_of(parameter)
         local = local.to("cpu", dtype)
         if rank == 0:
-            yield name, local if parts == 1 else _received(local, rows, parameter.shape, parts)
+            whole = local if parts == 1 else local.new_empty(parameter.shape)
+            whole[rows] = local
+            for other in range(1, parts):
+                if len(theirs := whole[rows_of_shard(len(whole), other, parts)]):
+                    dist.recv(theirs, other)
+            yield name, whole
         elif rank < parts and len(local):
             dist.send(local, 0)
-
-
-def _received(local, rows, shape, parts):
-    """The whole of a tensor of which this rank holds some rows and other ranks send the rest."""
-    whole = local.new_empty(shape)
-    whole[rows] = local
-    for other in range(1, parts):
-        if len(theirs := whole[rows_of_shard(len(whole), other, parts)]):
-            dist.recv(theirs, other)
-    return whole
 
 
 def peak_memory(kind):
