@@ -15,16 +15,17 @@ Legend: N questions, M rows of the gamed baselines.
 
 import csv
 import gzip
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from evals.results import refuse, save_results, table
+from evals.results import gather, refuse, save_results, table
 from evals.stats import estimate, interval, logistic, sigmoid
 from jobs.cli import UserError, flag, progress, require
 from jobs.flags import VerdictFlags
 from pairs.layouts import number
-from pairs.read import Drops
 from pairs.sources import records
 
 PENALTIES = 1 / np.logspace(-4, 4, 10)  # scikit-learn's C, as the weight of the L1 norm
@@ -47,58 +48,43 @@ class AlpacaFlags(VerdictFlags):
 # ----------------------------------------------------------------------------- reading
 
 
-@dataclass
-class Annotations:
-    """The verdicts on one model: four columns of N, by question index."""
-
-    index: list = field(default_factory=list)
-    preference: list = field(default_factory=list)  # in [0, 1], NaN where there is no verdict
-    length: list = field(default_factory=list)  # characters
-    baseline_length: list = field(default_factory=list)
-    drops: Drops = field(default_factory=Drops)
-
-    def add(self, index, preference, lengths, where):
-        """One row; a doubled question is left out, and with a missing verdict counted."""
-        if index in self.index:
-            return self.drops.add("doubled", where)
-        self.index.append(index)
-        self.preference.append(self._verdict(preference, where))
-        self.length.append(lengths[0])
-        self.baseline_length.append(lengths[1])
-
-    def _verdict(self, preference, where):
-        value = number(preference)
-        if preference is None or preference == "":
-            self.drops.add("null", where)
-        elif value is None or not (value == 0 or 1 <= value <= 2):
-            self.drops.add("unparsable", where)
-        else:
-            return 0.5 if value == 0 else value - 1
-        return np.nan
-
-
 def read_annotations(file):
-    """{model: Annotations} of a json, jsonl, csv or csv.gz file; UserError for unknown columns."""
-    models = {}
-    rows = csv_rows(file) if file.endswith((".csv", ".csv.gz")) else records(file)
+    """{model: {question index: (share of a win, length, baseline's length) or None}} of a json,
+    jsonl, csv or csv.gz file, and {model: Drops}; UserError for unknown columns."""
+    models, drops = gather(annotations_in(file))
+    if not models:
+        raise UserError(f"{file}: no annotations")
+    return models, drops
+
+
+def annotations_in(file):
+    """Yields what results.gather takes; lengths are in characters."""
+    seen, rows = Counter(), csv_rows(file) if ".csv" in Path(file).suffixes else records(file)
     for where, row in rows:
         try:
             if "len_model" in row:
                 model, lengths = row["model"], (float(row["len_model"]), float(row["len_baseline"]))
             else:
                 model, lengths = row["generator_2"], (len(row["output_2"]), len(row["output_1"]))
-            preference = row["preference"]
-            position = len(models[model].index) if model in models else 0
-            index = int(row.get("index", position))
+            preference, index = row["preference"], int(row.get("index", seen[model]))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{where}: no annotation ({error}); expected output_1, output_2, generator_2, "
                 "preference, or a csv of model, index, preference, len_model, len_baseline"
             ) from error
-        models.setdefault(model, Annotations()).add(index, preference, lengths, where)
-    if not models:
-        raise UserError(f"{file}: no annotations")
-    return models
+        seen[model] += 1
+        share, fault = win_share(preference)
+        yield model, index, ((share, *lengths), fault), where
+
+
+def win_share(preference):
+    """A verdict -> (share of a win in [0, 1], None), or (NaN, what is wrong with it)."""
+    value = number(preference)
+    if preference is None or preference == "":
+        return np.nan, "null"
+    if value is None or not (value == 0 or 1 <= value <= 2):
+        return np.nan, "unparsable"
+    return (0.5 if value == 0 else value - 1), None
 
 
 def csv_rows(file):
@@ -204,11 +190,9 @@ def length_controlled(x, preference, gamed, penalty=None):
 
 def leaderboard_row(annotations, difficulty, gamed, resamples, seed):
     """A model's numbers as the leaderboard has them -> dict; intervals by resampling questions."""
-    p, *lengths = (
-        np.array(column, dtype=np.float64)
-        for column in (annotations.preference, annotations.length, annotations.baseline_length)
-    )
-    hard = np.array([difficulty[i] if difficulty else 0.0 for i in annotations.index])
+    index, rows = zip(*((i, row) for i, row in annotations.items() if row), strict=True)
+    p, *lengths = np.array(rows, dtype=np.float64).T
+    hard = np.array([difficulty[i] if difficulty else 0.0 for i in index])
     known = ~np.isnan(p)
     wins = 100 * p[known]
     controlled, penalty = length_controlled(features(*lengths, hard), p, gamed)
@@ -217,6 +201,7 @@ def leaderboard_row(annotations, difficulty, gamed, resamples, seed):
         n = rng.integers(len(p), size=len(p))
         x = features(lengths[0][n], lengths[1][n], hard[n])
         refits.append(length_controlled(x, p[n], gamed, penalty)[0])
+    values = zip(index, p.tolist(), strict=True)
     return {
         "n": int(known.sum()),
         "win_rate": estimate(wins, seed),
@@ -227,46 +212,42 @@ def leaderboard_row(annotations, difficulty, gamed, resamples, seed):
         "n_draws": int((wins == 50).sum()),
         "n_losses": int((wins < 50).sum()),
         "avg_length": float(np.mean(lengths[0])),
-        "values": {str(i): None if np.isnan(v) else 100 * v
-                   for i, v in zip(annotations.index, p.tolist(), strict=True)},
-    }  # fmt: skip
+        "values": {str(i): None if np.isnan(v) else 100 * v for i, v in values},
+    }
 
 
 # ----------------------------------------------------------------------------- the command
 
 
-def refuse_incomplete(model, annotations, difficulty, max_missing):
-    """Counts the questions without a verdict; refuse what cannot be fitted, or lacks too many."""
-    expected = len(difficulty) if difficulty else len(annotations.index)
-    if difficulty:
-        known = set(annotations.index)
-        if unknown := sorted(known - difficulty.keys()):
+def refuse_incomplete(model, annotations, drops, difficulty, max_missing):
+    """UserError for a model without a verdict on too many questions, or that cannot be fitted."""
+    if difficulty is not None:
+        if unknown := sorted(annotations.keys() - difficulty.keys()):
             raise UserError(
                 f"{model}: no difficulty for question {unknown[0]}; is a row doubled? "
                 "--difficulty none is for custom prompts"
             )
-        for i in sorted(difficulty.keys() - known):
-            annotations.drops.add("without a row", f"question {i}")
-    refuse(annotations.drops, expected, max_missing, model)
-    if np.isnan(annotations.preference).all():
+        for i in sorted(difficulty.keys() - annotations.keys()):
+            drops.add("without a row", f"question {i}")
+    refuse(drops, len(difficulty or annotations), max_missing, model)
+    if all(row is None or np.isnan(row[0]) for row in annotations.values()):
         raise UserError(f"{model}: not one verdict")
 
 
 def alpaca(s):
     """Print AlpacaEval 2's win rate and length-controlled win rate of every model in a file."""
     require(s, "annotations")
-    models = read_annotations(s.annotations)
+    models, drops = read_annotations(s.annotations)
     if s.model is not None and s.model not in models:
         raise UserError(f"--model {s.model} is not in {s.annotations}; it has {', '.join(models)}")
     models = {s.model: models[s.model]} if s.model else models
     difficulty = read_difficulty(s.difficulty)
     gamed, results = read_gamed(s.gamed, difficulty), {}
-    for model, annotations in models.items():
-        refuse_incomplete(model, annotations, difficulty, s.max_missing)
-    with progress("fit", len(models), "model", len(models) == 1, leave=False) as bar:
-        for model, annotations in models.items():
-            results[model] = leaderboard_row(annotations, difficulty, gamed, s.resamples, s.seed)
-            bar.update()
+    for model, rows in models.items():
+        refuse_incomplete(model, rows, drops[model], difficulty, s.max_missing)
+    bar = {"iterable": models, "leave": False}
+    for model in progress("fit", len(models), "model", len(models) == 1, **bar):
+        results[model] = leaderboard_row(models[model], difficulty, gamed, s.resamples, s.seed)
     print(table([{
         "model": model, "n": r["n"], "win rate": f"{r['win_rate']:.2f}",
         "SE": f"{r['standard_error']:.2f}", "LC": f"{r['length_controlled_winrate']:.2f}",

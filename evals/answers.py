@@ -48,9 +48,6 @@ class Answer(NamedTuple):
         return next((name for name in names if isinstance(name, str)), "")
 
 
-# ----------------------------------------------------------------------------- reading
-
-
 def read_answers(file, flag, questions=None):
     """Answer files in any of the ANSWER_FORMATS, or the chosen answers of pairs -> list of Answer.
 
@@ -137,9 +134,6 @@ def read_both(file, flag):
     if not chosen:
         raise UserError(f"{flag} {file}: no usable pairs; dropped: {drops}")
     return chosen, rejected, drops
-
-
-# ----------------------------------------------------------------------------- joining
 
 
 def question_ids(answers):

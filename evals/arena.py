@@ -75,7 +75,7 @@ def read_games(row):
 
 
 def judged_games(pattern, category):
-    """What results.collect takes, of all files."""
+    """What results.gather takes, of all files."""
     for where, row in rows_of(pattern, "--judgments"):
         question = row.get("uid", row.get("question_id"))
         if question is None or not isinstance(row.get("model"), str):

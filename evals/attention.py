@@ -96,22 +96,20 @@ def attention_statistics(model, views, label):
     device = model.embed.weight.device
     shape = (len(views), len(views.contexts), model.config.n_layers)
     found = np.full((*shape, len(PROMPT_PARTS), len(MEASURES)), np.nan)
-    with progress(f"attention {label}", len(views), "pair", leave=False) as bar:
-        for n in range(len(views)):
-            row = build_row([lay_out(views.paths(n))], [n], shape[1]).to(device)
-            rules = [Watched(rule, row.source) for rule in chains.attend(row, model.config)]
-            model.hidden(row.tokens[None], row.positions[None], rules)
-            sees = visible(row.until, row.positions)
-            for p, spans in enumerate(views.spans(n)):
-                scored = row.path == p  # (S,)
-                keys = sees[row.source[scored][-1]].nonzero()[:, 0]  # the path, in its order
-                for layer, rule in enumerate(rules):
-                    weights = rule.weights[:, scored][..., keys].double()  # (H, S of p, keys)
-                    for i, part in enumerate(PROMPT_PARTS):
-                        if part in spans:
-                            a, b = spans[part]
-                            found[n, p, layer, i] = moments(weights[..., a:b], part)
-            bar.update()
+    every = {"iterable": range(len(views)), "leave": False}
+    for n in progress(f"attention {label}", len(views), "pair", **every):
+        row = build_row([lay_out(views.paths(n))], [n], shape[1]).to(device)
+        rules = [Watched(rule, row.source) for rule in chains.attend(row, model.config)]
+        model.hidden(row.tokens[None], row.positions[None], rules)
+        sees = visible(row.until, row.positions)
+        for p, spans in enumerate(views.spans(n)):
+            scored = row.path == p  # (S,)
+            keys = sees[row.source[scored][-1]].nonzero()[:, 0]  # the path, in its order
+            for layer, rule in enumerate(rules):
+                weights = rule.weights[:, scored][..., keys].double()  # (H, S of p, keys)
+                for part, (a, b) in spans.items():
+                    i = PROMPT_PARTS.index(part)
+                    found[n, p, layer, i] = moments(weights[..., a:b], part)
     return found
 
 

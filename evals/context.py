@@ -70,15 +70,14 @@ class Views:
 
         self.contexts, self.drops = contexts, Drops()
         self.datasets = [dataset(*c[1:]) for c in contexts.values()]
-        self.kept = [i for i in range(len(self.datasets[0])) if self._fits(i, max_len)]
+        self.kept = []
+        for i in range(len(self.datasets[0])):
+            if max(sum(map(len, segments)) for segments, _ in self._paths(i)) <= max_len:
+                self.kept.append(i)
+            else:
+                self.drops.add(f"over --max_len {max_len}", self.datasets[0].examples[i].where)
         if not self.kept:
             raise UserError(f"no pair is left: {self.drops}")
-
-    def _fits(self, i, max_len):
-        longest = max(sum(map(len, segments)) for segments, _ in self._paths(i))
-        if longest > max_len:
-            self.drops.add(f"over --max_len {max_len}", self.datasets[0].examples[i].where)
-        return longest <= max_len
 
     def __len__(self):
         return len(self.kept)
@@ -233,26 +232,22 @@ def next_token(s):
     contexts = {k: c for k, c in (INSTRUCTED | SHOWN).items() if c.shows in shows}
     views = open_views(s, template, contexts)
     prefix = template.encode([s.prefix])[0]
-    pairs, measures = [], []
-    with progress("next token", len(views), "pair", leave=False) as bar:
-        for n, where in enumerate(views.where()):
-            logps = next_logps(model, views, n, prefix)  # (P, V)
-            tops = [top_tokens(row, template, s.top) for row in logps]
-            pairs.append({"pair": where, "top": dict(zip(contexts, tops, strict=True))})
-            measures.append(spread(logps))
-            if n < s.show:
-                print(f"\n{where}\n{top_table(pairs[-1]['top'])}")
-            bar.update()
+    pairs, measures, bar = [], [], {"iterable": views.where(), "leave": False}
+    for n, where in enumerate(progress("next token", len(views), "pair", **bar)):
+        logps = next_logps(model, views, n, prefix)  # (P, V)
+        tops = [top_tokens(row, template, s.top) for row in logps]
+        pairs.append({"pair": where, "top": dict(zip(contexts, tops, strict=True))})
+        measures.append(spread(logps))
+        if n < s.show:
+            print(f"\n{where}\n{top_table(pairs[-1]['top'])}")
     results = {"model": s.model, "data": s.data, "n": len(views), "prefix": s.prefix}
     entropy, distance = np.array(measures).transpose(1, 2, 0)  # (P, N) each
-    results["contexts"] = {
-        name: {"entropy": estimate(entropy[p], s.seed), "distance": estimate(distance[p], s.seed)}
-        for p, name in enumerate(contexts)
-    }
-    rows = [
-        {"prompt": name} | {k: f"{v:.3f}" for k, v in numbers.items()}
-        for name, numbers in results["contexts"].items()
-    ]
+    results["contexts"], rows = {}, []
+    for p, name in enumerate(contexts):
+        numbers = {"entropy": estimate(entropy[p], s.seed)}
+        numbers["distance"] = estimate(distance[p], s.seed)
+        results["contexts"][name] = numbers
+        rows.append({"prompt": name} | {k: f"{v:.3f}" for k, v in numbers.items()})
     print(f"\nentropy in nats, total variation distance from x\n{table(rows)}")
     save_results(s.out, results | {"pairs": pairs})
 

@@ -56,9 +56,6 @@ def describe(s):
     print(f"\nsaved: {s.out}, {picture}")
 
 
-# ----------------------------------------------------------------------------- the figures
-
-
 def figures_of(s):
     """(figures as a JSON-ready dict, {part: lengths}) of these settings."""
     template, drops = Template(resolve(s.model)), Drops()
@@ -134,9 +131,6 @@ def decoded(data, rule, template, i=0):
         told = "".join(map(decode, context))
         texts[str(path)] = f"{told}[[{decode(target[:n])}]]{decode(target[n:])}"
     return texts
-
-
-# ----------------------------------------------------------------------------- how it is shown
 
 
 def summary(figures):

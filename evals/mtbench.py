@@ -61,7 +61,7 @@ def share_of(row, us):
 
 
 def judged_turns(pattern):
-    """What results.collect takes, of all files."""
+    """What results.gather takes, of all files."""
     for where, row in rows_of(pattern, "--judgments"):
         names = [row.get(name) for name in (PAIR if "g1_winner" in row else ("model",))]
         if not {"question_id", "turn"} <= row.keys() or not all(isinstance(n, str) for n in names):

@@ -7,8 +7,6 @@ resources, so the file can be mailed and opened anywhere.
 
 import base64
 import io
-import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,20 +33,13 @@ class ReportFlags:
     out: str = flag("report.html", "the page")
 
 
-# ----------------------------------------------------------------------------- tables
-
-
 def cell_text(value):
-    """A number, or a [mean, low, high] -> text; None where it is neither."""
-    if isinstance(value, list) and len(value) == 3 and all(map(is_finite, value)):
-        return "{} [{}, {}]".format(*map(cell_text, value))
-    if isinstance(value, bool | str | int):
-        return str(value)
-    return f"{value:.4g}" if is_finite(value) else None
-
-
-def is_finite(value):
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A number, a text or a [mean, low, high] -> text; None for anything else."""
+    if isinstance(value, list) and len(value) == 3 and all(isinstance(x, float) for x in value):
+        return "{:.4g} [{:.4g}, {:.4g}]".format(*value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value) if isinstance(value, bool | str | int) else None
 
 
 def flatten(content, prefix=""):
@@ -82,9 +73,6 @@ def tables_of(file, results):
     return tables
 
 
-# ----------------------------------------------------------------------------- pictures
-
-
 def pictures_of(run, sides):
     """[{title, about, source}] of the curves of a run and the lengths of answer files, if given."""
     pictures = []
@@ -110,9 +98,6 @@ def picture(title, about, drawing, content, *options):
     return {"title": title, "about": about, "source": source}
 
 
-# ----------------------------------------------------------------------------- answers
-
-
 def side_by_side(sides, results):
     """[{prompt, subset, answers, scores}] of all prompts; None where a file has no answer.
 
@@ -135,9 +120,6 @@ def side_by_side(sides, results):
     return list(rows.values())
 
 
-# ----------------------------------------------------------------------------- the page
-
-
 def report(s):
     """Write --results, --answers and --run as one self-contained page."""
     if not (s.results or s.answers or s.run):
@@ -147,7 +129,9 @@ def report(s):
     files = files_of(s.answers, "--answers") if s.answers else []
     sides = {file: read_answers(file, "--answers")[: s.limit] for file in files}
     rows = side_by_side(sides, results)
-    page = render(
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string((ASSETS / "report.html").read_text(encoding="utf-8"))
+    page = template.render(
         title=s.title,
         tables=[t for file, content in results.items() for t in tables_of(file, content)],
         pictures=pictures_of(s.run, sides),
@@ -156,14 +140,3 @@ def report(s):
     with out_file(s.out) as file:
         file.write_text(page, encoding="utf-8")
     print(f"{s.out}: {len(results)} result files, {len(rows)} prompts, {len(page) / 1e6:.1f} MB")
-
-
-def render(**content):
-    """Fills assets/report.html; every value is escaped."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "sort_keys": False}
-    environment.policies["json.dumps_function"] = json.dumps
-    source = (ASSETS / "report.html").read_text(encoding="utf-8")
-    return environment.from_string(source).render(content)

@@ -16,8 +16,6 @@ from jobs.files import parse_json, write_json
 from pairs.read import Drops
 from pairs.sources import records
 
-# ----------------------------------------------------------------------------- reading
-
 
 def files_of(text, name):
     """Paths and globs, with commas between them -> list of files; UserError where one has none."""
@@ -51,15 +49,12 @@ def read_results(file):
     return content
 
 
-# ----------------------------------------------------------------------------- what is missing
+def gather(verdicts):
+    """Verdicts of several models on the same questions -> two dicts by model.
 
-
-def collect(verdicts, max_missing, none, what):
-    """Gathers verdicts of several models on the same questions -> {model: {key: value or None}}.
-
-    verdicts: (model, key, (value, or None and what is wrong), "file:row"). A key that comes again
-    is passed over; one that only other models have is None. What is missing is printed. UserError
-    where it is too much, for a model without any `what`, and, as `none` says it, without a model.
+    verdicts: (model, key, (value, or None and what is wrong), "file:row"). They become {model:
+    {key: value or None}} and {model: Drops}: a key that comes again is passed over, one that only
+    other models have is None.
     """
     models, drops = {}, {}
     for model, key, (value, fault), where in verdicts:
@@ -70,13 +65,24 @@ def collect(verdicts, max_missing, none, what):
         values[key] = value
         if fault:
             faults.add(fault, where)
-    if not models:
-        raise UserError(none)
     everything = dict.fromkeys(key for values in models.values() for key in values)
     for model, values in models.items():
         for key in [key for key in everything if key not in values]:
             drops[model].add("without a row", f"question {key}")
             values[key] = None
+    return models, drops
+
+
+def collect(verdicts, max_missing, none, what):
+    """As `gather`, without the Drops: what is missing is printed.
+
+    UserError where it is too much, for a model without any `what`, and, as `none` says it, without
+    a model.
+    """
+    models, drops = gather(verdicts)
+    if not models:
+        raise UserError(none)
+    for model, values in models.items():
         refuse(drops[model], len(values), max_missing, model)
         if all(value is None for value in values.values()):
             raise UserError(f"{model}: not one {what}")
@@ -96,9 +102,6 @@ def refuse(drops, expected, max_missing, what):
             f"{what}: {drops.total / expected:.1%} missing or faulty ({drops}); "
             f"mend them or raise --max_missing {max_missing}"
         )
-
-
-# ----------------------------------------------------------------------------- writing
 
 
 def table(rows):
@@ -140,9 +143,6 @@ def save_results(file, results):
     if file:
         with out_file(file):
             write_json(file, results)
-
-
-# ----------------------------------------------------------------------------- lengths
 
 
 def count_lengths(lengths):

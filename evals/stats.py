@@ -61,9 +61,6 @@ def resample(n, seed, resamples):
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
 
 
-# ----------------------------------------------------------------------------- regression
-
-
 def sigmoid(z):
     return 0.5 * (1 + np.tanh(0.5 * z))
 

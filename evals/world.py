@@ -88,10 +88,9 @@ def world_tries(template, bridge=None, instruction="better"):
     ]
     rule = recipe("dpo", "cross" if bridge else "none", bridge)
     dataset = Dataset(pairs, template, rule, Limits(4096, 0.4), instruction)
-    n, shown, tries = len(small_world.CHOICES), "rejected" if bridge else None, []
+    path, n, tries = Path("rejected" if bridge else None, "chosen"), len(small_world.CHOICES), []
     for first in range(0, len(dataset), n):
-        ends = [dataset.path(first + a, Path(None, "chosen")) for a in range(n)]
-        for b in range(n if bridge else 1):
-            context = dataset.path(first + b, Path(shown, "chosen"))[0][:-1]
-            tries.append(lay_out([([*context, segments[-1]], k) for segments, k in ends]))
+        own = [dataset.path(i, path) for i in range(first, first + n)]
+        for (*context, _), _ in own if bridge else own[:1]:
+            tries.append(lay_out([([*context, answer], k) for (*_, answer), k in own]))
     return tries

@@ -8,7 +8,7 @@ import pytest
 
 from conftest import shared_data
 from evals import alpaca
-from evals.alpaca import Annotations, choose_penalty, features, length_controlled, read_annotations
+from evals.alpaca import choose_penalty, features, length_controlled, read_annotations
 from evals.stats import logistic, sigmoid
 from jobs.cli import UserError, parse
 
@@ -55,7 +55,7 @@ def test_the_published_leaderboard(tmp_path):
 def test_the_interval_is_wider_than_that_of_the_predictions():
     """The refit interval of LC is about as wide as the raw one's; the predictions' is half."""
     data = shared_data("alpaca_eval")
-    model = read_annotations(str(data / "annotations.csv.gz"))["OpenHermes-2.5-Mistral-7B"]
+    model = read_annotations(str(data / "annotations.csv.gz"))[0]["OpenHermes-2.5-Mistral-7B"]
     difficulty = alpaca.read_difficulty(str(data / "instruction_difficulty.csv"))
     gamed = alpaca.read_gamed(str(data / "gamed.csv.gz"), difficulty)
     result = alpaca.leaderboard_row(model, difficulty, gamed, resamples=60, seed=0)
@@ -151,15 +151,15 @@ def test_annotations_by_hand(tmp_path, capsys):
     assert "ours: 1 of 4 missing or faulty: 1 null" in capsys.readouterr().out
 
 
-def test_faulty_verdicts_are_counted_by_kind():
-    annotations = Annotations()
-    verdicts = [1.5, None, float("nan"), "much better", 3, True, 2]
-    for i, verdict in enumerate(verdicts):
-        annotations.add(i, verdict, (1, 1), f"row {i}")
-    annotations.add(0, 2, (1, 1), "row 7")
-    counts = {rule: len(where) for rule, where in annotations.drops.rules.items()}
+def test_faulty_verdicts_are_counted_by_kind(tmp_path):
+    verdicts = [1.5, None, float("nan"), "much better", 3, True, 2, 2]
+    rows = [annotation(i, verdict) | {"index": i % 7} for i, verdict in enumerate(verdicts)]
+    (tmp_path / "annotations.json").write_text(json.dumps(rows))
+    models, drops = read_annotations(str(tmp_path / "annotations.json"))
+    counts = {rule: len(where) for rule, where in drops["ours"].rules.items()}
     assert counts == {"null": 1, "unparsable": 4, "doubled": 1}
-    assert np.nansum(annotations.preference) == 1.5 and len(annotations.index) == 7
+    shares = [share for share, *_ in models["ours"].values()]
+    assert np.nansum(shares) == 1.5 and len(shares) == 7
 
 
 def table_file(tmp_path, name, rows):
