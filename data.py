@@ -30,6 +30,7 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -120,24 +121,18 @@ class Examples:
         return Example(prompt, instruct, chosen, rejected, closed, self.where[i])
 
     @classmethod
-    def flat(cls, blocks):
-        """Lists of Example -> Examples; holds one of these lists at a time."""
+    def flat(cls, examples):
+        """A list of Example -> Examples."""
         none = np.empty(0, np.int32)
-        ids, lengths, closed, where = [none], [], [], []
-        for block in blocks:
-            parts = []
-            for e in block:
-                own = [e.prompt, none if e.instruct is e.prompt else e.instruct]
-                own += [e.chosen, e.rejected]
-                lengths.append([len(part) for part in own])
-                closed.append([e.closed["chosen"], e.closed["rejected"]])
-                where.append(e.where)
-                parts += own
-            ids.append(np.concatenate([none, *parts]))
+        parts = [[e.prompt, none if e.instruct is e.prompt else e.instruct, e.chosen, e.rejected]
+                 for e in examples]  # fmt: skip
+        lengths = [[len(part) for part in own] for own in parts]
         lengths = np.array(lengths, np.int32).reshape(-1, 4)  # (N, 4), also where N is 0
         sizes = lengths.sum(1, dtype=np.int64)  # (N,)
-        closed = np.array(closed, bool).reshape(-1, 2)
-        return cls(np.concatenate(ids), np.cumsum(sizes) - sizes, lengths, closed, where)
+        closed = [[e.closed["chosen"], e.closed["rejected"]] for e in examples]
+        closed = np.array(closed, bool).reshape(-1, 2)  # (N, 2)
+        ids = np.concatenate([none, *chain.from_iterable(parts)])
+        return cls(ids, sizes.cumsum() - sizes, lengths, closed, [e.where for e in examples])
 
 
 @dataclass
@@ -174,7 +169,7 @@ class Dataset:
         self._bridge(template.separator() if sep is None else sep)
         self.drops, self.cuts = Drops(), defaultdict(int)
         if stored is None:
-            self.examples = Examples.flat(self._blocks(pairs, shown))
+            self.examples = Examples.flat(list(self._tokenised(pairs, shown)))
         else:
             arrays, facts = stored
             self.examples = Examples(**arrays, where=facts["where"])
@@ -208,8 +203,8 @@ class Dataset:
 
     # ------------------------------------------------------------------------- texts to ids
 
-    def _blocks(self, pairs, shown):
-        """Yields lists of Example; while one block is encoded, the next is rendered.
+    def _tokenised(self, pairs, shown):
+        """Yields the Examples; while one block of pairs is encoded, the next is rendered.
 
         The tokenizer works outside of Python's lock; templates stay in the main thread, where a
         signal can stop one that never ends.
@@ -223,10 +218,10 @@ class Dataset:
                 every = [text for _, texts in rendered for text in texts]
                 last, waiting = waiting, (rendered, encoder.submit(self.template.encode, every))
                 if last:
-                    yield self._examples(*last)
+                    yield from self._examples(*last)
                 bar.update(len(block))
             if waiting:
-                yield self._examples(*waiting)
+                yield from self._examples(*waiting)
 
     def _render(self, pair):
         """Texts of prompt, instructed prompt where a path asks for it, chosen and rejected.
@@ -247,13 +242,13 @@ class Dataset:
             return self.drops.add(f"the chat template refuses: {error.reason}", pair.where)
 
     def _examples(self, rendered, encoded):
-        """Rendered pairs, and the future of the ids of all their texts -> list of Example."""
-        ids, examples = iter(encoded.result()), []
+        """Yields the Examples of rendered pairs; encoded: the future of the ids of their texts."""
+        ids = iter(encoded.result())
         for pair, texts in rendered:
             prompt, *instruct, chosen, rejected = (next(ids) for _ in texts)
             instruct = instruct[0] if instruct else prompt
-            examples.append(self._cut(pair, prompt, instruct, chosen, rejected))
-        return [example for example in examples if example is not None]
+            if example := self._cut(pair, prompt, instruct, chosen, rejected):
+                yield example
 
     def _cut(self, pair, prompt, instruct, chosen, rejected):
         """Shortens the prompt to at least half of max_len, then the rejected, then the chosen one.

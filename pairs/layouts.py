@@ -62,23 +62,14 @@ def plain(record, where):
     if isinstance(prompt, str) and isinstance(record.get("system"), str) and record["system"]:
         turns = (("system", record["system"]), ("user", prompt))
         prompt = [{"role": role, "content": text} for role, text in turns]
-    return Fields(prompt, record["chosen"], record.get("rejected"), score_margin(record, where))
-
-
-def princeton(record, where):
-    """Reads princeton-nlp: the best and the worst of several answers under a reward model."""
-    scores = record["all_rm_scores"]
-    if scores is not None and not isinstance(scores, list):
-        raise UserError(f"{where}: all_rm_scores is {scores!r:.40}; expected a list of numbers")
-    scores = [score(s, "all_rm_scores", where) for s in scores or ()]
-    margin = max(scores) - min(scores) if scores and None not in scores else None
-    return Fields(record["prompt"], record["chosen"], record["rejected"], margin)
+    answers = record["chosen"], record.get("rejected")
+    return Fields(prompt, *answers, score_margin(record, where))
 
 
 def argilla(record, where):
-    """Reads argilla's binarized UltraFeedback."""
-    answers = record["chosen_response"], record["rejected_response"]
-    return Fields(record["instruction"], *answers, score_margin(record, where))
+    """Reads the same with the answers under other names."""
+    answers = {name: record[f"{name}_response"] for name in ("chosen", "rejected")}
+    return plain(record | answers, where)
 
 
 def openbmb(record, where):
@@ -138,6 +129,12 @@ SCORES = ("score_{}", "{}_score", "{}_avg_rating", "{}_rating", "{}-rating", "ra
 
 def score_margin(record, where):
     """Score of chosen minus that of rejected, under any of the published names; else None."""
+    scores = record.get("all_rm_scores")  # princeton-nlp's: chosen is the best, rejected the worst
+    if scores is not None and not isinstance(scores, list):
+        raise UserError(f"{where}: all_rm_scores is {scores!r:.40}; expected a list of numbers")
+    found = [score(s, "all_rm_scores", where) for s in scores or ()]
+    if found and None not in found:
+        return max(found) - min(found)
     for form in SCORES:
         names = form.format("chosen"), form.format("rejected")
         w, l = (score(record.get(name), name, where) for name in names)
@@ -281,7 +278,6 @@ LAYOUTS = (
     Layout("SHP", ("history", "human_ref_A", "human_ref_B", "labels"), shp, at_most_five),
     Layout("UltraFeedback", ("instruction", "completions"), openbmb),
     Layout("argilla", ("instruction", "chosen_response", "rejected_response"), argilla),
-    Layout("princeton-nlp", ("prompt", "chosen", "rejected", "all_rm_scores"), princeton),
     Layout("chosen, rejected", ("chosen", "rejected"), plain),
     Layout("chosen", ("chosen",), plain, pairs=False),
     Layout("messages", ("messages",), messages_only, pairs=False),

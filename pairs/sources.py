@@ -16,7 +16,7 @@ import re
 import sys
 import zlib
 from collections import Counter
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from jobs.cli import UserError
 from jobs.files import parse_json
@@ -28,11 +28,9 @@ DEFAULT_SPLITS = ("train_prefs", "train")
 NAMES_A_SPLIT = re.compile(r"(^|[/_-])(train|test|validation|valid|val|dev|eval)([-_./]|$)")
 
 
-@dataclass
-class Source:
-    """name: as the user wrote it; files: local paths in order; weight: copies of each pair."""
+class Source(NamedTuple):
+    """files: local paths in order; weight: copies of each pair."""
 
-    name: str
     files: list
     weight: float = 1.0
 
@@ -43,17 +41,17 @@ def parse_sources(text, revision=None):
     UserError for a weight that is none, or no files.
     """
     if os.path.exists(text):  # a file name may hold a comma or an @
-        return [Source(text, data_files(text))]
-    return [_source(part, revision) for part in text.split(",")]
-
-
-def _source(text, revision):
-    name, at, weight = text.rpartition("@")
-    if not at or os.path.exists(text):
-        return Source(text, data_files(text, revision))
-    if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight) or float(weight) == 0:
-        raise UserError(f"--data {text}: the weight behind @ must be a number above 0")
-    return Source(name, data_files(name, revision), float(weight))
+        return [Source(data_files(text))]
+    sources = []
+    for part in text.split(","):
+        name, at, weight = part.rpartition("@")
+        if not at or os.path.exists(part):
+            sources.append(Source(data_files(part, revision)))
+        elif re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight) and float(weight) > 0:
+            sources.append(Source(data_files(name, revision), float(weight)))
+        else:
+            raise UserError(f"--data {part}: the weight behind @ must be a number above 0")
+    return sources
 
 
 def data_files(source, revision=None):
