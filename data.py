@@ -111,9 +111,9 @@ class Examples:
 
     def __getitem__(self, i):
         i = range(len(self))[i]  # IndexError where there is none: a for loop ends by it
-        end, parts = self.starts[i].item(), []
+        end, parts = self.starts[i].item(), []  # Python's numbers: numpy's are slower one by one
         for length in self.lengths[i].tolist():
-            parts.append(self.ids[end : end + length])
+            parts.append(self.ids[end : end + length])  # a view: nothing is copied
             end += length
         prompt, instruct, chosen, rejected = parts
         instruct = instruct if len(instruct) else prompt
@@ -166,7 +166,7 @@ class Dataset:
         self.in_context = bool(contexts & {"chosen", "rejected"})
         self.instructed = "instruct" in contexts
         self.twice = {p.target for p in recipe.paths if p.context == p.target}  # on one path
-        self._bridge(template.separator() if sep is None else sep)
+        self._bridge(template.separator() if sep is None else sep)  # "" is a separator too
         self.drops, self.cuts = Drops(), defaultdict(int)
         if stored is None:
             self.examples = Examples.flat(list(self._tokenised(pairs, shown)))
@@ -198,7 +198,7 @@ class Dataset:
         known = {"sep": sep, "turn": self.template.turn(self.instruction)}
         texts = [before.format(**known), after.format(**known)]
         self.before, self.after = self.template.encode(texts)
-        bridge = len(self.before) + len(self.after) + len(end)
+        bridge = len(self.before) + len(self.after) + len(end)  # a cut context may need its end
         self.bridge_len = bridge if self.in_context else 0
 
     # ------------------------------------------------------------------------- texts to ids
@@ -216,6 +216,7 @@ class Dataset:
                 block = pairs[start : start + self.BLOCK]
                 rendered = [(pair, texts) for pair in block if (texts := self._render(pair))]
                 every = [text for _, texts in rendered for text in texts]
+                # hand this block to the tokenizer's thread, then wait for the one before
                 last, waiting = waiting, (rendered, encoder.submit(self.template.encode, every))
                 if last:
                     yield from self._examples(*last)
@@ -256,14 +257,14 @@ class Dataset:
         Answers lose their right end. -> Example, or None where nothing is left to be scored.
         """
         free = self.limits.max_len - self.bridge_len
-        both = (len(chosen), len(rejected))
+        both = (len(chosen), len(rejected))  # a path with a context answer holds both of them
         room = max(self.limits.max_len // 2, free - (sum(both) if self.in_context else max(both)))
         if len(instruct) > room:
             self.cuts["prompts"] += 1
         shared, refine = instruct is prompt, with_suffix(pair.prompt, self.instruction)
         prompt = self._shorten(pair.prompt, prompt, room)
         instruct = prompt if shared else self._shorten(refine, instruct, room)
-        room = free - max(len(prompt), len(instruct))
+        room = free - max(len(prompt), len(instruct))  # what is left for the answers
         rooms = self._rooms(room, *both) if self.in_context else (room, room)
         kept, closed = {}, {}
         for name, ids, room in zip(("rejected", "chosen"), (rejected, chosen), rooms, strict=True):
@@ -271,7 +272,7 @@ class Dataset:
             kept[name] = ids if closed[name] else ids[: max(0, room)]
             if not closed[name]:
                 self.cuts[f"{name} answers"] += 1
-        if not len(prompt):
+        if not len(prompt):  # nothing would predict the answer's first token
             return self.drops.add("empty prompt", pair.where)
         answers = ("chosen",) if pair.rejected is None else ("chosen", "rejected")
         if any(self._scored(kept[name], closed[name]) < 1 for name in answers):
@@ -389,7 +390,7 @@ def lay_out(paths, score="tokens"):
     """
     trie, children = Trie(), {}  # children: bytes of a segment -> (segment, its children, ends)
     for p, (segments, n) in enumerate(paths):
-        branches = children
+        branches = children  # of the root, which holds no token
         for segment in segments:
             if len(segment):
                 _, branches, ends = branches.setdefault(segment.tobytes(), (segment, {}, []))
@@ -417,12 +418,12 @@ def _walk(trie, children, depth, parent, score):
                 trie.label.extend(segment[:n].tolist())
                 trie.path.extend([p] * n)
         _walk(trie, branches, depth + size, start + size - 1, score)
-        trie.until[start : start + size] = [len(trie)] * size
+        trie.until[start : start + size] = [len(trie)] * size  # the whole subtree is behind it
 
 
 def trie_size(paths):
     """Counts the tokens of the trie that `lay_out(paths)` would make."""
-    sizes = {}
+    sizes = {}  # {all segments down to a node: tokens of that node}
     for segments, _ in paths:
         key = ()
         for segment in segments:
@@ -467,6 +468,7 @@ class Row:
 
     def sums(self, values):
         """(S,) values of the scored tokens -> (B, P) sums per pair and path."""
+        # index_add, as backward only gathers, and no (S, B * P) one-hot matrix is made
         total = values.new_zeros(len(self.pairs) * self.n_paths)  # (B * P,)
         return total.index_add(0, self.path, values).view(len(self.pairs), self.n_paths)  # (B, P)
 
@@ -492,11 +494,11 @@ def build_row(tries, pairs, n_paths, pad_to=0):
         columns["path"] += [i * n_paths + p for p in trie.path]
         spans.append((start, start + len(trie)))
         start += len(trie)
-    padding = range(start, max(pad_to, start, 1))
+    padding = range(start, max(pad_to, start, 1))  # row indices; until k + 1: sees itself alone
     columns["tokens"] += [0] * len(padding)
     columns["positions"] += [0] * len(padding)
     columns["until"] += [k + 1 for k in padding]
-    spans += [(k, k + 1) for k in padding[:1]] if not tries else []
+    spans += [(k, k + 1) for k in padding[:1]] if not tries else []  # no kernel runs on nothing
     tensors = {name: torch.tensor(column, dtype=torch.long) for name, column in columns.items()}
     return Row(**tensors, spans=spans, pairs=list(pairs), n_paths=n_paths)
 
@@ -507,12 +509,12 @@ def pack(sizes, row_tokens, multiple=1):
     sizes: tokens per item. Returns a list of rows (lists of item numbers); their number is a
     multiple of `multiple` (the ranks), and no row is over `row_tokens`.
     """
-    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))  # the same on every rank
     n_rows = max(1, -(-sum(sizes) // row_tokens))  # -(-a // b) rounds up
     n_rows = -(-n_rows // multiple) * multiple
     while True:  # with more and more rows, until all fit
         rows = [[] for _ in range(n_rows)]
-        heap = [(0, r) for r in range(n_rows)]
+        heap = [(0, r) for r in range(n_rows)]  # (tokens so far, row): the emptiest on top
         for i in order:
             filled, r = heapq.heappop(heap)
             rows[r].append(i)
@@ -533,7 +535,7 @@ def scored_rows(model, trie, sizes, n_paths, row_tokens=None, label="score"):
     is longer; None: by the device.
     """
     device = model.embed.weight.device
-    row_tokens = row_tokens or (8192 if device.type == "cuda" else 2048)
+    row_tokens = row_tokens or (8192 if device.type == "cuda" else 2048)  # enough to keep it busy
     with progress(label, len(sizes), "item", leave=False) as bar:
         for items in pack(sizes, max(row_tokens, *sizes)):
             row = build_row([trie(n) for n in items], items, n_paths).to(device)
@@ -572,6 +574,7 @@ class Plan:
 
     def pairs(self, step):
         """Dataset indices of the pairs of this step, counted from 0."""
+        # places in the stream; the k-th is the (k mod N)-th pair of epoch k div N
         stream = range(step * self.batch, min((step + 1) * self.batch, self.total))
         epochs = ((k // self.n_pairs, k % self.n_pairs) for k in stream)
         return [int(permutation(self.n_pairs, self.seed, epoch)[k]) for epoch, k in epochs]
@@ -584,4 +587,4 @@ class Plan:
 @lru_cache(maxsize=4)  # a step may take the end of one epoch and the beginning of the next
 def permutation(n, seed, epoch):
     """The order of the dataset in one epoch."""
-    return np.random.default_rng((seed, epoch)).permutation(n)
+    return np.random.default_rng((seed, epoch)).permutation(n)  # (n,)
