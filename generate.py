@@ -248,8 +248,8 @@ def sample(model, prompts, sampling, seed=0, batch=16, on_token=None):
 MODES = ("plain", "instruct", "refine")
 
 
-class Job:
-    """An Ask on its way through its turns, and the row that it becomes.
+class Dialogue:
+    """An Ask on its way through its turns, in one of the MODES, and the row that it becomes.
 
     Turn t of Ask n draws its random numbers from (seed, n, 2 t), its refinement from
     (seed, n, 2 t + 1), whatever else is asked and in whatever order: so a run that was cut off
@@ -305,7 +305,7 @@ class Job:
 
 @dataclass
 class Answers:
-    """Answers Jobs by the own sampler."""
+    """Answers Dialogues by the own sampler."""
 
     model: torch.nn.Module
     template: Template
@@ -313,34 +313,36 @@ class Answers:
     batch: int = 16
     on_token: object = None  # called with "draft" or "answer", and every token as it comes
 
-    def __call__(self, jobs):
-        """Yields (number, row {prompt, answer, [draft,] finished, …}) as Jobs end."""
-        queue = deque(self.sequence(job) for job in jobs)
+    def __call__(self, dialogues):
+        """Yields (number, row {prompt, answer, [draft,] finished, …}) as Dialogues end."""
+        queue = deque(self.sequence(dialogue) for dialogue in dialogues)
         for seq in complete(self.model, queue, self.sampling, self.batch):
-            stage, job = seq.tag
-            if job.take(self.template.decode(seq.answer), seq.finished):
-                yield job.number, job.row
+            stage, dialogue = seq.tag
+            if dialogue.take(self.template.decode(seq.answer), seq.finished):
+                yield dialogue.number, dialogue.row
             else:
                 # First in the queue: at its end it would wait for the drafts of all other prompts,
                 # every row would come last of all, and a kill would lose all of them.
-                queue.appendleft(self.sequence(job, seq if stage == "draft" else None))
+                queue.appendleft(self.sequence(dialogue, seq if stage == "draft" else None))
 
-    def sequence(self, job, draft=None):
+    def sequence(self, dialogue, draft=None):
         """What the sampler continues: the ids that training puts before the same answer.
 
         draft: the ended Sequence of the draft. Its ids are taken as they were sampled: its text,
         tokenised again, may have others. A draft that the question brought along is tokenised.
         """
-        refine = "draft" in job.row
+        refine = "draft" in dialogue.row
         if draft:
             ids = [*draft.prompt, *draft.answer, *self.template.end_ids]
         else:
-            texts = [self.template.render(job.question, generation=True)]
-            texts += [self.template.answer(job.question, job.row["draft"])] if refine else []
+            texts = [self.template.render(dialogue.question, generation=True)]
+            if refine:
+                texts.append(self.template.answer(dialogue.question, dialogue.row["draft"]))
             ids = self._ids(texts)
-        ids += self._ids([self.template.turn(job.instruction)]) if refine else []
-        hear = self.on_token and partial(self.on_token, job.stage)
-        return Sequence(ids, job.seed, hear, (job.stage, job))
+        if refine:
+            ids += self._ids([self.template.turn(dialogue.instruction)])
+        hear = self.on_token and partial(self.on_token, dialogue.stage)
+        return Sequence(ids, dialogue.seed, hear, (dialogue.stage, dialogue))
 
     def _ids(self, texts):
         """Texts, each tokenised on its own, joined."""
@@ -361,47 +363,47 @@ def in_order(numbered, numbers):
 
 @dataclass
 class RemoteAnswers:
-    """Answers Jobs by messages to an Endpoint, `concurrency` of them at a time."""
+    """Answers Dialogues by messages to an Endpoint, `concurrency` of them at a time."""
 
     endpoint: Endpoint
     sampling: Sampling
     concurrency: int = 8
     refused: list = field(default_factory=list)  # (number, what the server said)
 
-    def __call__(self, jobs):
-        """Yields (number, row) as Jobs end; one that the server refuses goes to `refused`."""
-        for job, refusal in together(self._answer, jobs, self.concurrency):
+    def __call__(self, dialogues):
+        """Yields (number, row) as Dialogues end; one that the server refuses goes to `refused`."""
+        for dialogue, refusal in together(self._answer, dialogues, self.concurrency):
             if refusal is None:
-                yield job.number, job.row
+                yield dialogue.number, dialogue.row
             else:
-                self.refused.append((job.number, refusal))
+                self.refused.append((dialogue.number, refusal))
 
-    def _answer(self, job):
+    def _answer(self, dialogue):
         """Asks until the last turn is answered -> None, or why the server refuses."""
         try:
-            reply = self._chat(job)
-            while not job.take(reply.text, reply.finished):
-                reply = self._chat(job)
+            reply = self._chat(dialogue)
+            while not dialogue.take(reply.text, reply.finished):
+                reply = self._chat(dialogue)
         except RequestRefused as refusal:
             return str(refusal)
 
-    def _chat(self, job):
+    def _chat(self, dialogue):
         """One request; its seed is told by the same numbers that the own sampler draws from."""
-        messages = job.question
-        if "draft" in job.row:
-            said = [("assistant", job.row["draft"]), ("user", job.instruction)]
+        messages = dialogue.question
+        if "draft" in dialogue.row:
+            said = [("assistant", dialogue.row["draft"]), ("user", dialogue.instruction)]
             messages = messages + [{"role": who, "content": text} for who, text in said]
         reply = self.endpoint.chat(
             messages,
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
             max_tokens=self.sampling.max_new_tokens,
-            seed=int(np.random.SeedSequence(job.seed).generate_state(1)[0] >> 1),  # 31 bits
+            seed=int(np.random.SeedSequence(dialogue.seed).generate_state(1)[0] >> 1),  # 31 bits
         )
         told = (reply.tokens_in, reply.tokens_out)
         if None not in told:  # a server may leave its counts out
-            before = job.row.get("usage", (0, 0))
-            job.row["usage"] = [a + b for a, b in zip(before, told, strict=True)]
+            before = dialogue.row.get("usage", (0, 0))
+            dialogue.row["usage"] = [a + b for a, b in zip(before, told, strict=True)]
         return reply
 
 
@@ -529,7 +531,7 @@ def produce(s, asks, numbers, store):
     if one and not s.endpoint:
         answers.on_token = stream = Stream(answers.template)
     instruction = INSTRUCTIONS.get(s.instruction, s.instruction)
-    numbered = answers(Job(asks[n], n, s.mode, instruction, s.seed) for n in numbers)
+    numbered = answers(Dialogue(asks[n], n, s.mode, instruction, s.seed) for n in numbers)
     if store is None:
         numbered = enumerate(in_order(numbered, numbers))
     hidden, done, cut, empty = one or (store and store.rank), len(asks) - len(numbers), 0, 0

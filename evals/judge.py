@@ -23,7 +23,7 @@ import numpy as np
 from evals.answers import align, read_answers
 from evals.stats import estimate
 from evals.verdicts import VERDICTS, read_grade, read_verdict
-from generate import Job, answerer
+from generate import Dialogue, answerer
 from hub.benchmarks import json_digest, question_id, refuse_twins, transcript, write_rows
 from hub.weights import Weights, resolve
 from jobs.cli import UserError, flag, progress, require
@@ -140,9 +140,9 @@ class Judge:
 
     def _ask(self, new, prompts):
         answers, order = answerer(self.s), {n: key for key, n in new.items()}
-        jobs = [Job(Ask(prompts[n]), n, seed=self.s.seed) for n in order]
+        dialogues = [Dialogue(Ask(prompts[n]), n, seed=self.s.seed) for n in order]
         with progress("judge", len(prompts), "verdict", initial=len(prompts) - len(new)) as bar:
-            for n, row in answers(jobs):
+            for n, row in answers(dialogues):
                 tokens = row.get("usage") or count_tokens(answers, row)
                 self.known[order[n]] = (row["answer"], tokens)
                 self.asked.append(tokens)

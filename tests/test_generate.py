@@ -13,7 +13,7 @@ from dialogues import say
 import generate
 from conftest import write_model
 from data import Dataset, Limits
-from generate import Answers, Job, Sampling, Stream, complete, in_order
+from generate import Answers, Dialogue, Sampling, Stream, complete, in_order
 from hub.template import Template
 from jobs.cli import UserError
 from losses import Path as LossPath
@@ -59,15 +59,15 @@ def test_a_mode_asks_as_its_path_was_trained(template, mode, path):
     pair = Pair(say("Why?"), "Because.", "So what.", "here")
     dataset = Dataset([pair], template, rule, Limits(512, 0.4), "better")
     segments, _ = dataset.path(0, path)
-    seq = Answers(None, template, GREEDY).sequence(Job(Ask(pair.prompt, "So what."), 0, mode))
+    seq = Answers(None, template, GREEDY).sequence(Dialogue(Ask(pair.prompt, "So what."), 0, mode))
     assert seq.prompt == np.concatenate(segments[:-1]).tolist()
 
 
 def answered(answers, asks, numbers=None, mode="plain"):
     """The rows of Asks in their order."""
     numbers = range(len(asks)) if numbers is None else numbers
-    jobs = [Job(ask, n, mode) for ask, n in zip(asks, numbers, strict=True)]
-    return list(in_order(answers(jobs), numbers))
+    dialogues = [Dialogue(ask, n, mode) for ask, n in zip(asks, numbers, strict=True)]
+    return list(in_order(answers(dialogues), numbers))
 
 
 def test_refine_joins_its_own_draft(model, template, monkeypatch):

@@ -130,7 +130,7 @@ def test_mt_bench_sees_its_first_answer(directory, tmp_path, answer):
     model, template = generate.load_model(str(directory))
     sampling = generate.Sampling(6, 0.7, 0.95, generate.stop_ids(template))
     answers = generate.Answers(model, template, sampling)
-    ((_, alone),) = answers([generate.Job(Ask([user("Say 2.")]), 2)])
+    ((_, alone),) = answers([generate.Dialogue(Ask([user("Say 2.")]), 2)])
     assert alone["answer"] == rows[2]["choices"][0]["turns"][0]
 
 
