@@ -59,7 +59,7 @@ def pair_logps(model, dataset, paths, row_tokens=None, label="score"):
 # ----------------------------------------------------------------------------- reward
 
 
-@dataclass
+@dataclass(frozen=True)
 class RewardFlags(ModelFlags, VerdictFlags):
     """Every flag of `evaluate.py reward`."""
 
@@ -228,7 +228,7 @@ def without_padding(ids, pad):
 # ----------------------------------------------------------------------------- pairs
 
 
-@dataclass
+@dataclass(frozen=True)
 class PairsFlags(ModelFlags, PathFlags, ResultFlags):
     """Every flag of `evaluate.py pairs`."""
 

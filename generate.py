@@ -410,7 +410,7 @@ class RemoteAnswers:
 # ----------------------------------------------------------------------------- the command line
 
 
-@dataclass
+@dataclass(frozen=True)
 class GenerateFlags(ModelFlags, InstructionFlags, SamplingFlags, EndpointFlags):
     """Every flag of generate.py."""
 

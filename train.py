@@ -49,7 +49,7 @@ PAPER = {"lr": 5e-7, "batch": 128, "epochs": 3.0, "max_len": 4096}
 EMBEDDED = {"lr": 3e-4, "batch": 32, "steps": 60, "max_len": 256}
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainFlags(HyperFlags, RunFlags, CleaningFlags, PathFlags, DataFlags, ModelFlags):
     """Every flag. None: decided by the objective, the data or the device, and then printed."""
 

@@ -36,7 +36,7 @@ FORMS = ("ins_dpo", "ins_dpo, turn", "averaged, sep", "averaged, turn", "dpo")
 START, KIND, LR = "start", "separable", 4e-4  # as bench/small_world.py runs dpo
 
 
-@dataclass
+@dataclass(frozen=True)
 class ContextGradFlags(WorkloadFlags):
     """Flags."""
 

@@ -27,7 +27,7 @@ from pairs.read import Drops, read_pairs
 from train import TrainFlags, load_data
 
 
-@dataclass
+@dataclass(frozen=True)
 class PreparationFlags:
     """Every flag."""
 

@@ -26,7 +26,7 @@ from model import load
 from pairs.read import Drops, read_pairs
 
 
-@dataclass
+@dataclass(frozen=True)
 class GenerationFlags(WorkloadFlags):
     """Flags; of the pairs the prompts are asked."""
 

@@ -46,7 +46,7 @@ AXES = ("pairs", "row_tokens", "width", "vocab", "processes")
 FARTHEST = {"fp32": (1e-4, 1e-3), "bf16": (0.05, 1.0)}  # mean and largest |difference|, nats
 
 
-@dataclass
+@dataclass(frozen=True)
 class GrowthFlags:
     """Flags. The first value of every list is where the others rest."""
 

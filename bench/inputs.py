@@ -158,7 +158,7 @@ def write_pairs(file, mix, n, model, **options):
 # ----------------------------------------------------------------------------- flags
 
 
-@dataclass
+@dataclass(frozen=True)
 class WorkloadFlags:
     """A model, pairs, their limits and the device; commands inherit these."""
 

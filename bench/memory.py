@@ -43,7 +43,7 @@ from train import TrainFlags, build_model
 SHAPES = ("llama-3.2-1b", "pythia-2.8b", "gemma-2-9b")
 
 
-@dataclass
+@dataclass(frozen=True)
 class MemoryFlags:
     """Flags."""
 

@@ -41,7 +41,7 @@ from model import Config, read_config
 from pairs.read import Drops, read_pairs
 
 
-@dataclass
+@dataclass(frozen=True)
 class SpeedFlags(WorkloadFlags):
     """Flags of the comparison."""
 

@@ -24,7 +24,7 @@ from bench.measuring import percent, table
 from jobs.cli import flag, parse, run
 
 
-@dataclass
+@dataclass(frozen=True)
 class ProfileFlags(WorkloadFlags):
     """Flags."""
 

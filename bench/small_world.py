@@ -64,7 +64,7 @@ FORMS = {  # name: (prefix of --loss, --condition, --bridge); None: the preset's
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class SmallWorldFlags:
     """Flags."""
 

@@ -50,7 +50,7 @@ CONTENDERS = {  # what train.py can be told to do, as flags
 STAGES = ("import", "template", "data", "load", "reference", "first step", "step")
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainingFlags(TrainFlags):
     """Every flag of train.py, and one of the measurement."""
 

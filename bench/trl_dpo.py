@@ -28,7 +28,7 @@ from pairs.read import Drops, read_pairs
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrlFlags:
     """Flags of one measurement."""
 

@@ -32,7 +32,7 @@ PENALTIES = 1 / np.logspace(-4, 4, 10)  # scikit-learn's C, as the weight of the
 GAMED_WEIGHT = 0.1  # lambda 0.2 over two baselines
 
 
-@dataclass
+@dataclass(frozen=True)
 class AlpacaFlags(VerdictFlags):
     """Every flag of `evaluate.py alpaca`."""
 

@@ -33,7 +33,7 @@ STYLE = ("token_len", "header_count", "list_count", "bold_count")
 CONTROLS = {"none": [], "length": [0], "markdown": [1, 2, 3], "both": [0, 1, 2, 3]}
 
 
-@dataclass
+@dataclass(frozen=True)
 class ArenaFlags(VerdictFlags):
     """Every flag of `evaluate.py arena`."""
 

@@ -31,7 +31,7 @@ MEASURES = ("mass", "variance", "skewness")
 PROMPT_PARTS = ("first", "x", "ỹ", "i", "y+")
 
 
-@dataclass
+@dataclass(frozen=True)
 class AttentionFlags(AnalysisFlags, InstructionFlags):
     """Every flag of `evaluate.py attention`."""
 

@@ -18,7 +18,7 @@ from pairs.layouts import number
 from pairs.read import Drops
 
 
-@dataclass
+@dataclass(frozen=True)
 class CompareFlags(VerdictFlags):
     """Every flag of `evaluate.py compare`."""
 

@@ -131,7 +131,7 @@ def shared(a, b):
     return int(differs[0]) if len(differs) else n
 
 
-@dataclass
+@dataclass(frozen=True)
 class AnalysisFlags(ModelFlags, DataFlags, ResultFlags):
     """The flags that all analyses share."""
 
@@ -151,7 +151,7 @@ def open_views(s, template, contexts):
 # ----------------------------------------------------------------------------- context
 
 
-@dataclass
+@dataclass(frozen=True)
 class ContextFlags(AnalysisFlags):
     """Every flag of `evaluate.py context`."""
 
@@ -214,7 +214,7 @@ def token_statistics(model, views, row_tokens=None):
 # ----------------------------------------------------------------------------- next token
 
 
-@dataclass
+@dataclass(frozen=True)
 class NextTokenFlags(AnalysisFlags):
     """Every flag of `evaluate.py next_token`."""
 

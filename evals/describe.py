@@ -27,7 +27,7 @@ QUANTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 SAMPLE = 1000  # pairs whose path sets are laid out
 
 
-@dataclass
+@dataclass(frozen=True)
 class DescribeFlags(CheckpointFlags, DataFlags, PathFlags, CleaningFlags):
     """Every flag of `evaluate.py describe`; those that train.py has too mean the same."""
 

@@ -230,7 +230,7 @@ VERDICT_FORMATS = {  # of --out: what makes a row of two games; None where nothi
 # ----------------------------------------------------------------------------- the command
 
 
-@dataclass
+@dataclass(frozen=True)
 class JudgeFlags(ModelFlags, SamplingFlags, EndpointFlags):
     """Every flag of `evaluate.py judge`."""
 

@@ -28,7 +28,7 @@ PAIR = ("model_1", "model_2")
 FIRST = 81  # ten questions per category, 81 to 160
 
 
-@dataclass
+@dataclass(frozen=True)
 class MtbenchFlags(VerdictFlags):
     """Every flag of `evaluate.py mtbench`."""
 

@@ -20,7 +20,7 @@ GPUS = (1, 4, 8)
 HEADROOM = 0.9  # of a GPU's memory: CUDA, NCCL and fragmentation have the rest
 
 
-@dataclass
+@dataclass(frozen=True)
 class PlanFlags(CheckpointFlags):
     """Every flag of `evaluate.py plan`."""
 

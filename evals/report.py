@@ -21,7 +21,7 @@ from jobs.rundir import draw, read_metrics
 HIDDEN = {"values", "scores", "models", "pairs", "margins", "probabilities"}  # too long for a table
 
 
-@dataclass
+@dataclass(frozen=True)
 class ReportFlags:
     """Every flag of `evaluate.py report`."""
 

@@ -11,7 +11,7 @@ from jobs.cli import UserError, arguments, flag
 from jobs.rundir import draw, read_metrics
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunsFlags:
     """Every flag of `evaluate.py runs`."""
 

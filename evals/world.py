@@ -21,7 +21,7 @@ from losses import Path, recipe
 from pairs.layouts import Pair
 
 
-@dataclass
+@dataclass(frozen=True)
 class WorldFlags(CheckpointFlags, InstructionFlags):
     """Every flag of `evaluate.py world`."""
 

@@ -21,10 +21,11 @@ HyperFlags = dataclasses.make_dataclass(
         )
         for name, defaults in HYPER.items()
     ],
+    frozen=True,
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class CheckpointFlags:
     """Which checkpoint is meant."""
 
@@ -32,7 +33,7 @@ class CheckpointFlags:
     revision: str | None = flag(None, "branch, tag or commit of --model on the hub")
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelFlags(CheckpointFlags):
     """Which model is loaded, in which dtype, and where it runs."""
 
@@ -40,7 +41,7 @@ class ModelFlags(CheckpointFlags):
     device: str = flag("auto", "where to run", ("auto", "cpu", "cuda"))
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataFlags:
     """Which preference pairs are read, and what happens to rows that are none."""
 
@@ -50,7 +51,7 @@ class DataFlags:
     bad_rows: str = flag("stop", "at a broken row: stop, or drop and count it", ("stop", "drop"))
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunFlags:
     """What a long run needs: where it writes, how it goes on, how it fits its machine."""
 
@@ -68,14 +69,14 @@ class RunFlags:
     shard_group: int | None = flag(None, "shard over groups of N processes; default: over all")
 
 
-@dataclass
+@dataclass(frozen=True)
 class InstructionFlags:
     """IFSR's refining instruction, a key of hub.template.INSTRUCTIONS or a text."""
 
     instruction: str = flag("better", "refining instruction: better, another, worse, or your text")
 
 
-@dataclass
+@dataclass(frozen=True)
 class PathFlags(InstructionFlags):
     """How a pair becomes paths: what joins a context answer to what follows, and the limits."""
 
@@ -86,7 +87,7 @@ class PathFlags(InstructionFlags):
     row_tokens: int | None = flag(None, "tokens per row; default: 8192 on CUDA, else 2048")
 
 
-@dataclass
+@dataclass(frozen=True)
 class SamplingFlags:
     """How answers are drawn."""
 
@@ -96,7 +97,7 @@ class SamplingFlags:
     batch: int = flag(16, "sequences that the own sampler has at once")
 
 
-@dataclass
+@dataclass(frozen=True)
 class EndpointFlags:
     """An OpenAI-compatible chat server in place of the own sampler."""
 
@@ -106,7 +107,7 @@ class EndpointFlags:
     retries: int = flag(8, "further tries of a request before --endpoint is given up")
 
 
-@dataclass
+@dataclass(frozen=True)
 class ResultFlags:
     """What an evaluation writes, and the bootstrap behind its intervals."""
 
@@ -114,7 +115,7 @@ class ResultFlags:
     out: str | None = flag(None, "json file for the numbers")
 
 
-@dataclass
+@dataclass(frozen=True)
 class VerdictFlags(ResultFlags):
     """An evaluation of verdicts or scores, of which some may be missing."""
 

@@ -13,7 +13,7 @@ from jobs.cli import UserError, flag
 from pairs.guard import without_unsafe
 
 
-@dataclass
+@dataclass(frozen=True)
 class CleaningFlags:
     """A rule each; None or False leaves it out."""
 
