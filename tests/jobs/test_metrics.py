@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 
-import evaluate
 from jobs.cli import UserError
 from jobs.rundir import Metrics, logger_names, read_metrics
 from train import TrainFlags
@@ -42,18 +41,6 @@ def test_a_resumed_run_goes_on_behind_its_step_also_after_a_torn_line(tmp_path):
     Metrics(SimpleNamespace(out=out, log=None), ranks, 3).write({"step": 4, "loss": 9.0})
     kept = [(row["step"], row.get("loss")) for row in read_metrics(out / "metrics.jsonl")]
     assert kept == [(1, 1.0), (2, 0.5), (3, 1 / 3), (2, None), (4, 9.0)]
-
-
-def test_runs_are_drawn_over_each_other_and_their_ends_tabulated(tmp_path, call, capsys):
-    best = {"step": 2, "eval_loss": 0.25, "eval_accuracy": 0.75, "eval_plain_margin": 0.5}
-    a = write(tmp_path / "a", [{"step": 0, "eval_loss": 0.1}, *steps(4, 1.0), best])
-    b = write(tmp_path / "b", steps(2, 3.0))
-    figure = tmp_path / "figures" / "runs.png"
-    call(evaluate, "runs", a, b, "--out", figure)
-    table = capsys.readouterr().out
-    assert f"| {a} | 4 | 0.2500 | - | 0.2500 | 2 | 0.7500 | - | 0.5000 | 2.0000 |" in table
-    assert f"| {b} | 2 | 1.5000 | - | - | - | - | - | - | 2.0000 |" in table
-    assert figure.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_figure_that_cannot_be_drawn_is_said_and_ends_nothing(tmp_path):
