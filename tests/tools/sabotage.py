@@ -146,9 +146,9 @@ def full_at_export():
 
 def full_at_metrics():
     """A true limit of the kernel: no file of this process may grow beyond 1,500 bytes."""
-    from jobs import metrics
+    from jobs.rundir import Metrics
 
-    write = metrics.Metrics.write
+    write = Metrics.write
 
     def limited(self, line):
         if line.get("step") == 8:
@@ -157,7 +157,7 @@ def full_at_metrics():
             resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, resource.RLIM_INFINITY))
         write(self, line)
 
-    metrics.Metrics.write = limited
+    Metrics.write = limited
 
 
 def clock_backwards():
