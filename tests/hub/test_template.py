@@ -22,7 +22,7 @@ from dialogues import say
 
 from data import Dataset, Limits
 from hub import template as template_file
-from hub.template import Template, bounded, with_suffix
+from hub.template import Template, bounded, open_template, with_suffix
 from jobs.cli import UserError
 from losses import recipe
 from pairs.read import Pair
@@ -128,6 +128,17 @@ def test_the_instruction_becomes_a_suffix_of_the_question():
     assert messages[-1]["content"] == "Why?"
 
 
+def test_a_joined_dialogue_is_the_paths_of_a_dataset(make):
+    """The ids that training scores an answer with, up to the end token and without what follows."""
+    template, messages = make(CHATML), say("Hi ab", "a", "b?")
+    pair = Pair(messages, "ab Hello <|im_end|>", "No", "f:1")
+    dataset = Dataset([pair], template, recipe("dpo"), Limits(1000, 1.0), "better")
+    segments, _ = dataset.path(0, dataset.recipe.paths[0])
+    joined = template.joined(messages, pair.chosen)
+    assert joined.tolist() == np.concatenate(segments).tolist()
+    assert joined[-1] == template.end_ids[-1]
+
+
 def test_no_merge_crosses_from_prompt_to_answer(make):
     """The tokenizer joins "ab"; a prompt's last "a" and an answer's first "b" stay apart."""
     template = make("{% for m in messages %}{{ m.content }}{% endfor %}")
@@ -159,8 +170,11 @@ def test_an_answer_stands_alone_where_the_template_rewrites_the_prompt(make):
     assert template.answer(say("Hi"), " Hello ") == "Hello<|im_end|>"
 
 
-def test_base_models_get_the_documented_fallback(make):
+def test_base_models_get_the_documented_fallback(make, capsys):
     template = make(None)
+    assert open_template(template.directory).fallback
+    told = f"{template.directory} has no chat template: using the plain one\n"
+    assert capsys.readouterr().err == told
     assert template.fallback and not make(CHATML).fallback
     prompt = template.render(say("Hi"), generation=True)
     assert prompt == "<s>\n<|user|>\nHi\n<|assistant|>\n"

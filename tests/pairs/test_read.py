@@ -6,6 +6,7 @@ import json
 import pytest
 from dialogues import GOOD, reply, say, write_rows
 
+import data
 from jobs.cli import UserError
 from pairs.read import Drops, Pair, hold_out, read_pairs
 
@@ -55,6 +56,12 @@ def test_every_layout_in_every_kind_of_file(name, kind, tmp_path):
     first, second = read_pairs(file, Drops())
     assert first == Pair(prompt, "So.", "No.", f"{file}:1")
     assert second.where == f"{file}:2"
+
+
+def test_a_source_alone_gives_pairs(tmp_path):
+    """The public form: data.read_pairs."""
+    (pair,) = data.read_pairs(write_rows(tmp_path, [ULTRA | {"score_rejected": 5.0}]))
+    assert (pair.prompt, pair.chosen, pair.rejected, pair.margin) == (Q, "So.", "No.", 3.0)
 
 
 def test_implicit_strings_part_at_the_last_white_space_they_share(tmp_path):
