@@ -17,7 +17,6 @@ import csv
 import gzip
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -59,7 +58,8 @@ def read_annotations(file):
 
 def annotations_in(file):
     """Yields what results.gather takes; lengths are in characters."""
-    seen, rows = Counter(), csv_rows(file) if ".csv" in Path(file).suffixes else records(file)
+    rows = csv_rows(file) if file.endswith((".csv", ".csv.gz")) else records(file)
+    seen = Counter()  # rows of each model
     for where, row in rows:
         try:
             if "len_model" in row:
@@ -222,7 +222,7 @@ def leaderboard_row(annotations, difficulty, gamed, resamples, seed):
 def refuse_incomplete(model, annotations, drops, difficulty, max_missing):
     """UserError for a model without a verdict on too many questions, or that cannot be fitted."""
     if difficulty is not None:
-        if unknown := sorted(annotations.keys() - difficulty.keys()):
+        if unknown := sorted(i for i, row in annotations.items() if row and i not in difficulty):
             raise UserError(
                 f"{model}: no difficulty for question {unknown[0]}; is a row doubled? "
                 "--difficulty none is for custom prompts"
