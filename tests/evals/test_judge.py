@@ -9,11 +9,13 @@ from chat_server import ChatServer
 import evaluate
 import generate
 from conftest import write_model
-from evals.judge import COMPARE, GRADE, Prompt
+from evals.judge import Prompt
 from evals.verdicts import VERDICTS, read_grade, read_verdict
 from hub import endpoint
 from jobs.cli import UserError
+from jobs.files import ASSETS
 
+COMPARE, GRADE = ((ASSETS / "judge" / f"{name}.txt").read_text() for name in ("compare", "grade"))
 PROMPTS = [f"question {i}?" for i in range(6)]
 
 
