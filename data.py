@@ -73,38 +73,28 @@ PARTS = ("prompt", "instruct", "chosen", "rejected")
 
 @dataclass
 class Example:
-    """The token ids of one pair, within the limits.
-
-    instruct: the prompt with the refining instruction as a suffix of its question, where a path of
-    the recipe begins with it; else the prompt itself.
-    closed: answer -> whether it has its end token; one that was cut has none.
-    """
+    """The token ids of one pair, within the limits."""
 
     prompt: np.ndarray
-    instruct: np.ndarray
+    instruct: np.ndarray  # the prompt with the refining instruction, or the prompt itself
     chosen: np.ndarray
     rejected: np.ndarray
-    closed: dict
-    where: str
+    closed: dict  # answer -> whether it has its end token; one that was cut has none
+    where: str  # "file:row"
 
 
+@dataclass
 class Examples:
     """N Examples in a few flat arrays, which may be files mapped into memory.
 
     A list of small arrays would take several times the memory of the ids, once in each process.
-
-    ids      (all tokens,)  the PARTS of one example after the other
-    starts   (N,)           where each example begins in ids
-    lengths  (N, 4)         tokens of each of its PARTS; instruct 0: it is the prompt
-    closed   (N, 2)         whether chosen and rejected have their end token
-    where    list of N      "file:row"
     """
 
-    ARRAYS = ("ids", "starts", "lengths", "closed")
-
-    def __init__(self, ids, starts, lengths, closed, where):
-        self.ids, self.starts, self.lengths, self.closed = ids, starts, lengths, closed
-        self.where = where
+    ids: np.ndarray  # (all tokens,) the PARTS of one example after the other
+    starts: np.ndarray  # (N,) where each example begins in ids
+    lengths: np.ndarray  # (N, 4) tokens of each of its PARTS; instruct 0: it is the prompt
+    closed: np.ndarray  # (N, 2) whether chosen and rejected have their end token
+    where: list  # N places "file:row"
 
     def __len__(self):
         return len(self.where)
@@ -137,11 +127,10 @@ class Examples:
 
 @dataclass
 class Limits:
-    """max_len: tokens of any single path. draft_cap: share of max_len that a rejected answer may
-    take where it serves as context. score_eos: whether the end token of an answer is scored."""
+    """What is cut, and whether the end token of an answer is scored."""
 
-    max_len: int
-    draft_cap: float
+    max_len: int  # tokens of any single path
+    draft_cap: float  # share of max_len that a rejected answer may take where it is a context
     score_eos: bool = True
 
 
@@ -182,8 +171,8 @@ class Dataset:
 
     def stored(self):
         """What the token cache keeps of it -> ({name: array}, facts for JSON)."""
-        arrays = {name: getattr(self.examples, name) for name in Examples.ARRAYS}
-        facts = {"where": self.examples.where, "cuts": self.cuts, "drops": vars(self.drops)}
+        arrays = dict(vars(self.examples))
+        facts = {"where": arrays.pop("where"), "cuts": self.cuts, "drops": vars(self.drops)}
         return arrays, facts
 
     def _bridge(self, sep):
@@ -438,28 +427,17 @@ def trie_size(paths):
 
 @dataclass
 class Row:
-    """Several tries in one sequence, as the model reads it.
+    """Several tries in one sequence, as the model reads it."""
 
-    tokens     (T,)  ids
-    positions  (T,)  distance from the root along the token's own path (for RoPE)
-    until      (T,)  the index just past the token's subtree
-    source     (S,)  the row index whose hidden state predicts the scored token
-    label      (S,)  the id to be predicted
-    path       (S,)  which conditional log-probability it adds to: pair of the row * P + path
-    spans      list of (start, end), one per trie
-    pairs      list of B dataset indices
-    n_paths    P
-    """
-
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    until: torch.Tensor
-    source: torch.Tensor
-    label: torch.Tensor
-    path: torch.Tensor
-    spans: list
-    pairs: list
-    n_paths: int
+    tokens: torch.Tensor  # (T,) ids
+    positions: torch.Tensor  # (T,) distance from the root along the token's own path, for RoPE
+    until: torch.Tensor  # (T,) the index just past the token's subtree
+    source: torch.Tensor  # (S,) the row index whose hidden state predicts the scored token
+    label: torch.Tensor  # (S,) the id to be predicted
+    path: torch.Tensor  # (S,) the log-probability it adds to: pair of the row * P + path
+    spans: list  # (start, end) of each trie
+    pairs: list  # B dataset indices
+    n_paths: int  # P
 
     def to(self, device):
         """The same row with its vectors on `device`."""

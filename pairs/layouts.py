@@ -23,17 +23,13 @@ from jobs.cli import UserError
 
 @dataclass
 class Pair:
-    """A prompt and two answers to it, of which `chosen` is preferred.
+    """A prompt and two answers to it, of which `chosen` is preferred."""
 
-    prompt: messages up to the answer; chosen, rejected: texts, rejected None in supervised data;
-    where: "file:row" for errors; margin: score of chosen minus that of rejected, if there are any.
-    """
-
-    prompt: list
+    prompt: list  # messages up to the answer
     chosen: str
-    rejected: str | None
-    where: str
-    margin: float | None = None
+    rejected: str | None  # None in supervised data
+    where: str  # "file:row", for errors
+    margin: float | None = None  # score of chosen minus that of rejected, if there are any
 
 
 class Fields(NamedTuple):
@@ -259,18 +255,15 @@ def path_to_root(by_id, m):
 
 
 class Layout(NamedTuple):
-    """How records with certain columns become pairs.
-
-    columns: what a record must have; read: (record, where) -> Fields. gather, where pairs depend
-    on other records: all (where, what read gave) -> all (where, Fields or the Dropped of it).
-    pairs: False where a record need not hold a rejected answer (supervised training).
-    """
+    """How records with certain columns become pairs."""
 
     name: str
-    columns: tuple
-    read: Callable
+    columns: tuple  # what a record must have
+    read: Callable  # (record, where) -> Fields
+    # where pairs depend on other records: all (where, what read gave) -> all (where, Fields or the
+    # Dropped of it)
     gather: Callable | None = None
-    pairs: bool = True
+    pairs: bool = True  # False: there need be no rejected answer (supervised training)
 
 
 LAYOUTS = (

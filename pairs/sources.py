@@ -29,10 +29,8 @@ NAMES_A_SPLIT = re.compile(r"(^|[/_-])(train|test|validation|valid|val|dev|eval)
 
 
 class Source(NamedTuple):
-    """files: local paths in order; weight: copies of each pair."""
-
-    files: list
-    weight: float = 1.0
+    files: list  # local paths in order
+    weight: float = 1.0  # copies of each pair
 
 
 def parse_sources(text, revision=None):
