@@ -301,12 +301,16 @@ def to_pair(record, where, drops, need_rejected=True):
         return drops.add(str(reason), where)
 
 
+# NUL, lone surrogates, which no tokenizer takes, and the mark of hub/template.py
+BROKEN = re.compile(f"[\0\ud800-\udfff{SHIELD}]")
+
+
 def make_pair(fields, where, need_rejected=True):
     """Makes the Pair of Fields as they lie; raises Dropped, or UserError for wrong types."""
     prompt, chosen, rejected, margin = fields
     if chosen is None or (rejected is None and need_rejected):
         raise Dropped("empty answer")
-    if isinstance(chosen, str) and prompt is None and not is_hh(chosen):
+    if isinstance(chosen, str) and prompt is None and not chosen.startswith(HH):
         prompt, chosen, rejected = common_prefix(chosen, rejected, where)
     x_w, chosen = dialogue(prompt, chosen, where)
     x_l, rejected = dialogue(prompt, rejected, where) if rejected is not None else (x_w, None)
@@ -316,23 +320,14 @@ def make_pair(fields, where, need_rejected=True):
         raise Dropped("no prompt")
     if not chosen.strip() or (rejected is not None and not rejected.strip()):
         raise Dropped("empty answer")
-    if not all(map(is_text, [m["content"] for m in x_w] + [chosen, rejected or ""])):
+    if any(map(BROKEN.search, [*(m["content"] for m in x_w), chosen, rejected or ""])):
         raise Dropped("broken text")
     return Pair(x_w, chosen, rejected, where, margin)
 
 
-def is_text(text):
-    """Whether it has no lone surrogate, which no tokenizer takes, no NUL, and not SHIELD."""
-    if "\0" in text or SHIELD in text:
-        return False
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 # ----------------------------------------------------------------------------- dialogues
+
+HH = "\n\nHuman:"  # opens a transcript of Anthropic's hh-rlhf
 
 
 def dialogue(prompt, answer, where):
@@ -354,7 +349,7 @@ def dialogue(prompt, answer, where):
 def as_messages(value, where):
     """A string is one user turn; a list must hold {role, content} with string contents."""
     if isinstance(value, str):
-        messages = parse_hh(value) if is_hh(value) else [{"role": "user", "content": value}]
+        messages = parse_hh(value) if value.startswith(HH) else [{"role": "user", "content": value}]
         opened = messages[-1:] == [{"role": "assistant", "content": ""}]  # "…\n\nAssistant:"
         return messages[:-1] if opened else messages
     if not isinstance(value, list):
@@ -365,10 +360,6 @@ def as_messages(value, where):
         if message.get("role") not in ("system", "user", "assistant"):
             raise UserError(f"{where}: unknown role {message.get('role')!r}")
     return [{"role": m["role"], "content": m["content"]} for m in value]
-
-
-def is_hh(text):
-    return text.startswith("\n\nHuman:")
 
 
 def parse_hh(text):
