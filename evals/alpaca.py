@@ -248,11 +248,12 @@ def alpaca(s):
     bar = {"iterable": models, "leave": False}
     for model in progress("fit", len(models), "model", len(models) == 1, **bar):
         results[model] = leaderboard_row(models[model], difficulty, gamed, s.resamples, s.seed)
-    print(table([{
-        "model": model, "n": r["n"], "win rate": f"{r['win_rate']:.2f}",
-        "SE": f"{r['standard_error']:.2f}", "LC": f"{r['length_controlled_winrate']:.2f}",
+    rows = [{
+        "model": model, "n": r["n"], "win rate": r["win_rate"], "SE": r["standard_error"],
+        "LC": r["length_controlled_winrate"],
         "won/drawn/lost": f"{r['n_wins']}/{r['n_draws']}/{r['n_losses']}",
-        "length": f"{r['avg_length']:.0f}",
-    } for model, r in results.items()]))  # fmt: skip
+        "length": r["avg_length"],
+    } for model, r in results.items()]  # fmt: skip
+    print(table(rows, {"win rate": ".2f", "SE": ".2f", "LC": ".2f", "length": ".0f"}))
     told = {"command": "alpaca", "seed": s.seed, "resamples": s.resamples}
     save_results(s.out, told | {"models": results})

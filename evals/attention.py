@@ -54,14 +54,14 @@ def attention(s):
         found[name] = attention_statistics(model, views, name)
         del model  # one model in memory at a time
     columns = {name: columns_of(values, contexts) for name, values in found.items()}
-    averages, rows = changes(columns, s.seed)
-    print(table(rows))
-    results = {"model": s.model, "ref": s.ref, "data": s.data, "n": len(views)}
-    layers = {name: by_layer(values, contexts) for name, values in columns.items()}
-    save_results(s.out, results | {"means": averages, "layers": layers, "pairs": views.where()})
+    means = changes(columns, s.seed)
+    print(table(means, {"before": ".4g", "after": ".4g", "change": "+.2g"}))
+    results = {"model": s.model, "ref": s.ref, "data": s.data, "n": len(views), "means": means}
+    results["layers"] = {name: by_layer(values) for name, values in columns.items()}
+    save_results(s.out, results | {"pairs": views.where()})
     if figure:
         with out_file(figure):
-            draw_layers(layers, figure)
+            draw_layers(columns, list(contexts), figure)
 
 
 class Watched:
@@ -135,49 +135,47 @@ def columns_of(values, contexts):
 
 
 def changes(columns, seed):
-    """Means over layers, and after training less before: as a list of numbers and as table rows.
+    """[{context, measure, part, before, after, change}]: Estimates of the means over layers.
 
     columns: {"before": columns_of(…), "after": …}, or the latter alone.
     """
-    averages, rows = [], []
+    rows = []
     for name in columns["after"]:
-        if not all(name in found for found in columns.values()):
-            continue
-        means = {when: found[name].mean(1) for when, found in columns.items()}  # (N,)
-        row = dict(zip(("context", "measure", "part"), name, strict=True))
-        numbers = {when: estimate(mean, seed) for when, mean in means.items()}
-        text = {when: f"{number:.4g}" for when, number in numbers.items()}
-        if len(means) == 2:
-            numbers["change"] = estimate(means["after"] - means["before"], seed)
-            text["change"] = f"{numbers['change']:+.2g}"
-        averages.append(row | numbers)
-        rows.append(row | text)
-    return averages, rows
+        if all(name in found for found in columns.values()):
+            means = {when: found[name].mean(1) for when, found in columns.items()}  # (N,)
+            row = dict(zip(("context", "measure", "part"), name, strict=True))
+            row |= {when: estimate(mean, seed) for when, mean in means.items()}
+            if len(means) == 2:
+                row["change"] = estimate(means["after"] - means["before"], seed)
+            rows.append(row)
+    return rows
 
 
-def by_layer(columns, contexts):
+def by_layer(columns):
     """{(context, measure, part): (N, L)} -> {context: {measure: {part: [L means over pairs]}}}."""
-    layers = {name: {measure: {} for measure in MEASURES} for name in contexts}
-    for (name, measure, part), values in columns.items():
-        layers[name][measure][part] = values.mean(0).tolist()
+    layers = {}
+    for (context, measure, part), values in columns.items():
+        parts = layers.setdefault(context, {}).setdefault(measure, {})
+        parts[part] = values.mean(0).tolist()
     return layers
 
 
-def draw_layers(layers, file):
-    """By layer, a row of panels per context, a colour per part: {before, after: by_layer(…)}."""
+def draw_layers(columns, contexts, file):
+    """Means over pairs by layer: a row of panels per context, a colour per part."""
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
-    contexts = list(layers["after"])
-    size = (13, 3.4 * len(contexts))
-    figure = Figure(figsize=size, layout="constrained")
-    for row, name in zip(figure.subplots(len(contexts), 3), contexts, strict=True):
-        for axis, measure in zip(row, MEASURES, strict=True):
-            for when, style in (("before", "--"), ("after", "-")):
-                for part, values in layers.get(when, {name: {measure: {}}})[name][measure].items():
-                    colour = f"C{PROMPT_PARTS.index(part)}"
-                    axis.plot(values, style, color=colour, lw=1.3, label=f"{part} {when}")
-            axis.set(title=f"{name}: {measure}", xlabel="layer")
-            axis.grid(alpha=0.3)
-        row[1].set_yscale("log")
-        row[0].legend(frameon=False, fontsize=8, ncols=2)
+    figure = Figure(figsize=(13, 3.4 * len(contexts)), layout="constrained")
+    panels = figure.subplots(len(contexts), len(MEASURES)).flat
+    axes = dict(zip(itertools.product(contexts, MEASURES), panels, strict=True))
+    for when, style in (("before", "--"), ("after", "-")):
+        for (context, measure, part), values in columns.get(when, {}).items():
+            look = {"color": f"C{PROMPT_PARTS.index(part)}", "lw": 1.3, "label": f"{part} {when}"}
+            axes[context, measure].plot(values.mean(0), style, **look)
+    for (context, measure), axis in axes.items():
+        axis.set(title=f"{context}: {measure}", xlabel="layer")
+        axis.grid(alpha=0.3)
+        if measure == "variance":
+            axis.set_yscale("log")
+        if measure == "mass":
+            axis.legend(frameon=False, fontsize=8, ncols=2)
     figure.savefig(file, dpi=120)

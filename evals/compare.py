@@ -78,10 +78,10 @@ def compare(s):
     for name, side, (seeds, _) in zip("ab", values, sides, strict=True):
         means = [float(np.mean([seed[q] for q in shared])) for seed in seeds]
         results[name] = {"mean": estimate(side, s.seed), "seeds": means}
-        rows.append({"side": name, "file": getattr(s, name), "n": len(shared),
-                     "mean": f"{results[name]['mean']:.4f}",
-                     "seeds": " ".join(f"{mean:.4f}" for mean in means)})  # fmt: skip
-    print(table(rows))
+        text = " ".join(f"{mean:.4f}" for mean in means)
+        about = {"side": name, "file": getattr(s, name), "n": len(shared)}
+        rows.append(about | {"mean": results[name]["mean"], "seeds": text})
+    print(table(rows, {"mean": ".4f"}))
     results |= difference(*values, s.seed)
     nulls = {rule: len(where) for rule, where in drops.rules.items()}
     save_results(s.out, results | {"nulls": nulls})

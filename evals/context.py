@@ -175,10 +175,10 @@ def context(s):
             "variance": estimate(variance[:, p], s.seed),
             "variance - x": estimate(variance[:, p] - variance[:, 0], s.seed),
         }
-        forms = dict(zip(numbers, (".3f", "+.3f", ".4f", "+.4f"), strict=True))
-        rows.append({"context": name} | {k: f"{v:{forms[k]}}" for k, v in numbers.items()})
+        rows.append({"context": name} | numbers)
         results["contexts"][name] = numbers | {"losses": loss[:, p].tolist()}
-    print(table(rows))
+    forms = {"loss": ".3f", "loss - x": "+.3f", "variance": ".4f", "variance - x": "+.4f"}
+    print(table(rows, forms))
     save_results(s.out, results | {"pairs": views.where()})
 
 
@@ -242,13 +242,13 @@ def next_token(s):
             print(f"\n{where}\n{top_table(pairs[-1]['top'])}")
     results = {"model": s.model, "data": s.data, "n": len(views), "prefix": s.prefix}
     entropy, distance = np.array(measures).transpose(1, 2, 0)  # (P, N) each
-    results["contexts"], rows = {}, []
-    for p, name in enumerate(contexts):
-        numbers = {"entropy": estimate(entropy[p], s.seed)}
-        numbers["distance"] = estimate(distance[p], s.seed)
-        results["contexts"][name] = numbers
-        rows.append({"prompt": name} | {k: f"{v:.3f}" for k, v in numbers.items()})
-    print(f"\nentropy in nats, total variation distance from x\n{table(rows)}")
+    results["contexts"] = {
+        name: {"entropy": estimate(entropy[p], s.seed), "distance": estimate(distance[p], s.seed)}
+        for p, name in enumerate(contexts)
+    }
+    rows = [{"prompt": name} | numbers for name, numbers in results["contexts"].items()]
+    lines = table(rows, {"entropy": ".3f", "distance": ".3f"})
+    print(f"\nentropy in nats, total variation distance from x\n{lines}")
     save_results(s.out, results | {"pairs": pairs})
 
 

@@ -140,8 +140,8 @@ def summary(figures):
     yield f"read {f['records_read']} records: kept {f['pairs_kept']}, dropped {lost}"
     for rule, told in f["dropped"].items():
         yield f"  {told['pairs']:7} {rule}  ({', '.join(told['rows'])})"
-    rows = f["tokens"].items()
-    yield "\n" + table([{"tokens": k} | {q: f"{n:.0f}" for q, n in v.items()} for k, v in rows])
+    rows = [{"tokens": part} | told for part, told in f["tokens"].items()]
+    yield "\n" + table(rows, dict.fromkeys([*rows[0]][1:], ".0f"))
     cuts = ", ".join(f"{share:.1%} {what}" for what, share in f["cut"].items())
     yield f"\ncut by the limits: {cuts or 'none'}"
     fill = f["row_fill"]
@@ -149,6 +149,6 @@ def summary(figures):
     pairs = f"the first {sets['of_the_first_pairs']} pairs, bridge {sets['bridge']}"
     yield f"\ntokens of the path sets of {pairs}"
     rows = sets["conditions"].items()
-    yield table([{"path set": k} | v | {"saved": f"{v['saved']:.1%}"} for k, v in rows])
+    yield table([{"path set": name} | told for name, told in rows], {"saved": ".1%"})
     for path, text in f["examples"].items():
         yield f"\n--- {path} ([[scored]])\n{text}"

@@ -104,10 +104,16 @@ def refuse(drops, expected, max_missing, what):
         )
 
 
-def table(rows):
-    """[{column: text or number}] -> aligned lines, the first column on the left."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [columns] + [[str(row.get(name, "")) for name in columns] for row in rows]
+def table(rows, forms=None):
+    """[{column: text, number or Estimate}] -> aligned lines, the first column on the left.
+
+    forms: {column: how its numbers are formatted, as ".1%"}.
+    """
+    columns, forms = list(dict.fromkeys(name for row in rows for name in row)), forms or {}
+    cells = [columns] + [
+        [format(row[name], forms.get(name, "")) if name in row else "" for name in columns]
+        for row in rows
+    ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
@@ -145,36 +151,29 @@ def save_results(file, results):
             write_json(file, results)
 
 
-def count_lengths(lengths):
-    """{name: (N,) lengths} -> edges of up to forty bins between whole numbers, {name: counts}.
-
-    The bins grow as the lengths do, for a logarithmic axis; the first one takes in length 0.
-    """
-    lengths = {name: np.maximum(values, 1) for name, values in lengths.items()}
-    low, top = (pick([pick(v) for v in lengths.values()]) for pick in (np.min, np.max))
-    edges = np.unique(np.geomspace(low, top + 1, 41).round()) - 0.5
-    return edges, {name: np.histogram(v, edges)[0] for name, v in lengths.items()}
-
-
 def draw_lengths(lengths, file, unit, of, limit=None):
-    """Histograms of {name: (N,) lengths} over each other. unit, of: what the axes count.
+    """Draws histograms of {name: (N,) lengths} over each other -> {name: counts}.
 
-    file: a name, or a binary file; limit: {name: length} to be marked.
+    file: a name, or a binary file. unit, of: what the axes count. limit: {name: length} to mark.
     """
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
     from matplotlib.ticker import LogFormatter
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure, counts = Figure(figsize=(8, 4.5), layout="constrained"), {}
     axis = figure.subplots()
-    edges, counts = count_lengths(lengths)
+    every = np.maximum(np.concatenate(list(lengths.values())), 1)  # a log axis has no 0
+    edges = np.geomspace(every.min(), every.max() + 1, 41).round()
+    edges = np.unique(edges) - 0.5  # between whole numbers
     for name, values in lengths.items():
-        name = name if len(name) < 60 else f"…{name[-59:]}"  # or it is wider than the figure
-        name = name.replace("$", r"\$")  # or it is set as a formula
-        label = f"median {np.median(values):.0f}, 95% {np.percentile(values, 95):.0f}: {name}"
-        axis.stairs(counts[name], edges, label=label, lw=1.6)
+        short = name if len(name) < 60 else f"…{name[-59:]}"  # or it is wider than the figure
+        short = short.replace("$", r"\$")  # or it is set as a formula
+        label = f"median {np.median(values):.0f}, 95% {np.percentile(values, 95):.0f}: {short}"
+        shown = np.maximum(values, 1)
+        counts[name] = axis.hist(shown, edges, histtype="step", label=label, lw=1.6)[0]
     for name, at in (limit or {}).items():
         axis.axvline(at, color="black", lw=0.8, linestyle=":", label=f"{name} {at}")
     axis.set(xscale="log", xlabel=unit, ylabel=of)
     axis.xaxis.set(major_formatter="{x:g}", minor_formatter=LogFormatter())  # 20, not 2 × 10¹
     figure.legend(loc="outside lower left", frameon=False)
     figure.savefig(file, dpi=120)
+    return counts

@@ -69,7 +69,8 @@ def print_sections(subsets, wins, seed=0):
     """Prints what `sections` found, and what was missing for more; returns the former."""
     found, missing = sections(subsets, wins, seed)
     if found:
-        print(table([{"RewardBench": name, "accuracy": f"{of:.1%}"} for name, of in found.items()]))
+        rows = [{"RewardBench": name, "accuracy": share} for name, share in found.items()]
+        print(table(rows, {"accuracy": ".1%"}))
     if missing:
         print(f"RewardBench: sections left out for want of {', '.join(missing)}")
     return found

@@ -9,7 +9,7 @@ import pytest
 from evals import report
 from evals.answers import Answer
 from evals.compare import CompareFlags, compare
-from evals.results import count_lengths
+from evals.results import draw_lengths
 from jobs.cli import UserError, parse
 
 EVIL = '</script><script>document.title = "taken"</script><img src=x onerror=alert(1)> & \u2028 end'
@@ -65,8 +65,9 @@ def test_the_page_is_self_contained_and_escaped(page):
 def test_histograms_count_every_answer(page):
     sides = {name: report.read_answers(name, "") for name in ("plain.jsonl", "refined.jsonl")}
     lengths = {name: [len(answer.text) for answer in rows] for name, rows in sides.items()}
-    for counts in count_lengths(lengths | {"empty": [0] * 30})[1].values():
-        assert sum(counts) == 30
+    lengths |= {"empty": [0] * 30, "$_{": [1] * 30}
+    counts = draw_lengths(lengths, page.with_suffix(".png"), "characters", "answers")
+    assert [sum(n) for n in counts.values()] == [30] * 4
 
 
 def test_an_answer_that_is_missing_is_shown_as_missing():
