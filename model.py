@@ -98,8 +98,8 @@ def rotate(x, cos, sin):
     order of q's and k's weights, and Hugging Face's checkpoints have them in the order of halves.
     """
     half, cos, sin = cos.shape[-1], cos[:, None], sin[:, None]  # (B, 1, T, R/2): all heads alike
-    a, b, still = x.split([half, half, x.shape[-1] - 2 * half], -1)  # still: C - R numbers, or none
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, still], -1)
+    a, b, *still = x.split(half, -1)  # still: what does not rotate, or nothing
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, *still], -1)
 
 
 # ----------------------------------------------------------------------------- the attention rule
