@@ -15,7 +15,6 @@ heads, C head width, R of it rotate, U keys, F feed-forward width, V vocabulary.
 """
 
 import importlib
-import math
 import os
 import re
 from collections.abc import Callable
@@ -70,10 +69,10 @@ class Config:
 def rope_table(c, positions, dtype):
     """Computes cos and sin of the angles m * theta^(-2i/R): (…, T) positions m -> (…, T, R/2) each.
 
-    Su et al. 2021, Eq. 15. Llama 3.1 (rope_type "llama3"): a frequency that turns fewer than
-    low_freq_factor times within the original context is divided by `factor`, one that turns more
-    than high_freq_factor times is kept, and between the two they are blended: so 8k positions of
-    pre-training reach 128k, and near tokens are told apart as before.
+    Su et al. 2021, Eq. 15. Llama 3.1 (rope_type "llama3") makes 8k positions of pre-training reach
+    128k: a frequency that turns fewer than low_freq_factor times within the original context is
+    divided by `factor`, one that turns more than high_freq_factor times is kept, so that near
+    tokens are told apart as before, and those between are blended.
     """
     rope, rotary = c.rope, int(c.head_width * c.rope["partial_rotary_factor"])  # R; mostly C
     exponent = torch.arange(0, rotary, 2, device=positions.device).float() / rotary
@@ -82,7 +81,7 @@ def rope_table(c, positions, dtype):
         freq = freq / rope["factor"]
     elif rope["rope_type"] == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        turns = rope["original_max_position_embeddings"] * freq / (2 * math.pi)
+        turns = rope["original_max_position_embeddings"] * freq / (2 * torch.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         freq = keep * freq + (1 - keep) * freq / rope["factor"]
     # fp32 up to here: bf16, of 8 significant bits, cannot tell position 1,000 from 1,001
@@ -444,8 +443,7 @@ FOLDER = Path(__file__).with_name("families")
 
 def family_of(name):
     """The Family of a model_type: of this file or of families/NAME.py; None where there is none."""
-    found = str(name).isidentifier() and (FOLDER / f"{name}.py").exists()
-    if name not in FAMILIES and found:
+    if name not in FAMILIES and FOLDER / f"{name}.py" in FOLDER.glob("*.py"):
         importlib.import_module(f"families.{name}")
     return FAMILIES.get(name)
 
@@ -486,8 +484,8 @@ def read_head(raw, name):
     if code := raw.get("auto_map"):
         cure = ": it asks for code of its own, which is never run; delete auto_map if the weights"
         raw.refuse("auto_map", code, f"{cure} are those of a plain {name}")
-    ends = [head for head, end in HEADS.items() if name.endswith(end)]
-    return ends[0] if ends else raw.refuse("architectures", name)
+    heads = [head for head, end in HEADS.items() if name.endswith(end)]
+    return heads[0] if heads else raw.refuse("architectures", name)
 
 
 def hf_name(family, name):
@@ -514,9 +512,8 @@ def read_config(directory):
 def load(directory, dtype=torch.float32, device="cpu", head=None, flag="--model"):
     """HF directory or hub id -> Transformer in eval mode, without gradients; `.directory` is where.
 
-    dtype: a torch dtype, "bf16", "fp32", or None: bf16 on CUDA, else fp32; device: a torch device,
-    or "auto": CUDA's where there is one; head: "logps" or "reward", if it must be one of these;
-    flag: what an error calls the directory. UserError for all that is wrong with it.
+    dtype: a torch dtype, "bf16", "fp32", or None: bf16 on CUDA, else fp32; device: a torch device
+    or "auto"; head: "logps" or "reward", if it must be one of these; flag: what errors call it.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -530,15 +527,16 @@ def load(directory, dtype=torch.float32, device="cpu", head=None, flag="--model"
     if head not in (None, config.head):
         kinds = {"logps": "a language model", "reward": "a reward model"}
         raise UserError(f"{flag} {directory} is {kinds[config.head]}; {kinds[head]} is needed")
-    with torch.device("meta"):  # shapes only: random weights would be drawn for nothing
+    with torch.device("meta"):  # shapes only: no random weights are drawn to be overwritten
         model = Transformer(config)
-    model = model.to({"bf16": torch.bfloat16, "fp32": torch.float32}.get(dtype, dtype))
-    model = model.to_empty(device=device)
-    load_weights(model, directory)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(dtype, dtype)
+    model = model.to(dtype).to_empty(device=device)
     model.directory = directory
+    load_weights(model, directory)
     return model.eval().requires_grad_(False)
 
 
+@torch.no_grad()
 def load_weights(model, directory, local=lambda parameter: (parameter, slice(None))):
     """Fills the model's parameters from a HF directory.
 
@@ -549,13 +547,12 @@ def load_weights(model, directory, local=lambda parameter: (parameter, slice(Non
     names = {name: hf_name(c.family, name) for name, _ in model.named_parameters()}
     head = hf_name(c.family, "head.weight")  # may be in the files, and not be used
     weights.refuse_rest({*names.values(), *([head] if c.tied or c.head == "reward" else [])})
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            tensor, rows = local(parameter)
-            if name == "score.weight" and stored.head != "reward":
-                tensor.zero_()  # a new reward head on a language model starts at r = 0
-            else:
-                tensor.copy_(weights.read(names[name], parameter.shape, rows))
+    for name, parameter in model.named_parameters():
+        tensor, rows = local(parameter)
+        if name == "score.weight" and stored.head != "reward":
+            tensor.zero_()  # a new reward head on a language model starts at r = 0
+        else:
+            tensor.copy_(weights.read(names[name], parameter.shape, rows))
     if c.tied and head in weights:  # some checkpoints have it twice
         tensor, rows = local(model.embed.weight)
         if not torch.equal(tensor, weights.read(head, (c.vocab, c.width), rows).to(tensor)):
@@ -566,10 +563,7 @@ def load_weights(model, directory, local=lambda parameter: (parameter, slice(Non
 
 
 def export(directory, config, tensors, source, dtype, template=None, **options):
-    """Writes a HF directory that transformers and vLLM load.
-
-    tensors: (our name, full tensor), consumed one by one; for the rest see hub.weights.
-    """
+    """Writes a HF directory that transformers and vLLM load; tensors: (our name, full tensor)."""
     fields, stem = {}, family_of(config.family).stem
     if stem:
         fields["architectures"] = [stem + HEADS[config.head]]

@@ -97,6 +97,34 @@ def test_what_is_not_supported_is_named_in_one_line(changes, named, tmp_path):
     assert "config.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "../train", "__init__", None])
+def test_an_unknown_model_type_is_told_with_the_known_ones(kind):
+    """A name that is a path is never imported."""
+    with pytest.raises(UserError, match="is not supported") as caught:
+        Config.from_hf(tiny.LLAMA | {"model_type": kind})
+    known = "gemma2, gpt_neox, gpt_neox_reward_model, llama, mistral, qwen2, qwen3"
+    assert str(caught.value).endswith(f"model_type {kind!r} is not supported (known: {known})")
+
+
+def test_load_gives_a_model_that_is_ready_and_knows_where_it_lies(tiny_model_dir):
+    model = load(str(tiny_model_dir), dtype=None, device="auto", head="logps")
+    assert model.directory == tiny_model_dir and not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    assert model.embed.weight.device.type == kind
+    assert model.embed.weight.dtype == {"cuda": torch.bfloat16, "cpu": torch.float32}[kind]
+    assert load(tiny_model_dir, "bf16").embed.weight.dtype == torch.bfloat16
+
+
+def test_load_refuses_another_head_and_an_absent_device(tiny_model_dir, monkeypatch):
+    needed = f"--ref {tiny_model_dir} is a language model; a reward model is needed"
+    with pytest.raises(UserError, match=needed):
+        load(tiny_model_dir, head="reward", flag="--ref")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cuda: no CUDA device is available"):
+        load(tiny_model_dir, device="cuda")
+
+
 # ----------------------------------------------------------------------------- the scored head
 
 
