@@ -352,12 +352,13 @@ class Run:
         """
         if not self.wanted:
             return None
-        start = time.monotonic()
-
-        def score():
+        ranks, file, start = self.ranks, self.reference_file, time.monotonic()
+        key = ranks.share(lambda: self.reference_key(digest))
+        tensors = found = ranks.share(lambda: checkpoint.read_keyed(file, key, ranks.say))
+        if not found:
             model, tensors = self.model, {}
             if self.s.ref_model is not None:
-                model = build_model(self.s, self.ranks, source, "logps")
+                model = build_model(self.s, ranks, source, "logps")
             for name, paths in self.wanted.items():
                 pairs = range(len(self.sets[name]))
                 values = self.score(model, self.sets[name], pairs, paths, f"reference {name}")
@@ -365,13 +366,10 @@ class Run:
                     where = self.sets[name].examples[bad[0].item()].where
                     raise UserError(f"{where}: its reference log-probability is not finite")
                 tensors[name] = values.cpu()
-            return tensors
-
-        key = self.ranks.share(lambda: self.reference_key(digest))
-        tensors, new = checkpoint.computed_once(self.reference_file, key, score, self.ranks)
+            ranks.share(lambda: checkpoint.write_keyed(tensors, file, key))
         for name, paths in self.wanted.items():
-            self.reference[name] = by_path(tensors[name].to(self.ranks.device), paths)
-        if not new:
+            self.reference[name] = by_path(tensors[name].to(ranks.device), paths)
+        if found:
             return None
         n = sum(len(self.sets[name]) for name in self.wanted)
         return {"reference_seconds": round(time.monotonic() - start, 3), "reference_pairs": n}

@@ -38,9 +38,6 @@ def _tensors(model, optimizer):
     return tensors
 
 
-# ----------------------------------------------------------------------------- writing
-
-
 class Saver:
     """Writes checkpoints of all ranks into `directory`, in the background, one at a time.
 
@@ -62,9 +59,9 @@ class Saver:
         tensors = _tensors(model, optimizer)
         part, parts = shard_of(next(model.parameters()))
         copy = {n: local_part(t)[0].to("cpu", copy=True) for n, t in tensors.items()}
-        writes = dist.get_rank() < parts  # the ranks of the first copy, where there are several
-        state = state | {"world": parts, "owner": self.owner}
-        args = (copy if writes else None, part, state)
+        if dist.get_rank() >= parts:  # of copies of the shards (--shard_group) the first is written
+            copy = None
+        args = (copy, part, state | {"world": parts, "owner": self.owner})
         self.thread = threading.Thread(target=self._write, args=args, daemon=True)
         self.thread.start()
 
@@ -96,7 +93,8 @@ class Saver:
         aside = self.directory / f".step-{step}"
         try:
             self._agree(lambda: first and (remove(aside), aside.mkdir(parents=True)))
-            checksums = self._agree(lambda: _write_part(aside, part, tensors))
+            file = aside / f"rank-{part}.safetensors"
+            checksums = self._agree(lambda: tensors and write_flushed(tensors, file))
             whole = state | {"sha256": [c for c in checksums if c]}
             self._agree(lambda: first and self._publish(aside, whole))
             self.fault = None
@@ -132,11 +130,8 @@ class Saver:
                 remove(old)
 
 
-def _write_part(aside, part, tensors):
-    """Write this rank's file and flush it to disk -> its checksum, or None for a mere copy."""
-    if tensors is None:
-        return None
-    file = aside / f"rank-{part}.safetensors"
+def write_flushed(tensors, file):
+    """Write {name: tensor} and flush the file to disk -> its checksum."""
     save_file({n: t.contiguous() for n, t in tensors.items()}, file)
     flush(file)
     return checksum(file)
@@ -145,9 +140,6 @@ def _write_part(aside, part, tensors):
 def checksum(file):
     with open(file, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-# ----------------------------------------------------------------------------- reading
 
 
 def saved(directory):
@@ -217,22 +209,6 @@ def restore(path, state, model, optimizer):
                 if start < stop:
                     piece = file.get_slice(name)[start - held.start : stop - held.start]
                     part[start - rows.start : stop - rows.start].copy_(piece)
-
-
-# ----------------------------------------------------------------------------- tensors with a key
-
-
-def computed_once(file, key, compute, ranks):
-    """Returns ({name: tensor}, whether they were computed now): those of `file`, if of this key.
-
-    Else what compute() gives on every rank, which is written to `file`.
-    """
-    found = ranks.share(lambda: read_keyed(file, key, ranks.say))
-    if found:
-        return found, False
-    tensors = compute()
-    ranks.share(lambda: write_keyed(tensors, file, key))
-    return tensors, True
 
 
 def write_keyed(tensors, file, key):

@@ -11,18 +11,9 @@ from losses import hyperparameters
 
 # One flag per hyperparameter that an objective names: a new objective brings its flags along.
 HYPER = hyperparameters()  # {name: {objective: default}}
-HyperFlags = dataclasses.make_dataclass(
-    "HyperFlags",
-    [
-        (
-            name,
-            float | None,
-            flag(None, "default: " + ", ".join(f"{o} {v:g}" for o, v in defaults.items())),
-        )
-        for name, defaults in HYPER.items()
-    ],
-    frozen=True,
-)
+_told = {name: ", ".join(f"{o} {v:g}" for o, v in of.items()) for name, of in HYPER.items()}
+_fields = [(name, float | None, flag(None, f"default: {told}")) for name, told in _told.items()]
+HyperFlags = dataclasses.make_dataclass("HyperFlags", _fields, frozen=True)
 
 
 @dataclass(frozen=True)

@@ -256,9 +256,6 @@ def reshard(model):
             module.reshard()
 
 
-# ----------------------------------------------------------------------------- sharded tensors
-
-
 def rows_of_shard(n, rank, world):
     """Rows of an n-row tensor that FSDP2 gives to a rank: equal chunks, the last ones shorter."""
     chunk = -(-n // world)

@@ -38,7 +38,9 @@ def open_out(s, ranks):
     lock = contextlib.ExitStack()
 
     def choose():
-        out = Path(s.out or _free_name(s.loss, s.resume))
+        names = [Path("runs") / (s.loss + (f"-{n}" if n > 1 else "")) for n in range(1, 10**4)]
+        free = next(n for n, path in enumerate(names) if not path.exists())
+        out = Path(s.out or names[max(0, free - s.resume)])  # to resume: the last that is not free
         holds_run = (out / "config.json").exists() or any(out.glob("checkpoints/step-*"))
         if holds_run and not s.resume:
             raise UserError(f"--out {out} holds a run; add --resume to go on, or choose another")
@@ -48,16 +50,6 @@ def open_out(s, ranks):
 
     with lock:
         yield ranks.share(choose)
-
-
-def _free_name(loss, resume):
-    """runs/LOSS, or the first of runs/LOSS-2, … that is free; to resume, the last that is not."""
-    names = (Path("runs") / (loss + (f"-{n}" if n > 1 else "")) for n in range(1, 10**6))
-    taken = None
-    for path in names:
-        if not path.exists():
-            return taken if resume and taken else path
-        taken = path
 
 
 @contextlib.contextmanager
@@ -73,10 +65,11 @@ def hold(file, say, patience=60):
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
+                fault = f"{file.parent}: another run is writing to it"
                 if time.monotonic() > until:
-                    raise UserError(f"--out {file.parent}: another run is writing to it") from None
+                    raise UserError(f"--out {fault}") from None
                 if not said:
-                    say(f"{file.parent}: another run is writing to it; waiting")
+                    say(f"{fault}; waiting")
                 said = True
                 time.sleep(0.2)
             except OSError as error:
@@ -131,9 +124,6 @@ def write_config(s, ranks, extra):
         write_json(file, content | extra)
 
     ranks.share(write)
-
-
-# ----------------------------------------------------------------------------- metrics
 
 
 class Metrics:
@@ -205,11 +195,8 @@ def draw(runs, file):
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     for axis, name in zip(figure.subplots(1, 3), ("loss", "accuracy", "margin"), strict=True):
         for n, (label, lines) in enumerate(runs.items()):
-            for key, style in (
-                (name, "-"),
-                (f"eval_{name}", "o-"),
-                (f"eval_plain_{name}", "s--"),
-            ):
+            styles = {name: "-", f"eval_{name}": "o-", f"eval_plain_{name}": "s--"}
+            for key, style in styles.items():
                 points = [(x["step"], x[key]) for x in lines if key in x]
                 if points:
                     shown = {"label": f"{label}: {key}" if label else key}
@@ -220,9 +207,6 @@ def draw(runs, file):
         if axis.has_data():
             axis.legend(frameon=False, fontsize=8)
     figure.savefig(file, dpi=120)
-
-
-# ----------------------------------------------------------------------------- other loggers
 
 
 class TensorBoard:
