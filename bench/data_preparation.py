@@ -14,11 +14,11 @@ import os
 import random
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 
 import losses
 from bench import measuring
-from bench.measuring import whole_numbers
+from bench.measuring import fresh, whole_numbers
 from data import Plan, pack
 from hub.template import Template
 from jobs.cli import flag, parse, require, run
@@ -38,8 +38,6 @@ class PreparationFlags:
     loss: str = flag("ins_dpo", "objective whose paths are laid out")
     max_len: int = flag(4096, "tokens of every single path")
     out: str = flag("bench/out/data_preparation.json", "where the figures go")
-    stage: str | None = flag(None, "internal: the one stage to run in this process")
-    file: str | None = flag(None, "internal: the file of pairs")
 
 
 # ----------------------------------------------------------------------------- the pairs
@@ -74,74 +72,74 @@ def write_pairs(file, n, source):
 # ----------------------------------------------------------------------------- the stages
 
 
-def ours(s):
+def ours(model, file, loss, max_len):
     """What train.py does before its model: tokenise, size every pair, plan and pack an epoch."""
     start, cpu = time.time(), time.process_time()
-    recipe = losses.recipe(s.loss)
-    flags = TrainFlags(model=s.model, data=s.file, max_len=s.max_len, loss=s.loss)
-    sets, _ = load_data(flags, Template(s.model), recipe)
+    recipe = losses.recipe(loss)
+    flags = TrainFlags(model=model, data=file, max_len=max_len, loss=loss)
+    sets, _ = load_data(flags, Template(model), recipe)
     train = sets["train"]
     sizes = [train.size(i, recipe.paths) for i in range(len(train))]
     plan, row_tokens = Plan(len(train), 128, 0, 1.0), max(8192, max(sizes))
     for step in range(plan.steps):
         pack([sizes[i] for i in plan.pairs(step)], row_tokens)
     seconds, cpu = time.time() - start, time.process_time() - cpu
-    return {"pairs": sum(map(len, sets.values())), "seconds": seconds, "cpu_seconds": cpu}
+    return told(sum(map(len, sets.values())), seconds, cpu)
 
 
-def trl(s):
+def trl(model, file, n, max_len):
     """DPOTrainer's preparation of the first pairs of the file, up to its constructor's end."""
     from datasets import Dataset
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from trl import DPOConfig, DPOTrainer
 
-    tokenizer = AutoTokenizer.from_pretrained(s.model)
-    with open(s.file, encoding="utf-8") as f:
-        rows = [json.loads(line) for line, _ in zip(f, range(s.peer_pairs), strict=False)]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    with open(file, encoding="utf-8") as f:
+        rows = [json.loads(line) for line, _ in zip(f, range(n), strict=False)]
     data = Dataset.from_list([{k: r[k] for k in ("chosen", "rejected")} for r in rows])
     small = LlamaConfig(vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8,
                         num_hidden_layers=1, num_attention_heads=1)  # fmt: skip
-    options = {"max_length": s.max_len, "report_to": [], "use_cpu": True, "bf16": False}
+    options = {"max_length": max_len, "report_to": [], "use_cpu": True, "bf16": False}
     start, cpu = time.time(), time.process_time()
     with tempfile.TemporaryDirectory() as out:
         LlamaForCausalLM(small).save_pretrained(out)  # TRL loads policy and reference by path
         config = DPOConfig(output_dir=out, **options)
         trainer = DPOTrainer(out, None, config, train_dataset=data, processing_class=tokenizer)
     seconds, cpu = time.time() - start, time.process_time() - cpu
-    return {"pairs": len(trainer.train_dataset), "seconds": seconds, "cpu_seconds": cpu}
+    return told(len(trainer.train_dataset), seconds, cpu)
 
 
-STAGES = {"first": ours, "cached": ours, "trl": trl}
+def told(pairs, seconds, cpu):
+    """The figures of a stage."""
+    figures = {"pairs": pairs, "seconds": seconds, "cpu_seconds": cpu}
+    return figures | {"ms": 1e3 * cpu / pairs, "peak_gib": peak_memory("cpu")}
 
 
 def measure(s):
-    """(size of the file, stage, figures) of every stage, each in a process of its own."""
-    sizes = whole_numbers(s.sizes)
+    """{size of the file and stage: figures}, each of a process of its own."""
+    sizes, found = whole_numbers(s.sizes), {}
+    given = {"model": os.path.expanduser(s.model), "max_len": s.max_len}
     for size in sizes:
         with tempfile.TemporaryDirectory() as scratch:
-            file, cache = f"{scratch}/pairs.jsonl", f"{scratch}/tokens"
-            write_pairs(file, size, s.source)
-            peer = size == sizes[-1] and s.peer_pairs
-            for name in STAGES if peer else ("first", "cached"):
-                flags = measuring.flag_words(asdict(s) | {"stage": name, "file": file})
-                command = [*measuring.python("data_preparation"), *flags]
-                env = {"NANOPO_CACHE": cache, "TOKENIZERS_PARALLELISM": "true"}
-                yield size, name, measuring.worker(command, **env)
+            given["file"] = f"{scratch}/pairs.jsonl"
+            write_pairs(given["file"], size, s.source)
+            env = {"NANOPO_TOKENS": f"{scratch}/tokens", "TOKENIZERS_PARALLELISM": "true"}
+            for stage in ("first", "cached"):
+                ours = {**given, "loss": s.loss}
+                found[f"{size}, {stage}"] = fresh("data_preparation.ours", env=env, **ours)
+            if size == sizes[-1] and s.peer_pairs:
+                peer = {**given, "n": s.peer_pairs}
+                found[f"{size}, TRL"] = fresh("data_preparation.trl", env=env, **peer)
+    return found
 
 
 def main():
     s = parse(PreparationFlags, __doc__.splitlines()[0])
-    s = replace(s, model=os.path.expanduser(s.model))
-    if s.stage:
-        return print(json.dumps(STAGES[s.stage](s) | {"peak_gib": peak_memory("cpu")}))
     require(s, "source")
-    lines, figures = [], {}
-    for size, name, r in measure(s):
-        each = 1e3 * r["cpu_seconds"] / r["pairs"]
-        lines.append([size, name, r["pairs"], r["seconds"], r["cpu_seconds"], each, r["peak_gib"]])
-        figures[f"{size} {name}"] = r
-    headers = ("file", "stage", "pairs", "seconds", "CPU seconds", "CPU ms per pair", "peak GiB")
-    measuring.tell(s, figures, measuring.table(headers, lines))
+    found = measure(s)
+    headers = ("file, stage", "pairs", "seconds", "CPU seconds", "CPU ms per pair", "peak GiB")
+    lines = [(name, *figures.values()) for name, figures in found.items()]
+    measuring.tell(s, found, measuring.table(headers, lines))
 
 
 if __name__ == "__main__":

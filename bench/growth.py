@@ -41,6 +41,7 @@ from evals.plan import HEADROOM, per_gpu
 from evals.plan import measure as sizes_of
 from jobs.cli import UserError, flag, parse, run
 from model import Config, load
+from train import TrainFlags
 
 AXES = ("pairs", "row_tokens", "width", "vocab", "processes")
 FARTHEST = {"fp32": (1e-4, 1e-3), "bf16": (0.05, 1.0)}  # mean and largest |difference|, nats
@@ -126,7 +127,7 @@ def measure(s, point, scratch):
         rates = measuring.ceilings(Flops(Config.from_hf(raw)).shapes, *size, repeat=3)
         if s.device == "cuda":
             torch.cuda.empty_cache()  # the process that trains wants it
-    found = training.in_fresh_process(flags, point["processes"])
+    found = measuring.fresh("training.measure", point["processes"], **flags)
     logits = scored * raw["vocab_size"] * 4 / 2**30
     return found | rates | {"logits_gib": logits if s.fill else None}
 
@@ -135,8 +136,8 @@ def check(s, point, scratch):
     """(mean, largest) difference of log-probabilities from the fp32 CPU reference; one pair."""
     flags, _ = prepared(s, point, shape_of(s, point), scratch)
     data = write_pairs(f"{scratch}/check.jsonl", Mix(40, 60, 60), 1, flags["model"])
-    given = training.TrainingFlags(**flags | {"data": data})
-    with training.opened(given) as (job, _), torch.no_grad():
+    given = {k: v for k, v in flags.items() if k != "uncounted"} | {"data": data}
+    with training.opened(TrainFlags(**given)) as (job, _), torch.no_grad():
         paths = job.recipe.paths
         ours = job.model(next(job.rows(job.train, [0], paths))).cpu()
         row = build_row([job.train.trie(0, paths)], [0], len(paths))

@@ -116,33 +116,20 @@ def held_gib(device):
 # ----------------------------------------------------------------------------- taking figures
 
 
-def python(module, processes=1):
-    """The words of a command that runs a module of bench/, under torchrun where several do."""
+def fresh(function, processes=1, env=None, **arguments):
+    """Calls a function of bench/, as "training.measure", in a process of its own -> its result.
+
+    processes: of torchrun, where several. What comes and goes is JSON. UserError where it fails.
+    """
     words = [sys.executable]
     if processes > 1:
         words += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [*words, "-m", f"bench.{module}"]
-
-
-def worker(command, **env):
-    """Runs a command in the project's folder -> the JSON that its last line of stdout is."""
-    command = [str(word) for word in command]
+    words += ["-m", "bench", function, json.dumps(arguments, default=str)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | env, **pipes)
+    done = subprocess.run(words, cwd=ROOT, env=os.environ | (env or {}), **pipes)
     if done.returncode:
-        raise UserError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+        raise UserError(f"{function} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def flag_words(flags):
-    """{flag: value} as words: True and False become --flag and --no-flag, None is left out."""
-    words = []
-    for name, value in flags.items():
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        elif value is not None:
-            words.append(f"--{name}={value}")
-    return words
 
 
 def chosen(text, names):

@@ -18,7 +18,6 @@ Figures are in GB and seconds, the largest of all processes.
 
 import dataclasses
 import gc
-import json
 import shutil
 import tempfile
 import threading
@@ -31,7 +30,7 @@ import torch.distributed as dist
 
 from bench import measuring
 from bench.inputs import published, write_noise
-from bench.measuring import ROOT, smaps, table, whole_numbers
+from bench.measuring import ROOT, fresh, smaps, table, whole_numbers
 from data import build_row, lay_out
 from evals.plan import measure as planned
 from jobs.cli import UserError, arguments, flag, parse, run
@@ -40,8 +39,6 @@ from kernels import chains
 from model import Transformer, export, read_config
 from train import TrainFlags, build_model
 
-SHAPES = ("llama-3.2-1b", "pythia-2.8b", "gemma-2-9b")
-
 
 @dataclass(frozen=True)
 class MemoryFlags:
@@ -49,10 +46,10 @@ class MemoryFlags:
 
     what: list = arguments("activations, or loading")
     tokens: int = flag(512, "activations: of a row")
+    shapes: str = flag("llama-3.2-1b; pythia-2.8b; gemma-2-9b", "activations: of bench/shapes")
     shape: str = flag("llama-3.2-1b", "loading: a folder of bench/shapes, or small")
     processes: str = flag("1,2,4", "loading: how many load")
     tmp: str | None = flag(None, "loading: where the checkpoint goes")
-    model: str | None = flag(None, "internal: the checkpoint that this process loads")
     out: str = flag("bench/out/memory.json", "where the figures go")
 
 
@@ -60,22 +57,19 @@ class MemoryFlags:
 
 
 def activations(s):
-    """Measures every shape, each way in a process of its own -> (figures, table)."""
+    """Bytes of a row of every shape, planned and measured in a process of its own; (…, table)."""
     # every large tensor is its own mapping, so that what is freed is seen as free
     env = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    figures, lines = {}, []
-    for shape in SHAPES:
+    shapes, figures = [shape.strip() for shape in s.shapes.split(";")], {}
+    found = fresh("memory.rows", env=env, shapes=shapes, tokens=s.tokens)
+    for shape, (kept, recomputed) in found.items():
         sizes = planned(two_layers(shape), s.tokens, torch.float32)
         forward = sizes.recomputed - sizes.block  # the one block exists in backward only
-        line = [shape]
-        for kind, plan in (("kept", sizes.activations), ("recomputed", forward)):
-            words = [kind, f"--shape={shape}", f"--tokens={s.tokens}"]
-            grown = measuring.worker([*measuring.python("memory"), *words], **env)
-            figures[f"{shape} {kind}"] = {"plan": plan, "measured": grown}
-            line += [plan / 1e9, grown / 1e9]
-        lines.append(line)
-    headers = ("two layers of", "kept: plan", "measured", "recomputed: plan", "measured")
-    return figures, table(headers, lines)
+        plans = {"kept: plan": sizes.activations, "recomputed: plan": forward}
+        figures[shape] = plans | {"kept": kept, "recomputed": recomputed}
+    columns = ("kept: plan", "kept", "recomputed: plan", "recomputed")
+    lines = [(shape, *(found[c] / 1e9 for c in columns)) for shape, found in figures.items()]
+    return figures, table(("two layers of", *columns), lines)
 
 
 def two_layers(shape):
@@ -84,9 +78,13 @@ def two_layers(shape):
     return dataclasses.replace(config, n_layers=2, windows=config.windows[:2], vocab=1024)
 
 
-def grown(s, recompute):
+def rows(shapes, tokens):
+    """{shape: [bytes that a forward leaves behind, the same with recomputed blocks]}."""
+    return {name: [grown(two_layers(name), tokens, r) for r in (False, True)] for name in shapes}
+
+
+def grown(config, tokens, recompute):
     """Bytes that a row's forward leaves behind while its graph is alive."""
-    config = two_layers(s.shape)
     with torch.device("meta"):
         model = Transformer(config)
         model.attend = chains.attend
@@ -95,8 +93,8 @@ def grown(s, recompute):
         torch.nn.init.constant_(parameter, 0.01)
     for block in model.blocks:
         block.recompute = recompute
-    ids = torch.randint(0, config.vocab, (s.tokens,), dtype=torch.int32).numpy()
-    row = build_row([lay_out([([ids[:10], ids[10:]], s.tokens - 10)])], [0], 1)
+    ids = torch.randint(0, config.vocab, (tokens,), dtype=torch.int32).numpy()
+    row = build_row([lay_out([([ids[:10], ids[10:]], tokens - 10)])], [0], 1)
     gc.collect()
     before = smaps()["Anonymous"]
     out = model(row)
@@ -142,31 +140,30 @@ def loading(s):
     with tempfile.TemporaryDirectory(dir=s.tmp) as folder:
         directory = write_noise(Path(folder) / "model", published(s.shape))
         for n in whole_numbers(s.processes):
-            command = [*measuring.python("memory", n), "rank", f"--model={directory}"]
-            ranks = measuring.worker(command, OMP_NUM_THREADS="1")
-            others = [rank["export private"] for rank in ranks[1:]]
+            env = {"OMP_NUM_THREADS": "1"}
+            ranks = fresh("memory.load_and_export", n, env, directory=directory)
             most = {k: max(rank[k] for rank in ranks) for k in ranks[0]}
-            figures[f"{n} processes"] = most | {"but rank 0": max(others, default=None)}
+            most["but rank 0"] = max((rank["export private"] for rank in ranks[1:]), default=None)
+            figures[f"{n} process{'es' * (n > 1)}"] = most
             shutil.rmtree(directory.with_name("export"))
     lines = [(name, *(found[column] for column in COLUMNS)) for name, found in figures.items()]
     return figures, table(("", *COLUMNS), lines)
 
 
-def load_and_export(s):
+def load_and_export(directory):
     """What a rank of a run does with its weights, as train.py does it -> the figures of all."""
-    ranks = Ranks("cpu")
-    words = ["--dtype", "fp32", "--attention", "sdpa", "--no-compile", "--model", s.model]
-    flags = parse(TrainFlags, "", words)
+    ranks, directory = Ranks("cpu"), Path(directory)
+    flags = TrainFlags(dtype="fp32", attention="sdpa", compile=False, model=str(directory))
     idle = smaps()["Anonymous"] / 1e9
     torch.set_default_dtype(torch.bfloat16)  # of the parameters that build_model makes
     with Peak() as load:
-        model = build_model(flags, ranks, Path(s.model), "logps")
+        model = build_model(flags, ranks, directory, "logps")
         dist.barrier()
     with Peak() as writing:
         tensors = whole_tensors(model, torch.bfloat16)
         if ranks.first:
-            out, options = Path(s.model).with_name("export"), {"shard_bytes": 10**9}
-            export(out, model.config, tensors, s.model, torch.bfloat16, **options)
+            out, options = directory.with_name("export"), {"shard_bytes": 10**9}
+            export(out, model.config, tensors, directory, torch.bfloat16, **options)
         else:
             list(tensors)
         dist.barrier()
@@ -174,29 +171,19 @@ def load_and_export(s):
     own = {"idle": idle} | load.figures("load") | writing.figures("export")
     dist.all_gather_object(lines, own)
     dist.destroy_process_group()
-    return lines if ranks.first else None
+    return lines
 
 
 # ----------------------------------------------------------------------------- the command
 
 COMMANDS = {"activations": activations, "loading": loading}
-WORKERS = {  # internal: what the processes do that these start
-    "kept": lambda s: grown(s, recompute=False),
-    "recomputed": lambda s: grown(s, recompute=True),
-    "rank": load_and_export,
-}
 
 
 def main():
     s = parse(MemoryFlags, __doc__.splitlines()[0])
-    what = s.what[0] if len(s.what) == 1 else None
-    if what in WORKERS:
-        if (found := WORKERS[what](s)) is not None:
-            print(json.dumps(found))
-    elif what in COMMANDS:
-        measuring.tell(s, *COMMANDS[what](s))
-    else:
+    if len(s.what) != 1 or s.what[0] not in COMMANDS:
         raise UserError(f"what is measured: {' or '.join(COMMANDS)}")
+    measuring.tell(s, *COMMANDS[s.what[0]](s))
 
 
 if __name__ == "__main__":

@@ -82,11 +82,10 @@ def measure(s, model, data, name):
     common = {"batch": s.batch, "steps": max(1, s.pairs // s.batch), "uncounted": s.uncounted}
     if name in training.CONTENDERS:
         flags = training.CONTENDERS[name] | s.train_flags(model, data) | common
-        return training.in_fresh_process(flags | {"row_tokens": s.row_tokens})
+        return measuring.fresh("training.measure", **flags, row_tokens=s.row_tokens)
     flags = {"model": model, "data": data, "pairs": s.pairs, "micro": s.micro, "dtype": s.dtype}
     flags |= common | {"max_len": s.max_len, "device": s.device} | PEER[name]
-    found = measuring.worker([*measuring.python("trl_dpo"), *measuring.flag_words(flags)])
-    return found | {"flops_per_pair": None}
+    return measuring.fresh("trl_dpo.measure", **flags) | {"flops_per_pair": None}
 
 
 SPEED = ("contender", "pairs/s", "against TRL's best", "time over dpo", "reference pass, ms/pair")

@@ -22,6 +22,7 @@ from bench import measuring, training
 from bench.inputs import WorkloadFlags
 from bench.measuring import percent, table
 from jobs.cli import flag, parse, run
+from train import TrainFlags
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,7 @@ def measure(s, model, data, flags):
     """{part: seconds} of one step, and `step`, its seconds as a whole."""
     given = flags | s.train_flags(model, data) | {"batch": s.batch, "compile": False}
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (s.device == "cuda")
-    settings = training.TrainingFlags(**given, steps=1, uncounted=UNCOUNTED)
-    with training.opened(settings) as (job, clock):
+    with training.opened(TrainFlags(**given, steps=1), UNCOUNTED) as (job, clock):
         label(job)
         for k in range(UNCOUNTED):
             job.step(k, False)

@@ -1,31 +1,24 @@
 """Measures one training run in this process, set up as train.py does, stage by stage.
 
-    python -m bench.training --loss ins_dpo --model DIR --data FILE --limit 32 --batch 16 --steps 2
-
-Takes every flag of train.py. The reference pass is timed after one over the first batch, and of
-the steps the first `--uncounted` come before the counted ones, so that neither allocation nor
-compilation is in them; from then on a recompilation is an error. Validation, checkpoints and export
-are left out. The last line of stdout is one JSON object: seconds, GiB, and rates per second or per
-pair. Works under torchrun; the figures are rank 0's.
+The reference pass is timed after one over the first batch, and of the steps the first `uncounted`
+come before the counted ones, so that neither allocation nor compilation is in them; from then on a
+recompilation is an error. Validation, checkpoints and export are left out. Figures are in seconds,
+GiB, and rates per second or per pair; under torchrun those of the first rank.
 """
 
 import dataclasses
-import json
-import os
 import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import losses
 from bench import BEGUN
-from bench.measuring import Flops, flag_words, held_gib, python, synchronize, worker
+from bench.measuring import Flops, held_gib, synchronize
 from data import Plan
 from hub.template import Template
-from jobs.cli import flag, parse, run
 from jobs.processes import Ranks, peak_memory
 from train import Run, TrainFlags, build_model, fit_to_data, load_data, resolve
 
@@ -50,13 +43,6 @@ CONTENDERS = {  # what train.py can be told to do, as flags
 STAGES = ("import", "template", "data", "load", "reference", "first step", "step")
 
 
-@dataclass(frozen=True)
-class TrainingFlags(TrainFlags):
-    """Every flag of train.py, and one of the measurement."""
-
-    uncounted: int = flag(1, "steps before the --steps that are counted")
-
-
 class Clock:
     """Seconds and memory by stage, this process's."""
 
@@ -74,11 +60,12 @@ class Clock:
 
 
 @contextmanager
-def opened(s):
+def opened(s, uncounted=1):
     """A train.Run whose reference is scored, and the Clock of how it came to be."""
     with Ranks(s.device) as ranks, tempfile.TemporaryDirectory() as out:
         ranks.say = lambda text: None
         s = dataclasses.replace(resolve(s, ranks.kind)[0], out=out, eval_pairs=0)
+        s = dataclasses.replace(s, steps=uncounted + s.steps)
         clock = Clock(ranks.device)
         job = set_up(s, ranks, clock)
         if job.wanted:
@@ -96,7 +83,7 @@ def set_up(s, ranks, clock):
         template = Template(s.model)
     with clock.stage("data"):
         sets, _ = load_data(s, template, recipe, ranks)
-        plan = Plan(len(sets["train"]), s.batch, s.seed, 0.0, s.uncounted + s.steps)
+        plan = Plan(len(sets["train"]), s.batch, s.seed, 0.0, s.steps)
         if s.row_tokens is None:  # given, it need not hold the plain paths: nothing is validated
             s = fit_to_data(s, ranks, recipe, sets, plan)
     with clock.stage("load"):
@@ -153,23 +140,8 @@ def figures(job, clock, lines):
     } | {f"{stage} seconds": clock.seconds.get(stage, 0.0) for stage in STAGES}
 
 
-def measure(s):
-    """One run of train.py's flags -> its figures (of rank 0)."""
-    with opened(s) as (job, clock):
-        return figures(job, clock, timed_steps(job, clock, s.uncounted))
-
-
-def in_fresh_process(flags, processes=1):
-    """{flag: value} -> the figures of a process of its own, or of several under torchrun."""
-    return worker([*python("training", processes), *flag_words(flags)])
-
-
-def main():
-    s = parse(TrainingFlags, __doc__.splitlines()[0])
-    found = measure(s)
-    if os.environ.get("RANK", "0") == "0":
-        print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    run(main)
+def measure(**flags):
+    """One run with these flags of train.py, and `uncounted` steps before its --steps."""
+    uncounted = flags.pop("uncounted", 1)
+    with opened(TrainFlags(**flags), uncounted) as (job, clock):
+        return figures(job, clock, timed_steps(job, clock, uncounted))

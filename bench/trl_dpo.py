@@ -1,7 +1,5 @@
 """Measures the peer: pairs per second of plain DPO in TRL's DPOTrainer.
 
-    python -m bench.trl_dpo --model DIR --data hh.jsonl.gz --pairs 32 --batch 16 --micro 4
-
 TRL at its fastest: no activation checkpointing (on by default), no saving, logging or
 reporting, fused AdamW, padding kept small by length-grouped batches and a length-sorted reference
 pass, on a CPU with freed memory kept as train.py keeps it; with --no-tuned as it comes.
@@ -10,18 +8,16 @@ its fused head pushes every position through the vocabulary, prompt and padding 
 Pairs are read by nanoPO's own reader, so that both contenders get the same ones.
 
 Wall-clock covers the reference log-probabilities, after one forward to warm up, and the training
-steps after the first `--uncounted`; not imports, loading or tokenising. The last line of stdout is
-one JSON object. Option names: TRL 1.16 `DPOConfig`, transformers 5.23 `TrainingArguments`.
+steps after the first `uncounted`; not imports, loading or tokenising. Option names: TRL 1.16
+`DPOConfig`, transformers 5.23 `TrainingArguments`.
 """
 
-import json
 import os
 import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
-from jobs.cli import UserError, flag, parse, run
+from jobs.cli import UserError
 from jobs.processes import keep_freed_memory, peak_memory
 from pairs.read import Drops, read_pairs
 
@@ -30,25 +26,21 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 @dataclass(frozen=True)
 class TrlFlags:
-    """Flags of one measurement."""
+    """Settings of one measurement."""
 
-    model: str | None = flag(None, "Hugging Face directory of a chat model")
-    data: str = flag("../shared/data/hh-harmless-test.jsonl.gz", "preference pairs")
-    pairs: int = flag(32, "pairs in the dataset: the first of the file")
-    batch: int = flag(16, "pairs per optimizer step")
-    micro: int = flag(4, "pairs per forward (per_device_train_batch_size)")
-    steps: int | None = flag(None, "optimizer steps; None: one pass over the pairs")
-    uncounted: int = flag(1, "steps before them that are not counted")
-    device: str = flag("cpu", "where", ("cpu", "cuda"))
-    dtype: str = flag(
-        "fp32",
-        "bf16: autocast over fp32 weights; bf16_pure: bf16 weights and optimizer state",
-        choices=["fp32", "bf16", "bf16_pure"],
-    )
-    precompute: bool = flag(True, "reference log-probabilities before training, not in each step")
-    max_len: int = flag(1024, "tokens of prompt and answer; the end is cut off")
-    tuned: bool = flag(True, "no activation checkpointing, batches of alike lengths; no: defaults")
-    compile: bool = flag(False, "TrainingArguments.torch_compile")
+    model: str  # Hugging Face directory of a chat model
+    data: str
+    pairs: int  # the first of the file
+    batch: int  # pairs per optimizer step
+    micro: int  # pairs per forward (per_device_train_batch_size)
+    steps: int  # counted
+    uncounted: int  # steps before them
+    device: str
+    dtype: str  # fp32; bf16: autocast over fp32 weights; bf16_pure: also weights and moments
+    max_len: int  # tokens of prompt and answer; the end is cut off
+    precompute: bool = True  # reference log-probabilities before training, not in each step
+    tuned: bool = True  # no activation checkpointing, batches of alike lengths; False: defaults
+    compile: bool = False  # TrainingArguments.torch_compile
 
 
 def conversational(pairs, tokenizer):
@@ -107,7 +99,7 @@ def config(s, out):
         torch_compile=s.compile,
         per_device_train_batch_size=s.micro,
         gradient_accumulation_steps=s.batch // s.micro,
-        max_steps=s.uncounted + (s.steps or s.pairs // s.batch),
+        max_steps=s.uncounted + s.steps,
         max_length=s.max_len,
         precompute_ref_log_probs=s.precompute,
         learning_rate=5e-7,
@@ -148,8 +140,11 @@ def warm_up(model, s):
         model(ids)
 
 
-def measure(s):
+def measure(**flags):
     """Train, and return pairs per second with the reference pass, tokens per pair, peak GiB."""
+    s = TrlFlags(**flags)
+    if s.batch % s.micro:
+        raise UserError(f"--batch {s.batch} is not a multiple of --micro {s.micro}")
     if s.tuned and s.device == "cpu":
         keep_freed_memory()
     with tempfile.TemporaryDirectory() as out:
@@ -165,22 +160,3 @@ def measure(s):
         "tokens_per_pair": trainer.padded_tokens / trainer.pairs,
         "peak_gib": peak_memory(s.device),
     }
-
-
-def main():
-    s = parse(TrlFlags, __doc__.splitlines()[0])
-    if s.model is None or not Path(s.model).is_dir():
-        raise UserError(f"--model {s.model}: not there; tests/tools/smollm2.py builds one")
-    if s.batch % s.micro:
-        raise UserError(f"--batch {s.batch} is not a multiple of --micro {s.micro}")
-    if s.pairs < s.batch:
-        raise UserError(f"--pairs {s.pairs} is less than one --batch {s.batch}")
-    try:
-        figures = measure(s)
-    except ImportError as error:
-        raise UserError(f"{error}: pip install -r requirements-dev.txt") from error
-    print(json.dumps(figures))
-
-
-if __name__ == "__main__":
-    run(main)

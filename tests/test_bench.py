@@ -40,12 +40,13 @@ from data import build_row, lay_out
 from hub.template import Template
 from jobs.cli import UserError, parser_of
 from model import load
+from train import TrainFlags
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {
     module.__name__.partition(".")[2]: module
     for module in (context_grad, data_preparation, generation, growth, memory, pairs_per_second)
-    + (profile_step, small_world, training, trl_dpo)
+    + (profile_step, small_world)
 }
 
 
@@ -53,11 +54,12 @@ COMMANDS = {
 def in_process(monkeypatch):
     """What would be measured in processes of their own is measured here; small matrices."""
 
-    def here(flags, processes=1):
-        flags = {k: str(v) if isinstance(v, Path) else v for k, v in flags.items()}
-        return training.measure(training.TrainingFlags(**flags))
+    def here(function, processes=1, env=None, **arguments):
+        arguments = json.loads(json.dumps(arguments, default=str))
+        return getattr(modules[function.partition(".")[0]], function.partition(".")[2])(**arguments)
 
-    monkeypatch.setattr(training, "in_fresh_process", here)
+    modules = {"training": training, "trl_dpo": trl_dpo}
+    monkeypatch.setattr(measuring, "fresh", here)
     monkeypatch.setitem(measuring.SQUARE, "cpu", 64)
 
 
@@ -140,8 +142,7 @@ def test_a_window_hides_pairs(tiny_model_dir):
 def test_of_pairs_counts_training_and_reference_once(tiny_model_dir, pairs_file):
     """Of ins_dpo: three forwards of the cross trie and one of the plain one."""
     given = {"model": str(tiny_model_dir), "data": str(pairs_file), "max_len": 256}
-    s = training.TrainingFlags(loss="ins_dpo", batch=4, steps=1, **given)
-    with training.opened(s) as (job, _):
+    with training.opened(TrainFlags(loss="ins_dpo", batch=4, steps=1, **given)) as (job, _):
         flops, data, recipe = Flops(job.model.config), job.train, job.recipe
         cross, plain = data.trie(5, recipe.paths), data.trie(5, recipe.reference_paths)
         assert flops.of_pairs(data, [5], recipe) == (3 * flops.forward(cross), flops.forward(plain))
@@ -210,7 +211,7 @@ def test_tables():
 
 def test_a_process_of_its_own_measures_a_run(tiny_model_dir, pairs_file):
     flags = {"loss": "ins_dpo", "model": tiny_model_dir, "data": pairs_file, "max_len": 256}
-    found = training.in_fresh_process(flags | {"batch": 8, "steps": 3, "uncounted": 1})
+    found = measuring.fresh("training.measure", **flags, batch=8, steps=3, uncounted=1)
     assert found["pairs"] == 24 and found["tokens_per_pair"] > found["reference_tokens_per_pair"]
     assert found["step seconds"] > 0 and found["peak_gib"] > 0.1
     assert math.isclose(
@@ -220,8 +221,8 @@ def test_a_process_of_its_own_measures_a_run(tiny_model_dir, pairs_file):
 
 
 def test_a_process_that_fails_says_why():
-    with pytest.raises(UserError, match="(?s)failed.*no such thing"):
-        measuring.worker([sys.executable, "-c", "raise SystemExit('no such thing')"])
+    with pytest.raises(UserError, match="(?s)inputs.published failed.*llama-9: unknown"):
+        measuring.fresh("inputs.published", name="llama-9")
 
 
 def test_pairs_per_second(measured, in_process, tiny_model_dir, pairs_file):
@@ -282,15 +283,15 @@ def test_growth(measured, in_process):
     assert first_column(lines)[1:7] == [*names, "processes 1"]
 
 
-def test_activations_and_loading(measured, monkeypatch):
+def test_activations_and_loading(measured):
     """In processes of their own, where memory is theirs."""
-    monkeypatch.setattr(memory, "SHAPES", ("llama-3.2-1b",))
-    lines, written = measured(memory, "activations --tokens 64")
+    lines, written = measured(memory, "activations --tokens 64 --shapes llama-3.2-1b")
     assert first_column(lines) == ["two layers of", "llama-3.2-1b"]
-    kept = written["figures"]["llama-3.2-1b kept"]
-    assert 0.5 < kept["measured"] / kept["plan"] < 2
-    lines, written = measured(memory, "loading --shape small --processes 2")
-    assert first_column(lines) == ["", "2 processes"]
+    found = written["figures"]["llama-3.2-1b"]
+    assert 0.5 < found["kept"] / found["kept: plan"] < 2
+    assert 0 <= found["recomputed"] < found["kept"]
+    lines, written = measured(memory, "loading --shape small --processes 1")
+    assert first_column(lines) == ["", "1 process"]
     with pytest.raises(UserError, match="activations or loading"):
         measured(memory, "everything")
 
@@ -298,7 +299,7 @@ def test_activations_and_loading(measured, monkeypatch):
 def test_data_preparation(measured, tiny_model_dir, pairs_file):
     flags = f"--model {tiny_model_dir} --source {pairs_file} --sizes 8 --peer_pairs 0"
     lines, written = measured(data_preparation, flags)
-    assert [line[:3] for line in lines[2:]] == [["8", "first", "8"], ["8", "cached", "8"]]
+    assert [line[:2] for line in lines[2:]] == [["8, first", "8"], ["8, cached", "8"]]
 
 
 def test_gradients_without_contexts(measured, tiny_model_dir, pairs_file):
