@@ -13,6 +13,7 @@ import os
 import sys
 import textwrap
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -48,10 +49,7 @@ def path_sums(model, trie, sizes, n_paths, row_tokens=None, label="score"):
 def pair_logps(model, dataset, paths, row_tokens=None, label="score"):
     """Log-probabilities of these paths of a data.Dataset: {Path: (N,)} sums and token counts."""
     sizes = [dataset.size(i, paths) for i in range(len(dataset))]
-
-    def trie(i):
-        return dataset.trie(i, paths)
-
+    trie = partial(dataset.trie, paths=paths)
     columns = path_sums(model, trie, sizes, len(paths), row_tokens, label)  # two of (N, P)
     return [dict(zip(paths, values.unbind(1), strict=True)) for values in columns]
 
@@ -90,15 +88,10 @@ def evaluate_reward(s):
     scores = reward_scores(model, template, every, s.pool, s.row_tokens, cache)  # (sides x N,)
     scores = dict(zip(sides, np.split(scores, len(sides)), strict=True))  # {side: (N,)}
     results = {"command": "reward", "model": s.model, "seed": s.seed}
-    for name, (file, rows) in sides.items():
-        results[name] = side = side_results(file, rows, scores[name], s)
-        mean, std = side["reward"], side["std"]
-        print(f"{file}: {len(rows)} answers, reward {mean:.4f}, std {std:.4f}")
+    found = {name: side_results(*side, scores[name], s) for name, side in sides.items()}
     # what `evaluate.py compare` pairs, question by question
-    results["models"] = {
-        side["file"]: {key: side[key] for key in ("n", "reward", "std", "values")}
-        for side in map(results.get, sides)
-    }
+    shared = ("n", "reward", "std", "values")
+    results |= found | {"models": {x["file"]: {k: x[k] for k in shared} for x in found.values()}}
     if len(sides) == 2:
         results |= compare_sides(*sides.values(), *scores.values(), s)
     save_results(s.out, results)
@@ -129,11 +122,13 @@ def side_results(file, rows, scores, s):
     refuse(drops, len(rows), s.max_missing, file)
     if not fine.any():
         raise UserError(f"{file}: not one finite score")
+    mean = estimate(scores[fine], s.seed)
     std = float(scores[fine].std(ddof=1)) if fine.sum() > 1 else 0.0
+    print(f"{file}: {len(rows)} answers, reward {mean:.4f}, std {std:.4f}")
     values = [number(score) for score in scores]  # None for what is not finite: JSON has no NaN
-    found = {"file": file, "n": len(rows), "reward": estimate(scores[fine], s.seed), "std": std}
     ids = dict(zip(question_ids(rows), values, strict=True))
-    return found | {"scores": values, "values": ids}
+    return {"file": file, "n": len(rows), "reward": mean, "std": std,
+            "scores": values, "values": ids}  # fmt: skip
 
 
 def compare_sides(ours, theirs, our_scores, their_scores, s):
@@ -145,9 +140,8 @@ def compare_sides(ours, theirs, our_scores, their_scores, s):
     # question by question, so that what makes a question easy for both cancels
     gap = estimate(our_scores[fine] - their_scores[fine], s.seed)
     print(f"{'accuracy' if s.pairs else 'win rate'} {wins:.1%}, {ties} ties; difference {gap:+.4f}")
-    sides = zip(ours[1], theirs[1], strict=True)
     # pairs name their subset on both sides, answer files often on one alone
-    names = np.array([row.subset or other.subset for row, other in sides])
+    names = np.array([a.subset or b.subset for a, b in zip(ours[1], theirs[1], strict=True)])
     subsets = by_subset(our_scores, their_scores, names, fine, s.seed)
     found = {"win_rate": wins, "ties": ties, "difference": gap, "subsets": subsets}
     if s.pairs:
@@ -183,10 +177,10 @@ def open_scores(folder, model, source):
     The model's digest covers weights, config, dtype and device type.
     """
     weight = model.embed.weight  # bf16, or another device, gives slightly other scores
-    sha = hashlib.sha256(Weights(source).digest().encode())
-    sha.update((source / "config.json").read_bytes())
-    sha.update(f"{weight.dtype} {weight.device.type}".encode())
-    return Store(os.path.join(folder, f"{sha.hexdigest()}.jsonl"), ("tokens", "score"), "--cache")
+    identity = Weights(source).digest().encode() + (source / "config.json").read_bytes()
+    identity += f"{weight.dtype} {weight.device.type}".encode()
+    file = os.path.join(folder, f"{hashlib.sha256(identity).hexdigest()}.jsonl")
+    return Store(file, ("tokens", "score"), "--cache")
 
 
 def reward_scores(model, template, answers, pool="last", row_tokens=None, cache=None):
@@ -203,7 +197,8 @@ def reward_scores(model, template, answers, pool="last", row_tokens=None, cache=
     ids = template.encode(texts)  # prompts, then answers
     if pool == "not_pad":
         pad = read_json(template.directory / "config.json").get("pad_token_id")
-        ids = [without_padding(x, pad) for x in ids] if pad is not None else ids
+        if pad is not None:  # without the padding at their ends
+            ids = [x[: np.flatnonzero(x != pad).max(initial=-1) + 1] for x in ids]
     pairs = list(zip(ids[: len(answers)], ids[len(answers) :], strict=True))
     # a score is kept by the tokens that it depends on, so equal answers are scored once
     keys = [hashlib.sha256(x.tobytes() + b"|" + y.tobytes()).hexdigest() for x, y in pairs]
@@ -217,12 +212,6 @@ def reward_scores(model, template, answers, pool="last", row_tokens=None, cache=
         for key, value in zip(first, sums[:, 0].tolist(), strict=True):
             known[key] = value
     return np.array([known[key] for key in keys], dtype=np.float64)
-
-
-def without_padding(ids, pad):
-    """ids without what equals `pad` at their end."""
-    kept = np.flatnonzero(ids != pad)
-    return ids[: kept[-1] + 1] if len(kept) else ids[:0]
 
 
 # ----------------------------------------------------------------------------- pairs
@@ -253,10 +242,8 @@ def readings(s):
     if not every.objective.uses_reference:
         cross = {"cross": "conditioned"}
     elif s.ref is None:
-        raise UserError(
-            f"--loss {s.loss} needs --ref, the model that training started from; "
-            "--loss simpo or cpo reads log-probabilities alone"
-        )
+        cure = "the model that training started from; --loss simpo or cpo reads log-probabilities"
+        raise UserError(f"--loss {s.loss} needs --ref, {cure} alone")
     else:
         cross = {"cross, plain reference": "plain", "cross, same paths": "conditioned"}
     # the paths of all these readings are among those of `every`, and each is scored once
@@ -288,7 +275,8 @@ def evaluate_pairs(s):
     results = {"model": s.model, "ref": s.ref, "loss": s.loss, "bridge": every.bridge}
     results |= {"hyper": every.hyper, "n": len(dataset)}
     for name, rule in rules.items():
-        margin = margins(rule, sums, counts, reference)  # (N,)
+        rewards = rule(sums, counts, reference, kl=0.0).rewards  # KTO's z shifts no margin
+        margin = (rewards["chosen"] - rewards["rejected"]).double().numpy()  # (N,)
         # a tie is no win: a model that cannot tell answers apart has accuracy 0, not 50%
         accuracy, mean = estimate(margin > 0, s.seed), estimate(margin, s.seed)
         print(f"{name:24} accuracy {accuracy:.1%}   margin {mean:+.4f}")
@@ -296,59 +284,47 @@ def evaluate_pairs(s):
     save_results(s.out, results | {"pairs": [example.where for example in dataset.examples]})
 
 
-def margins(rule, sums, counts, reference):
-    """(N,) implicit reward of the chosen less that of the rejected answer, under one recipe."""
-    rewards = rule(sums, counts, reference, kl=0.0).rewards  # KTO's z shifts no margin
-    return (rewards["chosen"] - rewards["rejected"]).double().numpy()
-
-
 # ----------------------------------------------------------------------------- the command line
 
-COMMANDS = {  # name: (module of evals/ or None for this file, function, flags, what it does)
-    "reward": (None, "evaluate_reward", "RewardFlags",
-               "score answers with a reward model, and count wins against other answers"),
-    "pairs": (None, "evaluate_pairs", "PairsFlags",
-              "accuracy and margin of the implicit reward on preference pairs: of the plain "
-              "policy, which gets deployed, and of the cross-conditioned one, which was trained"),
-    "world": ("world", "world", "WorldFlags", "exact win rate in the embedded small world"),
-    "alpaca": ("alpaca", "alpaca", "AlpacaFlags",
-               "AlpacaEval 2: win rate, raw and length-controlled, from annotations"),
-    "arena": ("arena", "arena", "ArenaFlags",
-              "Arena-Hard: scores from verdicts, raw and style-controlled"),
-    "mtbench": ("mtbench", "mtbench", "MtbenchFlags", "MT-Bench: scores by turn and category"),
-    "compare": ("compare", "compare", "CompareFlags",
-                "two models, question by question, with a paired interval"),
-    "report": ("report", "report", "ReportFlags", "one self-contained page of all of it"),
-    "context": ("context", "context", "ContextFlags",
-                "why conditioning works: answers with and without another one (IFSR's Table 2)"),
-    "next_token": ("context", "next_token", "NextTokenFlags",
-                   "the same for the next token's distribution (IFSR's Table 7)"),
-    "attention": ("attention", "attention", "AttentionFlags",
-                  "where the attention of a conditioned answer goes (IFSR's Figure 4)"),
-    "judge": ("judge", "judge", "JudgeFlags",
-              "let a model compare answers, or grade them; files as the benchmarks' tools write"),
-    "runs": ("runs", "runs", "RunsFlags",
-             "draw training runs over each other, and tabulate their ends"),
-    "describe": ("describe", "describe", "DescribeFlags",
-                 "what a training run would make of its data"),
-    "plan": ("plan", "plan", "PlanFlags", "the memory that a training run would take"),
-}  # fmt: skip
+COMMANDS = {  # name: what it does
+    "reward": "score answers with a reward model, and count wins against other answers",
+    "pairs": "accuracy and margin of the implicit reward on preference pairs: of the plain policy, "
+    "which gets deployed, and of the cross-conditioned one, which was trained",
+    "world": "exact win rate in the embedded small world",
+    "alpaca": "AlpacaEval 2: win rate, raw and length-controlled, from annotations",
+    "arena": "Arena-Hard: scores from verdicts, raw and style-controlled",
+    "mtbench": "MT-Bench: scores by turn and category",
+    "compare": "two models, question by question, with a paired interval",
+    "report": "one self-contained page of all of it",
+    "context": "why conditioning works: answers with and without another one (IFSR's Table 2)",
+    "next_token": "the same for the next token's distribution (IFSR's Table 7)",
+    "attention": "where the attention of a conditioned answer goes (IFSR's Figure 4)",
+    "judge": "let a model compare answers, or grade them; files as the benchmarks' tools write",
+    "runs": "draw training runs over each other, and tabulate their ends",
+    "describe": "what a training run would make of its data",
+    "plan": "the memory that a training run would take",
+}
 
 
 def find_command(name):
-    """(flags dataclass, function) of a command; its module is imported only now."""
+    """(flags dataclass, function) of a command: NameFlags and NAME of evals/NAME.py.
+
+    The module is imported only now, so that no command waits for what another one needs.
+    """
     if name not in COMMANDS:
         raise UserError(f"unknown command {name}; the commands are {', '.join(COMMANDS)}")
-    module, function, flags, _ = COMMANDS[name]
-    home = importlib.import_module(f"evals.{module}") if module else sys.modules[__name__]
-    return getattr(home, flags), getattr(home, function)
+    flags = f"{name.title().replace('_', '')}Flags"
+    if name in ("reward", "pairs"):  # those of this file
+        return globals()[flags], globals()[f"evaluate_{name}"]
+    home = importlib.import_module(f"evals.{'context' if name == 'next_token' else name}")
+    return getattr(home, flags), getattr(home, name)
 
 
 def main():
     name, *argv = sys.argv[1:] or ["(none)"]
     if name in ("-h", "--help"):
         print(__doc__)
-        for command, (*_, about) in COMMANDS.items():
+        for command, about in COMMANDS.items():
             print(textwrap.fill(f"{command:12}{about}", 100, subsequent_indent=" " * 12))
     else:
         flags, command = find_command(name)

@@ -20,7 +20,7 @@ C head width, U slots in use, D width, V vocabulary, N candidates.
 import os
 import sys
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -107,8 +107,11 @@ class KVCache:
         rows: slice of B rows; positions: (B, T) of the new tokens, which also are their slots;
         used: U, one more than the largest of them (known to the caller, or a GPU would wait here).
         """
-        c = self.config
-        self._reserve(used)
+        c, room = self.config, self.layers[0].shape[3]
+        if used > room:  # by powers of two, since growing copies everything
+            more = max(256, 1 << (used - 1).bit_length()) - room
+            # zeros, not empty memory: a masked weight of 0 times NaN would still be NaN
+            self.layers = [F.pad(layer, (0, 0, 0, more)) for layer in self.layers]
         slots = torch.arange(used, device=positions.device)
         # causality and the sliding window, both by the query's position less the key's
         age = positions[:, None, :, None] - slots  # (B, 1, T, U)
@@ -133,20 +136,6 @@ class KVCache:
         y = chains.fast_attention(q, *cached, mask, self.config.scale, self.config.attn_cap)
         return y.unflatten(2, (-1, k.shape[2])).flatten(1, 2)  # (B, H, T, C)
 
-    def _reserve(self, used):
-        """Makes room for `used` slots: by powers of two, since growing copies everything."""
-        room = self.layers[0].shape[3]
-        if used > room:
-            more = max(256, 1 << (used - 1).bit_length()) - room
-            for i, layer in enumerate(self.layers):
-                # zeros, not empty memory: a masked weight of 0 times NaN would still be NaN
-                self.layers[i] = F.pad(layer, (0, 0, 0, more))
-
-    def move(self, source, target):
-        """Copies one row over another."""
-        for layer in self.layers:
-            layer[:, target] = layer[:, source]
-
 
 # ----------------------------------------------------------------------------- the queue
 
@@ -169,10 +158,6 @@ class Sequence:
     def __post_init__(self):
         self.rng = np.random.default_rng(self.seed)
 
-    @property
-    def last(self):
-        return self.answer[-1] if self.answer else self.prompt[-1]
-
     def take(self, token, sampling):
         """Appends a drawn token. Returns whether the sequence is at its end."""
         self.finished = token in sampling.stop_ids
@@ -193,53 +178,44 @@ def complete(model, queue, sampling, batch=16):
     while queue or active:
         while queue and len(active) < batch:  # one by one: a batch of prompts would need padding
             active.append(queue.popleft())
-            prefill(model, cache, len(active) - 1, active[-1].prompt)
+            if ids := active[-1].prompt[:-1]:  # the last token is the next step's
+                feed(model, cache, len(active) - 1, [ids], [list(range(len(ids)))])
         tokens = next_tokens(model, cache, active, sampling)
         ended = [row for row, seq in enumerate(active) if seq.take(tokens[row], sampling)]
         # The last row moves into each gap, so that rows 0 to B - 1 stay those in use. From the end,
         # so that the row that moves is one that goes on.
         for row in reversed(ended):
             yield active[row]
-            cache.move(len(active) - 1, row)
+            for layer in cache.layers:
+                layer[:, row] = layer[:, len(active) - 1]
             active[row] = active[-1]
             active.pop()
 
 
 @torch.no_grad()
-def prefill(model, cache, row, prompt):
-    """Fills a row with all of a prompt but its last token, which the next step takes."""
-    if len(prompt) > 1:
-        tokens = torch.tensor(prompt[:-1], device=model.embed.weight.device)[None]  # (1, T)
-        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        rules = cache.attend(slice(row, row + 1), positions, len(prompt) - 1)
-        model.hidden(tokens, positions, rules)  # for what it leaves in the cache
+def feed(model, cache, first, ids, positions):
+    """Puts (B, T) ids at (B, T) positions into rows `first` on -> (B, T, D) states."""
+    used = 1 + max(map(max, positions))
+    ids, positions = torch.tensor([ids, positions], device=model.embed.weight.device)
+    rules = cache.attend(slice(first, first + len(ids)), positions, used)
+    return model.hidden(ids, positions, rules)
 
 
 @torch.no_grad()
 def next_tokens(model, cache, active, sampling):
     """Feeds every sequence its last token and draws the next -> list of B ids."""
-    device = model.embed.weight.device
-    places = [len(seq.prompt) + len(seq.answer) - 1 for seq in active]  # of the last tokens
-    last = torch.tensor([seq.last for seq in active], device=device)[:, None]  # (B, 1)
-    positions = torch.tensor(places, device=device)[:, None]  # (B, 1)
-    rules = cache.attend(slice(0, len(active)), positions, max(places) + 1)
-    logits = model.to_logits(model.hidden(last, positions, rules)[:, 0])  # (B, D) -> (B, V)
-    uniforms = torch.tensor([seq.rng.random() for seq in active], device=device)
-    return draw_tokens(logits, uniforms, sampling).tolist()  # the step's one wait for the device
+    last = [[(seq.answer or seq.prompt)[-1]] for seq in active]  # (B, 1)
+    places = [[len(seq.prompt) + len(seq.answer) - 1] for seq in active]  # (B, 1)
+    states = feed(model, cache, 0, last, places)[:, 0]  # (B, D)
+    uniforms = torch.tensor([seq.rng.random() for seq in active], device=states.device)
+    # the step's one wait for the device
+    return draw_tokens(model.to_logits(states), uniforms, sampling).tolist()
 
 
-def sample(model, prompts, sampling, seed=0, batch=16, on_token=None):
-    """Token ids in, token ids out: a list of prompts -> a list of answers, in the same order.
-
-    Prompt i draws its random numbers from (seed, i). on_token(i, token) is called as tokens come.
-    """
-
-    def listener(i):
-        return on_token and (lambda token: on_token(i, token))
-
-    sequences = [Sequence(list(p), (seed, i), listener(i)) for i, p in enumerate(prompts)]
-    for _ in complete(model, deque(sequences), sampling, batch):
-        pass
+def sample(model, prompts, sampling, seed=0, batch=16):
+    """Lists of ids in, lists of ids out, in the same order; prompt i draws from (seed, i)."""
+    sequences = [Sequence(list(prompt), (seed, i)) for i, prompt in enumerate(prompts)]
+    deque(complete(model, deque(sequences), sampling, batch), maxlen=0)  # to the end
     return [seq.answer for seq in sequences]
 
 
@@ -258,16 +234,12 @@ class Dialogue:
 
     def __init__(self, ask, number, mode="plain", instruction=INSTRUCTIONS["better"], seed=0):
         self.ask, self.number, self.mode, self.instruction = ask, number, mode, instruction
-        self._seed, self.row = seed, {"prompt": ask.prompt} | ask.about
+        self._seed, self.turn = seed, 0  # turns that are answered and left behind
+        self.row = {"prompt": ask.prompt} | ask.about
         if ask.turns:
             self.row["turns"] = 1 + len(ask.turns)
         if mode == "refine" and ask.draft is not None:
             self.row["draft"] = ask.draft
-
-    @property
-    def turn(self):
-        """How many turns are answered and left behind: each added an answer and a question."""
-        return (len(self.row["prompt"]) - len(self.ask.prompt)) // 2
 
     @property
     def stage(self):
@@ -300,6 +272,7 @@ class Dialogue:
         following = {"role": "user", "content": self.ask.turns[self.turn]}
         said = {"role": "assistant", "content": text}
         self.row["prompt"] = [*self.row["prompt"], said, following]
+        self.turn += 1
         return False
 
 
@@ -331,33 +304,28 @@ class Answers:
         draft: the ended Sequence of the draft. Its ids are taken as they were sampled: its text,
         tokenised again, may have others. A draft that the question brought along is tokenised.
         """
-        refine = "draft" in dialogue.row
+        refine, ids, texts = "draft" in dialogue.row, [], []
         if draft:
             ids = [*draft.prompt, *draft.answer, *self.template.end_ids]
         else:
-            texts = [self.template.render(dialogue.question, generation=True)]
+            texts.append(self.template.render(dialogue.question, generation=True))
             if refine:
                 texts.append(self.template.answer(dialogue.question, dialogue.row["draft"]))
-            ids = self._ids(texts)
         if refine:
-            ids += self._ids([self.template.turn(dialogue.instruction)])
+            texts.append(self.template.turn(dialogue.instruction))
+        for own in self.template.encode(texts):  # each text on its own, as in training
+            ids += own.tolist()
         hear = self.on_token and partial(self.on_token, dialogue.stage)
         return Sequence(ids, dialogue.seed, hear, (dialogue.stage, dialogue))
-
-    def _ids(self, texts):
-        """Texts, each tokenised on its own, joined."""
-        return [int(i) for ids in self.template.encode(texts) for i in ids]
 
 
 def in_order(numbered, numbers):
     """(number, row) as they end -> rows in the order of `numbers`, each as soon as it can."""
-    waiting, held = iter(numbers), {}
-    wanted = next(waiting, None)
+    waiting, held = deque(numbers), {}
     for number, row in numbered:
         held[number] = row
-        while wanted in held:
-            yield held.pop(wanted)
-            wanted = next(waiting, None)
+        while waiting and waiting[0] in held:
+            yield held.pop(waiting.popleft())
     yield from (held[number] for number in sorted(held))  # behind one that a server refused
 
 
@@ -380,31 +348,25 @@ class RemoteAnswers:
 
     def _answer(self, dialogue):
         """Asks until the last turn is answered -> None, or why the server refuses."""
-        try:
-            reply = self._chat(dialogue)
-            while not dialogue.take(reply.text, reply.finished):
-                reply = self._chat(dialogue)
-        except RequestRefused as refusal:
-            return str(refusal)
-
-    def _chat(self, dialogue):
-        """One request; its seed is told by the same numbers that the own sampler draws from."""
-        messages = dialogue.question
-        if "draft" in dialogue.row:
-            said = [("assistant", dialogue.row["draft"]), ("user", dialogue.instruction)]
-            messages = messages + [{"role": who, "content": text} for who, text in said]
-        reply = self.endpoint.chat(
-            messages,
-            temperature=self.sampling.temperature,
-            top_p=self.sampling.top_p,
-            max_tokens=self.sampling.max_new_tokens,
-            seed=int(np.random.SeedSequence(dialogue.seed).generate_state(1)[0] >> 1),  # 31 bits
-        )
-        told = (reply.tokens_in, reply.tokens_out)
-        if None not in told:  # a server may leave its counts out
-            before = dialogue.row.get("usage", (0, 0))
-            dialogue.row["usage"] = [a + b for a, b in zip(before, told, strict=True)]
-        return reply
+        sampling, ended = self.sampling, False
+        while not ended:
+            messages = dialogue.question
+            if "draft" in dialogue.row:
+                said = [("assistant", dialogue.row["draft"]), ("user", dialogue.instruction)]
+                messages = messages + [{"role": who, "content": text} for who, text in said]
+            # a seed of 31 bits, told by the numbers that the own sampler draws from
+            seed = int(np.random.SeedSequence(dialogue.seed).generate_state(1)[0] >> 1)
+            options = {"temperature": sampling.temperature, "top_p": sampling.top_p}
+            options |= {"max_tokens": sampling.max_new_tokens, "seed": seed}
+            try:
+                reply = self.endpoint.chat(messages, **options)
+            except RequestRefused as refusal:
+                return str(refusal)
+            told = (reply.tokens_in, reply.tokens_out)
+            if None not in told:  # a server may leave its counts out
+                before = dialogue.row.get("usage", (0, 0))
+                dialogue.row["usage"] = [a + b for a, b in zip(before, told, strict=True)]
+            ended = dialogue.take(reply.text, reply.finished)
 
 
 # ----------------------------------------------------------------------------- the command line
@@ -469,19 +431,16 @@ def open_rows(s, asks, rank, world):
 
     def check(where, n, row):
         row = row if isinstance(row, dict) else {}
-        faults = [name for name, value in settings.items() if row.get(name) != value]
-        if s.endpoint and row.get("endpoint"):  # a server may have moved since
-            faults = [name for name in faults if name != "endpoint"]
-        faults = faults if asks[n].is_of(row) else ["prompt", *faults]
+        faults = [] if asks[n].is_of(row) else ["prompt"]
+        faults += [name for name, value in settings.items() if row.get(name) != value]
+        if row.get("endpoint") and "endpoint" in faults:  # a server may have moved since
+            faults.remove("endpoint")
         if faults:
             fault = f"{where}: of another run ({faults[0]} differs)"
             raise UserError(f"{fault}; move the file away")
 
-    return Shared(rows_file(s), len(asks), check, rank, world)
-
-
-def rows_file(s):
-    return s.out if s.format == "jsonl" else f"{s.out}.rows.jsonl"
+    file = s.out if s.format == "jsonl" else f"{s.out}.rows.jsonl"
+    return Shared(file, len(asks), check, rank, world)
 
 
 class Stream:
@@ -504,13 +463,12 @@ class Stream:
 
 def answerer(s):
     """What answers: the own sampler with --model loaded, or the server at --endpoint."""
+    sampling = Sampling(s.max_new_tokens, s.temperature, s.top_p)
     if s.endpoint:
         endpoint = Endpoint(s.endpoint, s.model, s.timeout, s.retries)
-        sampling = Sampling(s.max_new_tokens, s.temperature, s.top_p)
         return RemoteAnswers(endpoint, sampling, s.concurrency)
     model, template = load_model(s.model, s.dtype, s.device)
-    sampling = Sampling(s.max_new_tokens, s.temperature, s.top_p, stop_ids(template))
-    return Answers(model, template, sampling, s.batch)
+    return Answers(model, template, replace(sampling, stop_ids=stop_ids(template)), s.batch)
 
 
 def recorded(s):
@@ -563,11 +521,8 @@ def main():
     s = pinned(parse(GenerateFlags, __doc__.splitlines()[0]))
     rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     check_flags(s, world)
-    if s.prompt is not None:
-        asks = [Ask([{"role": "user", "content": s.prompt}])]
-    else:
-        asks = read_asks(s.data, s.limit)
-    tokens = None
+    one = [Ask([{"role": "user", "content": s.prompt}])]
+    asks, tokens = one if s.data is None else read_asks(s.data, s.limit), None
     if s.format == "arena_hard":
         refuse_twins(asks, s.data or "--prompt")
         tokens = token_counter(s.model)
@@ -576,7 +531,7 @@ def main():
     if numbers:
         produce(s, asks, numbers, store)
     if store and store.join() and s.format != "jsonl":
-        write_answers(s.out, s.format, rows_file(s), s.name or s.model, tokens)
+        write_answers(s.out, s.format, store.name, s.name or s.model, tokens)
 
 
 if __name__ == "__main__":

@@ -47,9 +47,6 @@ class ArenaFlags(VerdictFlags):
     resamples: int = flag(1000, "of the bootstrap over questions")
 
 
-# ----------------------------------------------------------------------------- verdicts
-
-
 def verdict_of(game):
     """One game of a judgment file -> ((score of A, weight), None), or (None, what is wrong)."""
     if not isinstance(game, dict):
@@ -65,8 +62,7 @@ def verdict_of(game):
 def read_games(row):
     """One judgment -> ([(score of the model, weight)] of two games, None), or (None, fault)."""
     games = row.get("games")
-    games = games if isinstance(games, list) else []
-    if len(games) != 2:
+    if not isinstance(games, list) or len(games) != 2:
         return None, "incomplete"
     (first, fault), (second, other) = map(verdict_of, games)
     if fault or other:
@@ -84,9 +80,6 @@ def judged_games(pattern, category):
             yield row["model"], str(question), read_games(row), where
 
 
-# ----------------------------------------------------------------------------- style
-
-
 def read_style(pattern, control):
     """{model: {question: (4,) tokens, headers, lists, bold}} of answer files in Arena-Hard's form.
 
@@ -100,9 +93,7 @@ def read_style(pattern, control):
         if missing := [STYLE[i] for i in sorted(needed) if counts[i] is None]:
             raise UserError(f"{where}: metadata without {', '.join(missing)}; --control needs it")
         model = row.get("model", row.get("model_id"))
-        styles.setdefault(model, {})[str(question)] = np.array(
-            [0.0 if c is None else c for c in counts]
-        )
+        styles.setdefault(model, {})[str(question)] = np.array([c or 0.0 for c in counts])
     return styles
 
 
@@ -127,46 +118,29 @@ def style_of_games(battles, s):
     if s.baseline not in styles:
         raise UserError(f"--baseline {s.baseline}: --answers has {', '.join(map(str, styles))}")
     sides = []
-    for model, question in zip(battles.model, battles.question, strict=True):
+    models, questions, _, weight = battles
+    for model, question in zip(models.tolist(), questions.tolist(), strict=True):
         for name in (model, s.baseline):
             if question not in styles.get(name, {}):
                 raise UserError(f"--answers {s.answers}: no answer of {name} to {question}")
         sides.append((styles[model][question], styles[s.baseline][question]))
     ours, theirs = np.array(sides).swapaxes(0, 1)
     columns = style_difference(ours, theirs)[:, CONTROLS[s.control]]
-    mean = np.average(columns, axis=0, weights=battles.weight)
-    spread = np.average((columns - mean) ** 2, axis=0, weights=battles.weight) ** 0.5
+    mean = np.average(columns, axis=0, weights=weight)
+    spread = np.average((columns - mean) ** 2, axis=0, weights=weight) ** 0.5
     spread[spread == 0] = 1.0  # a column that never differs says nothing
     return (columns - mean) / spread, -mean / spread
 
 
-# ----------------------------------------------------------------------------- scores
-
-
-@dataclass
-class Battles:
-    """Every game of every model: five columns of G."""
-
-    model: list
-    question: list
-    score: np.ndarray
-    weight: np.ndarray
-
-    @classmethod
-    def of(cls, models):
-        rows = [
-            (model, question, *game)
-            for model, questions in models.items()
-            for question, games in questions.items()
-            for game in games or ()
-        ]
-        model, question, score, weight = zip(*rows, strict=True)
-        return cls(list(model), list(question), np.array(score), np.array(weight, float))
-
-
-def question_score(games):
-    """Weighted mean of a question's games; None where there is no verdict."""
-    return games and sum(s * w for s, w in games) / sum(w for _, w in games)
+def columns_of(models):
+    """{model: {question: games}} -> model, question, score, weight of every game: four of (G,)."""
+    rows = [
+        (model, question, score, float(weight))
+        for model, questions in models.items()
+        for question, games in questions.items()
+        for score, weight in games or ()
+    ]
+    return [np.array(column) for column in zip(*rows, strict=True)]
 
 
 def raw_score(questions, seed, resamples):
@@ -179,15 +153,16 @@ def raw_score(questions, seed, resamples):
 def bradley_terry(battles, names, style, equal, seed=0, resamples=0):
     """Skills of all models against the baseline, whose skill is 0, fitted with the style columns.
 
-    style: (G, S); equal: (S,) the style columns of equal answers. Returns {"controlled": {name:
-    Estimate}, "equal_style": {…}} and the (S,) style weights.
+    battles: of columns_of; style: (G, S); equal: (S,) the style columns of equal answers. Returns
+    {"controlled": {name: Estimate}, "equal_style": {…}} and the (S,) style weights.
     """
-    skills = np.array([[m == name for name in names] for m in battles.model], dtype=np.float64)
+    models, questions, score, weight = battles
+    skills = models[:, None] == np.array(names)  # (G, M): who plays
     x = np.concatenate([skills, style], 1)  # (G, M + S): the style columns are the last S
-    questions, place = np.unique(battles.question, return_inverse=True)
+    questions, place = np.unique(questions, return_inverse=True)
 
     def fit(counts, start=None):
-        w = logistic(x, battles.score, battles.weight * counts[place], start=start)
+        w = logistic(x, score, weight * counts[place], start=start)
         skill, pull = w[: len(names)], w[len(names) :]
         return w, np.stack([sigmoid(skill), sigmoid(skill + equal @ pull)])  # (2, M)
 
@@ -205,9 +180,6 @@ def bradley_terry(battles, names, style, equal, seed=0, resamples=0):
     return views, w[len(names) :]
 
 
-# ----------------------------------------------------------------------------- the command
-
-
 def arena(s):
     """Print Arena-Hard scores of every model in --judgments, and style-controlled ones."""
     require(s, "judgments", *(["answers", "baseline"] if s.control != "none" else []))
@@ -218,12 +190,16 @@ def arena(s):
         model: {
             "n": sum(games is not None for games in questions.values()),
             "score": raw_score(questions, s.seed, s.resamples),
-            "values": {q: question_score(games) for q, games in questions.items()},
+            # the weighted mean of a question's games; None where there is no verdict
+            "values": {
+                q: g and sum(x * w for x, w in g) / sum(w for _, w in g)
+                for q, g in questions.items()
+            },
         }
         for model, questions in models.items()
     }
     if s.control != "none":
-        battles = Battles.of(models)
+        battles = columns_of(models)
         columns = style_of_games(battles, s)
         views, pull = bradley_terry(battles, list(models), *columns, s.seed, s.resamples)
         for view, scores in views.items():

@@ -32,13 +32,8 @@ from jobs.files import ASSETS, Store
 from jobs.flags import EndpointFlags, ModelFlags, SamplingFlags
 from pairs.questions import Ask
 
-# ----------------------------------------------------------------------------- what is asked
-
-NAMES = {  # what a template of the user's may call things, as AlpacaEval's and Arena-Hard's do
-    "instruction": "question",
-    "output_1": "answer_a",
-    "output_2": "answer_b",
-}
+# what AlpacaEval's and Arena-Hard's templates call things
+NAMES = {"instruction": "question", "output_1": "answer_a", "output_2": "answer_b"}
 
 
 class Prompt:
@@ -68,9 +63,6 @@ def known(name):
     return NAMES.get(name.lower(), name.lower())
 
 
-# ----------------------------------------------------------------------------- what is answered
-
-
 class Judge:
     """What a judge says to prompts. What it has said already is kept, by content, and not asked.
 
@@ -89,36 +81,22 @@ class Judge:
         keys = [json_digest([self.identity, prompt]) for prompt in prompts]
         new = {key: n for n, key in enumerate(keys) if key not in self.known}
         if new:
-            self._ask(new, prompts)
+            answers = answerer(self.s)
+            dialogues = [Dialogue(Ask(prompts[n]), n, seed=self.s.seed) for n in new.values()]
+            with progress("judge", len(keys), "verdict", initial=len(keys) - len(new)) as bar:
+                for n, row in answers(dialogues):
+                    self.asked.append(self._tokens(answers, row))
+                    self.known[keys[n]] = (row["answer"], self.asked[-1])
+                    bar.update()
+            self.refused = getattr(answers, "refused", [])
         return [self.known[key][0] if key in self.known else None for key in keys]
 
-    def _ask(self, new, prompts):
-        answers, order = answerer(self.s), {n: key for key, n in new.items()}
-        dialogues = [Dialogue(Ask(prompts[n]), n, seed=self.s.seed) for n in order]
-        with progress("judge", len(prompts), "verdict", initial=len(prompts) - len(new)) as bar:
-            for n, row in answers(dialogues):
-                tokens = row.get("usage") or count_tokens(answers, row)
-                self.known[order[n]] = (row["answer"], tokens)
-                self.asked.append(tokens)
-                bar.update()
-        self.refused = getattr(answers, "refused", [])
-
-
-def count_tokens(answers, row):
-    """[in, out] of a local judge by its own tokenizer; None of a server, which did not tell."""
-    if hasattr(answers, "endpoint"):
-        return None
-    texts = [answers.template.render(row["prompt"], generation=True), row["answer"]]
-    return [len(ids) for ids in answers.template.encode(texts)]
-
-
-# ----------------------------------------------------------------------------- what is written
-
-
-def share(games):
-    """A question's mean win of --answers over both orders, ties half; None unless both are read."""
-    first, second = map(wins_of_b, games)
-    return None if first is None or second is None else (first + 1 - second) / 2
+    def _tokens(self, answers, row):
+        """[in, out] as a server told, or None; of a local judge by its own tokenizer."""
+        if self.s.endpoint:
+            return row.get("usage")
+        texts = [answers.template.render(row["prompt"], generation=True), row["answer"]]
+        return [len(ids) for ids in answers.template.encode(texts)]
 
 
 def wins_of_b(game):
@@ -127,45 +105,37 @@ def wins_of_b(game):
     return 1 - VERDICTS[label][0] if label else None
 
 
-def names(s, ours, theirs):
-    """What the models of --against and of --answers are called."""
-    return s.against_name or theirs.name or s.against, s.name or ours.name or s.answers
-
-
-def annotation(s, ours, theirs, games):
-    wins, (theirs_is, ours_is) = share(games), names(s, ours, theirs)
+def annotation(s, models, ours, theirs, games, wins):
     return {
         "instruction": transcript(ours.question),
         "output_1": theirs.said,
-        "generator_1": theirs_is,
+        "generator_1": models[0],
         "output_2": ours.said,
-        "generator_2": ours_is,
+        "generator_2": models[1],
         "dataset": ours.about.get("dataset", ""),
         "annotator": s.model,
-        "preference": None if wins is None else 1 + wins,
+        # 1 and the mean win over both orders, ties half; null unless both are read
+        "preference": None if None in wins else 1 + (wins[0] + 1 - wins[1]) / 2,
         "raw_completion": [game and game["judgment"]["answer"] for game in games],
     }
 
 
-def arena_row(s, ours, theirs, games):
-    theirs_is, ours_is = names(s, ours, theirs)
+def arena_row(s, models, ours, theirs, games, wins):
     return {
         "uid": question_id(ours.prompt, ours.about),
         "category": ours.about.get("category", "custom"),
         "judge": s.model,
-        "model": ours_is,
-        "baseline": theirs_is,
-        "games": list(games),
+        "model": models[1],
+        "baseline": models[0],
+        "games": games,
     }
 
 
-def pair_row(s, ours, theirs, games):
-    models, winners = dict(zip(("model_1", "model_2"), names(s, ours, theirs), strict=True)), []
-    for game, (a, b) in zip(games, (models, reversed(models)), strict=True):
-        winners.append({None: "error", 0.0: a, 0.5: "tie", 1.0: b}[wins_of_b(game)])
-    turn = ours.about["turn"]
-    row = {"question_id": question_id(ours.prompt, ours.about)} | models
-    row |= {"g1_winner": winners[0], "g2_winner": winners[1]}
+def pair_row(s, models, ours, theirs, games, wins):
+    turn, row = ours.about["turn"], {"question_id": question_id(ours.prompt, ours.about)}
+    row |= {"model_1": models[0], "model_2": models[1]}
+    for n, (a, b) in enumerate((("model_1", "model_2"), ("model_2", "model_1"))):
+        row[f"g{n + 1}_winner"] = {None: "error", 0.0: a, 0.5: "tie", 1.0: b}[wins[n]]
     row["judge"] = [s.model, "pair-v2" if turn == 1 else "pair-v2-multi-turn"]
     for n, game in enumerate(games, 1):
         row[f"g{n}_user_prompt"] = game and game["prompt"][-1]["content"]
@@ -173,15 +143,10 @@ def pair_row(s, ours, theirs, games):
     return row | {"turn": turn, "tstamp": time.time()}
 
 
-VERDICT_FORMATS = {  # of --out: what makes a row of two games; None where nothing is compared
-    "alpaca_eval": annotation,
-    "arena_hard": arena_row,
-    "mt_bench": None,
-    "mt_bench_pair": pair_row,
-}
-
-
-# ----------------------------------------------------------------------------- the command
+# of --out: what makes a row of two games and their wins_of_b; None where nothing is compared.
+# models: what --against and --answers are called
+VERDICT_FORMATS = {"alpaca_eval": annotation, "arena_hard": arena_row, "mt_bench": None,
+                   "mt_bench_pair": pair_row}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -216,19 +181,17 @@ def judge(s):
         raise UserError("--format mt_bench grades single answers; leave --against out")
     prompt = read_template(s.template, single)
     answers = read_answers(s.answers, "--answers", s.questions)[: s.limit]
-    work, items = (grade, answers) if single else (compare_answers, with_others(s, answers))
+    work, items = grade, answers
+    if s.format == "arena_hard":
+        refuse_twins(answers, s.answers)
+    if not single:
+        others = read_answers(s.against, "--against", s.questions)
+        others = align(answers, others, f"--against {s.against}")
+        work, items = compare_answers, list(zip(answers, others, strict=True))
     ask = Judge(s)
     rows = work(s, prompt, items, ask)
     write_rows(s.out, rows, lines=s.format != "alpaca_eval")
     report_cost(s, ask, len(answers) * (1 if single else 2))
-
-
-def with_others(s, answers):
-    """[(answer, that of --against to the same prompt)]."""
-    if s.format == "arena_hard":
-        refuse_twins(answers, s.answers)
-    others = read_answers(s.against, "--against", s.questions)
-    return list(zip(answers, align(answers, others, f"--against {s.against}"), strict=True))
 
 
 def read_template(file, single):
@@ -254,10 +217,13 @@ def compare_answers(s, prompt, sides, ask):
         else {"score": read_verdict(text), "judgment": {"answer": text}, "prompt": asked}
         for text, asked in zip(ask(prompts), prompts, strict=True)
     ]
-    games = list(zip(games[::2], games[1::2], strict=True))
-    report_games(s, games)
-    write = VERDICT_FORMATS[s.format]
-    return [write(s, *pair, played) for pair, played in zip(sides, games, strict=True)]
+    wins, rows = [wins_of_b(game) for game in games], []
+    report_games(s, wins)
+    for n, (ours, theirs) in enumerate(sides):
+        models = s.against_name or theirs.name or s.against, s.name or ours.name or s.answers
+        both = slice(2 * n, 2 * n + 2)  # games of this question
+        rows.append(VERDICT_FORMATS[s.format](s, models, ours, theirs, games[both], wins[both]))
+    return rows
 
 
 def grade(s, prompt, answers, ask):
@@ -270,7 +236,10 @@ def grade(s, prompt, answers, ask):
         prompts.append(prompt(question=question, answer=row.text, reference=told))
     texts = ask(prompts)
     grades = [read_grade(text or "") for text in texts]
-    report_grades(s, grades)
+    read = [score for score in grades if score is not None]
+    print(f"{s.answers}: {len(grades)} answers, {len(grades) - len(read)} unread")
+    if read:
+        print(f"mean grade {estimate(read, s.seed):.2f}")
     return [
         {
             "question_id": question_id(row.prompt, row.about),
@@ -286,13 +255,10 @@ def grade(s, prompt, answers, ask):
     ]
 
 
-# ----------------------------------------------------------------------------- what is printed
-
-
-def report_games(s, games):
+def report_games(s, wins):
     """Prints the win rate, and how much the order of the answers mattered."""
-    wins = np.array([[wins_of_b(g) for g in pair] for pair in games], float).reshape(-1, 2)
-    wins = wins[np.isfinite(wins).all(1)]
+    games = np.array(wins, float).reshape(-1, 2)  # (questions, orders)
+    wins = games[np.isfinite(games).all(1)]
     unread = len(games) - len(wins)
     print(f"{s.answers} against {s.against}: {len(games)} questions, {unread} unread")
     if not len(wins):
@@ -304,22 +270,14 @@ def report_games(s, games):
     print(f"both orders agree on {agree:.1%}; the answer shown last won {wins.mean():.1%}")
 
 
-def report_grades(s, grades):
-    read = [g for g in grades if g is not None]
-    print(f"{s.answers}: {len(grades)} answers, {len(grades) - len(read)} unread")
-    if read:
-        print(f"mean grade {estimate(read, s.seed):.2f}")
-
-
 def report_cost(s, judge, n):
     """Prints tokens and dollars of this run; what came from the cache costs nothing."""
     told = [tokens for tokens in judge.asked if tokens is not None]
     tokens_in, tokens_out = (sum(column) for column in zip(*told, strict=True)) if told else (0, 0)
     dollars = (tokens_in * s.price_in + tokens_out * s.price_out) / 1e6
-    print(
-        f"{n} judgments: {len(judge.asked)} asked now, {len(judge.refused)} refused, others known"
-    )
-    untold = f", {len(judge.asked) - len(told)} untold" if len(told) < len(judge.asked) else ""
+    asked, refused = judge.asked, judge.refused
+    print(f"{n} judgments: {len(asked)} asked now, {len(refused)} refused, others known")
+    untold = f", {len(asked) - len(told)} untold" if len(told) < len(asked) else ""
     print(f"tokens: {tokens_in} in, {tokens_out} out{untold}; cost ${dollars:.4f}")
-    if judge.refused:
-        print(f"the server refused judgment {min(judge.refused)[0] + 1}: {min(judge.refused)[1]}")
+    if refused:
+        print(f"the server refused judgment {min(refused)[0] + 1}: {min(refused)[1]}")

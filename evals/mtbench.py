@@ -52,14 +52,6 @@ def score_of(row):
     return (score, None) if score is not None and 0 <= score <= 10 else (None, "unparsable")
 
 
-def share_of(row, us):
-    """One pairwise judgment -> (win, tie or loss of model `us` as 1, 1/2, 0, None), or a fault."""
-    winners = {row["g1_winner"], row.get("g2_winner")}
-    if not winners <= {*PAIR, "tie"}:
-        return None, "null" if None in winners else "unparsable"
-    return 0.5 if "tie" in winners or len(winners) == 2 else float(us in winners), None
-
-
 def judged_turns(pattern):
     """What results.gather takes, of all files."""
     for where, row in rows_of(pattern, "--judgments"):
@@ -69,9 +61,14 @@ def judged_turns(pattern):
         key = (str(row["question_id"]), row["turn"])
         if len(names) == 1:
             yield names[0], key, score_of(row), where
-        else:
-            for us, them in (PAIR, PAIR[::-1]):
-                yield f"{row[us]} against {row[them]}", key, share_of(row, us), where
+            continue
+        winners, share = {row["g1_winner"], row.get("g2_winner")}, dict.fromkeys(PAIR)
+        fault = "null" if None in winners else "unparsable"
+        if winners <= {*PAIR, "tie"}:  # 1, 1/2 or 0: a turn is won by who won both games
+            tie, fault = "tie" in winners or len(winners) == 2, None
+            share = {us: 0.5 if tie else float(us in winners) for us in PAIR}
+        for us, them in (PAIR, PAIR[::-1]):
+            yield f"{row[us]} against {row[them]}", key, (share[us], fault), where
 
 
 def category_of(questions):
@@ -84,38 +81,31 @@ def category_of(questions):
 
 def mean_score(scores, seed, resamples):
     """{(question, turn): score} -> Estimate of the mean over turns, questions resampled whole."""
-    sums = {}
+    by_question = {}
     for (question, _), score in scores.items():
         if score is not None:
-            total, n = sums.get(question, (0.0, 0))
-            sums[question] = (total + score, n + 1)
-    if not sums:
-        return None
-    return ratio_of_sums(*zip(*sums.values(), strict=True), seed, resamples)
+            by_question.setdefault(question, []).append(score)
+    sums = [(sum(given), len(given)) for given in by_question.values()]
+    return ratio_of_sums(*zip(*sums, strict=True), seed, resamples) if sums else None
 
 
 def mean_scores(scores, categories, seed, resamples):
     """Everything the tables show of one model -> dict."""
+    turns, parts, by_question = {}, {}, {}
+    for (question, turn), score in scores.items():
+        turns.setdefault(turn, {})[question, turn] = score
+        parts.setdefault(categories.get(question, "other"), {})[question, turn] = score
+        by_question.setdefault(question, []).append(score)
+    order = [*CATEGORIES, *(name for name in parts if name not in CATEGORIES)]
 
-    def means(part_of):
-        """{part: Estimate}, of what part_of(question, turn) names."""
-        parts = {}
-        for key, score in scores.items():
-            parts.setdefault(part_of(*key), {})[key] = score
+    def means(parts):
         return {name: mean_score(part, seed, resamples) for name, part in parts.items()}
 
-    def place(item):
-        return CATEGORIES.index(item[0]) if item[0] in CATEGORIES else len(CATEGORIES)
-
-    by_question = {}
-    for (question, _), score in scores.items():
-        by_question.setdefault(question, []).append(score)
-    by_category = means(lambda question, turn: categories.get(question, "other"))
     return {
         "n": sum(score is not None for score in scores.values()),
         "score": mean_score(scores, seed, resamples),
-        "turns": {str(t): mean for t, mean in sorted(means(lambda question, turn: turn).items())},
-        "categories": dict(sorted(by_category.items(), key=place)),
+        "turns": {str(turn): mean for turn, mean in sorted(means(turns).items())},
+        "categories": means({name: parts[name] for name in order if name in parts}),
         "values": {
             question: None if None in given else float(np.mean(given))
             for question, given in by_question.items()

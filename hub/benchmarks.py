@@ -23,8 +23,6 @@ from hub.template import Template
 from jobs.cli import UserError
 from jobs.files import read_lines, replace, to_line
 
-# ----------------------------------------------------------------------------- answer files
-
 
 def transcript(messages):
     """Messages as one text: a single user turn as it is, a dialogue as hh-rlhf writes it."""
@@ -51,14 +49,12 @@ class Writer(NamedTuple):
         }
 
     def arena_hard(self, n, row):
+        said = {"role": "assistant", "content": {"answer": row["answer"]}}
         return {
             "uid": question_id(row["prompt"], row),
             "ans_id": self._answer_id(row),
             "model": self.name,
-            "messages": [
-                *row["prompt"],
-                {"role": "assistant", "content": {"answer": row["answer"]}},
-            ],
+            "messages": [*row["prompt"], said],
             "tstamp": self.time,
             "metadata": {"token_len": self.tokens(row["answer"])} | markdown_counts(row["answer"]),
         }
@@ -80,12 +76,8 @@ class Writer(NamedTuple):
         return json_digest([self.name, row["prompt"], row["answer"], row.get("seed")])[:22]
 
 
-ANSWER_FORMATS = {  # name: (how many questions the published sets have, whether rows are lines)
-    "jsonl": (None, True),
-    "alpaca_eval": ((805,), False),
-    "arena_hard": ((500, 750), True),
-    "mt_bench": ((80,), True),
-}
+# name: how many questions the published sets have
+ANSWER_FORMATS = {"jsonl": (), "alpaca_eval": (805,), "arena_hard": (500, 750), "mt_bench": (80,)}
 
 
 def write_answers(file, form, rows_file, name, tokens=None):
@@ -93,11 +85,10 @@ def write_answers(file, form, rows_file, name, tokens=None):
     rows = [json.loads(line) for line in read_lines(rows_file)]
     writer = Writer(name, os.path.getmtime(rows_file), tokens)
     written = [getattr(writer, form)(n, row) for n, row in enumerate(rows)]
-    sizes, lines = ANSWER_FORMATS[form]
-    if len(rows) not in sizes:
-        usual = " or ".join(map(str, sizes))
+    if len(rows) not in ANSWER_FORMATS[form]:
+        usual = " or ".join(map(str, ANSWER_FORMATS[form]))
         print(f"{file}: {len(rows)} answers; the published {form} has {usual}", file=sys.stderr)
-    write_rows(file, written, lines)
+    write_rows(file, written, lines=form != "alpaca_eval")
 
 
 def write_rows(file, rows, lines):
@@ -127,9 +118,6 @@ def refuse_twins(asks, source):
         if name in seen:
             raise UserError(f"{source}: questions {seen[name]} and {n} have the same id {name}")
         seen[name] = n
-
-
-# ----------------------------------------------------------------------------- style counts
 
 
 def markdown_counts(text):
@@ -164,14 +152,10 @@ def token_counter(model):
     except Exception as error:  # not installed, or one of requests' many when it cannot be fetched
         fault = f"{type(error).__name__}: {error}".splitlines()[0]
     if not (Path(model) / "tokenizer.json").exists():
-        raise UserError(
-            "--format arena_hard counts tokens as gpt-4o: pip install tiktoken, with a network at "
-            f"its first use ({fault})"
-        )
-    print(
-        f"token_len is counted by {model}'s tokenizer, not by gpt-4o's ({fault}); Arena-Hard's "
-        "add_markdown_info.py counts anew",
-        file=sys.stderr,
-    )
+        cure = f"pip install tiktoken, with a network at its first use ({fault})"
+        raise UserError(f"--format arena_hard counts tokens as gpt-4o: {cure}")
+    cure = "Arena-Hard's add_markdown_info.py counts anew"
+    told = f"token_len is counted by {model}'s tokenizer, not by gpt-4o's ({fault}); {cure}"
+    print(told, file=sys.stderr)
     template = Template(model)
     return lambda text: len(template.encode([text])[0])

@@ -7,7 +7,7 @@ environment, or a user and password in the address (https://user:password@host/v
 authentication); neither is ever written to a file or a message.
 """
 
-import email.utils
+import contextlib
 import itertools
 import os
 import random
@@ -15,6 +15,7 @@ import re
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 
 from jobs.cli import UserError
@@ -48,9 +49,8 @@ class Endpoint:
         self.url = base if base.count("/") > 2 else f"{base}/v1"
         self.name = public(self.url)
         if not url.startswith(("http://", "https://")):
-            raise UserError(
-                f"--endpoint {public(url)}: give the address, as http://127.0.0.1:8000/v1"
-            )
+            cure = "give the address, as http://127.0.0.1:8000/v1"
+            raise UserError(f"--endpoint {public(url)}: {cure}")
         self.model, self.retries, self.pause = model, retries, pause
         key = os.environ.get("OPENAI_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -69,40 +69,34 @@ class Endpoint:
         for attempt in range(self.retries + 1):
             if attempt and self.dead.wait(self._pause(attempt, after)):
                 break
-            fault, after = None, None
+            after = None
             try:
                 response = self.client.post(f"{self.url}/chat/completions", json=body)
             except self.transport_error as error:
                 fault = f"{type(error).__name__} {error}".strip()
                 continue
-            status = response.status_code
+            status, said = response.status_code, " ".join(response.text[:300].split())
             if status in TRANSIENT or status >= 500:
                 fault, after = f"HTTP {status}", retry_after(response.headers.get("retry-after"))
-                continue
-            if status != 200:
-                self._refuse(status, response.text)
-            try:
-                return to_reply(response.json())
-            except (ValueError, LookupError, TypeError, AttributeError):
-                fault = f"a reply that is none: {response.text[:100]!r}"
+            elif status == 200:
+                try:
+                    return to_reply(response.json())
+                except (ValueError, LookupError, TypeError, AttributeError):
+                    fault = f"a reply that is none: {response.text[:100]!r}"
+            elif status in FATAL or status < 400:
+                self.dead.set()
+                raise UserError(f"--endpoint {self.name}: HTTP {status} for {self.model}: {said}")
+            else:
+                raise RequestRefused(f"HTTP {status}: {said}")
         self.dead.set()
-        raise UserError(
-            f"--endpoint {self.name}: gave up after {attempt + 1} tries ({fault}); "
-            "what has come is kept: the same command goes on from there"
-        )
+        fault = f"--endpoint {self.name}: gave up after {attempt + 1} tries ({fault})"
+        raise UserError(f"{fault}; what has come is kept: the same command goes on from there")
 
     def _pause(self, attempt, after):
         """Seconds before a further try: what the server asked for, else doubling with jitter."""
         if after is not None:
             return min(after, LONGEST_PAUSE)
         return min(self.pause * 2 ** (attempt - 1), LONGEST_PAUSE) * random.uniform(0.5, 1.0)
-
-    def _refuse(self, status, text):
-        said = " ".join(text[:300].split())
-        if status in FATAL or status < 400:
-            self.dead.set()
-            raise UserError(f"--endpoint {self.name}: HTTP {status} for {self.model}: {said}")
-        raise RequestRefused(f"HTTP {status}: {said}")
 
 
 def public(url):
@@ -122,16 +116,10 @@ def to_reply(body):
 
 def retry_after(value):
     """The header's seconds from now, from a number or a date; None where it says nothing."""
-    if value is None:
-        return None
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None
+    for seconds in (float, lambda date: parsedate_to_datetime(date).timestamp() - time.time()):
+        with contextlib.suppress(TypeError, ValueError):
+            return max(0.0, seconds(value))
+    return None
 
 
 def together(work, items, concurrency):

@@ -17,8 +17,6 @@ from jobs.cli import UserError
 
 ASSETS = Path(__file__).parents[1] / "assets"  # the embedded model and data
 
-# ----------------------------------------------------------------------------- written whole
-
 
 @contextlib.contextmanager
 def written_whole(final):
@@ -76,14 +74,9 @@ def replace(file, chunks):
         f.writelines(chunks)
 
 
-# ----------------------------------------------------------------------------- JSON
-
-
 def read_json(file):
     """A JSON file's content; {} where there is none."""
-    if not file.exists():
-        return {}
-    return parse_json(file.read_text(encoding="utf-8"), str(file))
+    return parse_json(file.read_text(encoding="utf-8"), str(file)) if file.exists() else {}
 
 
 def parse_json(text, where):
@@ -95,9 +88,6 @@ def parse_json(text, where):
 
 def write_json(file, content):
     replace(file, [json.dumps(content, indent=2, ensure_ascii=False).encode(), b"\n"])
-
-
-# ----------------------------------------------------------------------------- rows
 
 
 def read_lines(file):
@@ -168,9 +158,6 @@ class Store(dict):
             parts = [value] if len(self.columns) == 2 else value
             row = dict(zip(self.columns, [key, *parts], strict=True))
             append_row(self.file, row | self.own)
-
-
-# ----------------------------------------------------------------------------- several processes
 
 
 class Shared:

@@ -65,9 +65,8 @@ def read_prompt(record, where, drops):
         return pair and pair.prompt, []
     value = record.get("turns", record.get("prompt", record.get("instruction")))
     if value is None:
-        columns = f"{where}: columns {sorted(record)}"
         cure = "expected prompt, instruction or chosen, or a benchmark's turns"
-        raise UserError(f"{columns}; {cure}")
+        raise UserError(f"{where}: columns {sorted(record)}; {cure}")
     turns = []
     if isinstance(value, list) and value and not isinstance(value[0], dict):
         value, *turns = value  # MT-Bench: a list of texts

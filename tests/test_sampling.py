@@ -214,5 +214,7 @@ def test_stop_ids_come_from_both_configs_and_the_template(tmp_path, eos):
 
 def test_tokens_are_heard_as_they_come(model):
     heard = [[], []]
-    answers = sample(model, prompts([4, 9]), GREEDY, on_token=lambda i, t: heard[i].append(t))
-    assert heard == answers
+    queue = deque(Sequence(x, on_token=heard[i].append) for i, x in enumerate(prompts([4, 9])))
+    sequences = list(queue)
+    list(complete(model, queue, GREEDY))
+    assert heard == [seq.answer for seq in sequences] == sample(model, prompts([4, 9]), GREEDY)
