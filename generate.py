@@ -511,10 +511,8 @@ def produce(s, asks, numbers, store):
             print(f"{count} answers {fault}", file=sys.stderr)
     if s.endpoint and answers.refused:
         number, said = min(answers.refused)
-        raise UserError(
-            f"the server refused {len(answers.refused)} of {len(numbers)} prompts, "
-            f"as number {number + 1}: {said}; the other answers are kept"
-        )
+        fault = f"the server refused {len(answers.refused)} of {len(numbers)} prompts"
+        raise UserError(f"{fault}, as number {number + 1}: {said}; the other answers are kept")
 
 
 def main():

@@ -39,9 +39,7 @@ class ArenaFlags(VerdictFlags):
 
     judgments: str | None = flag(None, "judgment files, a path or glob: jsonl of model, games")
     control: str = flag("none", "style columns of the Bradley-Terry fit", tuple(CONTROLS))
-    answers: str | None = flag(
-        None, "answer files of all models and the baseline, a glob; for --control"
-    )
+    answers: str | None = flag(None, "answer files of all models and the baseline; for --control")
     baseline: str | None = flag(None, "the baseline's name in --answers; for --control")
     category: str | None = flag(None, "only questions of this category, say hard_prompt")
     resamples: int = flag(1000, "of the bootstrap over questions")

@@ -153,9 +153,7 @@ VERDICT_FORMATS = {"alpaca_eval": annotation, "arena_hard": arena_row, "mt_bench
 class JudgeFlags(ModelFlags, SamplingFlags, EndpointFlags):
     """Every flag of `evaluate.py judge`."""
 
-    model: str | None = flag(
-        None, "the judge: HF directory, hub id, or the --endpoint's name for it"
-    )
+    model: str | None = flag(None, "the judge: HF directory, hub id, or --endpoint's name for it")
     answers: str | None = flag(None, "answers in any format that generate.py writes")
     against: str | None = flag(None, "answers to the same prompts, or pairs: their chosen answers")
     format: str = flag("alpaca_eval", "of --out", tuple(VERDICT_FORMATS))

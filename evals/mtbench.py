@@ -32,11 +32,9 @@ FIRST = 81  # ten questions per category, 81 to 160
 class MtbenchFlags(VerdictFlags):
     """Every flag of `evaluate.py mtbench`."""
 
-    judgments: str | None = flag(
-        None, "judgment files, a path or glob: jsonl of model, turn, score"
-    )
+    judgments: str | None = flag(None, "judgment files, a path or glob: jsonl of turns' scores")
     questions: str | None = flag(
-        None, "question file with categories; default: MT-Bench's own numbers, 81 to 160"
+        None, "question file with categories; default: MT-Bench's 81 to 160"
     )
     resamples: int = flag(10_000, "of the bootstrap over questions")
 
@@ -126,15 +124,12 @@ def mtbench(s):
     order = sorted(results, key=lambda model: -results[model]["score"].mean)
     print(table([
         {"model": m, "n": results[m]["n"], "score": f"{results[m]['score']:.2f}"}
-        | {f"turn {t}": two_digits(v) for t, v in results[m]["turns"].items()}
+        | {f"turn {t}": f"{v.mean:.2f}" if v else "-" for t, v in results[m]["turns"].items()}
         for m in order
     ]))  # fmt: skip
     print(table([
-        {"model": m} | {c: two_digits(v) for c, v in results[m]["categories"].items()}
+        {"model": m}
+        | {c: f"{v.mean:.2f}" if v else "-" for c, v in results[m]["categories"].items()}
         for m in order
     ]))  # fmt: skip
     save_results(s.out, {"command": "mtbench", "seed": s.seed, "models": results})
-
-
-def two_digits(estimate):
-    return f"{estimate.mean:.2f}" if estimate else "-"

@@ -130,34 +130,28 @@ class Store(dict):
 
     def __init__(self, file, columns, flag=None, **own):
         self.columns, self.own, self.file, lines = columns, own, None, []
-        try:
+        lenient = () if flag else (UserError, OSError)
+        with contextlib.suppress(*lenient):
             self.file = open_to_append(file, flag)
-        except UserError:
-            if flag:
-                raise
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(*lenient):
             lines = read_lines(file)
         for n, line in enumerate(lines, 1):
             try:
-                self._take(json.loads(line))
+                row = json.loads(line)
+                row = dict(zip(columns, row, strict=True)) if isinstance(row, list) else row
+                if own.items() <= row.items():
+                    key, *value = (row[name] for name in columns)
+                    super().__setitem__(key, value if len(value) > 1 else value[0])
             except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
                 if flag:
                     fault = f"{file}:{n}: no row of {', '.join(columns)}"
                     raise UserError(f"{fault}; mend it, or move the file away") from error
 
-    def _take(self, row):
-        if isinstance(row, list):
-            row = dict(zip(self.columns, row, strict=True))
-        if self.own.items() <= row.items():
-            key, *value = (row[name] for name in self.columns)
-            super().__setitem__(key, value if len(value) > 1 else value[0])
-
     def __setitem__(self, key, value):  # `update` and `|=` would bypass it
         super().__setitem__(key, value)
         if self.file:
             parts = [value] if len(self.columns) == 2 else value
-            row = dict(zip(self.columns, [key, *parts], strict=True))
-            append_row(self.file, row | self.own)
+            append_row(self.file, dict(zip(self.columns, [key, *parts], strict=True)) | self.own)
 
 
 class Shared:
@@ -206,10 +200,7 @@ class Shared:
         """
         if self.rank:
             return False
-        while True:
-            lines = {i: to_line(row) for _, i, row in self._rows()}
-            if len(lines) == self.n:
-                break
+        while len(lines := {i: to_line(row) for _, i, row in self._rows()}) != self.n:
             if self.world == 1:
                 return False
             time.sleep(pause)
