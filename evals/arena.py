@@ -45,27 +45,24 @@ class ArenaFlags(VerdictFlags):
     resamples: int = flag(1000, "of the bootstrap over questions")
 
 
-def verdict_of(game):
-    """One game of a judgment file -> ((score of A, weight), None), or (None, what is wrong)."""
-    if not isinstance(game, dict):
-        return None, "incomplete"
-    label, text = game.get("score"), game.get("judgment")
-    text = text.get("answer") if isinstance(text, dict) else text
-    if label is None and not (isinstance(text, str) and text.strip()):
-        return None, "null"
-    label = read_verdict(text) if label is None else to_label(str(label))
-    return (VERDICTS[label], None) if label else (None, "unparsable")
-
-
 def read_games(row):
     """One judgment -> ([(score of the model, weight)] of two games, None), or (None, fault)."""
-    games = row.get("games")
+    games, read = row.get("games"), []
     if not isinstance(games, list) or len(games) != 2:
         return None, "incomplete"
-    (first, fault), (second, other) = map(verdict_of, games)
-    if fault or other:
-        return None, fault or other
-    return [(1 - first[0], first[1]), second], None
+    for game in games:
+        if not isinstance(game, dict):
+            return None, "incomplete"
+        label, text = game.get("score"), game.get("judgment")
+        text = text.get("answer") if isinstance(text, dict) else text
+        if label is None and not (isinstance(text, str) and text.strip()):
+            return None, "null"
+        label = read_verdict(text) if label is None else to_label(str(label))
+        if label is None:
+            return None, "unparsable"
+        read.append(VERDICTS[label])  # (score of A, weight)
+    (score, weight), second = read
+    return [(1 - score, weight), second], None
 
 
 def judged_games(pattern, category):

@@ -177,7 +177,13 @@ def judge(s):
     require(s, "model", "answers", "out", *([] if single else ["against"]))
     if single and s.against:
         raise UserError("--format mt_bench grades single answers; leave --against out")
-    prompt = read_template(s.template, single)
+    where = s.template or ASSETS / "judge" / ("grade.txt" if single else "compare.txt")
+    try:
+        text = Path(where).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--template {where}: not readable: {error}") from error
+    needs = ("question", "answer") if single else ("question", "answer_a", "answer_b")
+    prompt = Prompt(text, needs, f"--template {where}")
     answers = read_answers(s.answers, "--answers", s.questions)[: s.limit]
     work, items = grade, answers
     if s.format == "arena_hard":
@@ -190,16 +196,6 @@ def judge(s):
     rows = work(s, prompt, items, ask)
     write_rows(s.out, rows, lines=s.format != "alpaca_eval")
     report_cost(s, ask, len(answers) * (1 if single else 2))
-
-
-def read_template(file, single):
-    """The Prompt of --template, or one of our own."""
-    needs = ("question", "answer") if single else ("question", "answer_a", "answer_b")
-    where = file or ASSETS / "judge" / ("grade.txt" if single else "compare.txt")
-    try:
-        return Prompt(Path(where).read_text(encoding="utf-8"), needs, f"--template {where}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--template {where}: not readable: {error}") from error
 
 
 def compare_answers(s, prompt, sides, ask):
