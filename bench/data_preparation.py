@@ -123,7 +123,7 @@ def measure(s):
         with tempfile.TemporaryDirectory() as scratch:
             given["file"] = f"{scratch}/pairs.jsonl"
             write_pairs(given["file"], size, s.source)
-            env = {"NANOPO_TOKENS": f"{scratch}/tokens", "TOKENIZERS_PARALLELISM": "true"}
+            env = {"NANOPO_CACHE": f"{scratch}/cache", "TOKENIZERS_PARALLELISM": "true"}
             for stage in ("first", "cached"):
                 ours = {**given, "loss": s.loss}
                 found[f"{size}, {stage}"] = fresh("data_preparation.ours", env=env, **ours)
