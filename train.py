@@ -109,7 +109,7 @@ def load_data(s, template, recipe, ranks=None):
     if s.guard:
         from families.llama_guard import Guard
 
-        guard = Guard(s.guard, s.device)
+        guard = Guard(s.guard, s.device, chains.attend)
 
     def make(shown=False):
         sets, lines = read_and_tokenise(s, template, recipe, guard, shown)

@@ -19,6 +19,7 @@ from hub.template import Template
 from hub.weights import resolve
 from jobs.cli import as_user_error, flag, require
 from jobs.flags import CheckpointFlags, DataFlags, PathFlags
+from kernels import chains
 from losses import CONDITIONS, recipe
 from pairs.cleaning import CleaningFlags, clean
 from pairs.read import Drops, read_pairs
@@ -64,7 +65,7 @@ def figures_of(s):
     pairs = read_pairs(s.data, drops, s.limit, bad_rows=s.bad_rows, revision=s.data_revision)
     n_read = len(pairs)
     if (rules := CleaningFlags.of(s)) != CleaningFlags():
-        guard = Guard(s.guard, s.device) if s.guard else None
+        guard = Guard(s.guard, s.device, chains.attend) if s.guard else None
         pairs = clean(pairs, rules, template, drops, guard)
     limits = Limits(s.max_len, s.draft_cap)
     data = Dataset(pairs, template, rule, limits, s.instruction, s.sep, shown=True)

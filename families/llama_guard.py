@@ -12,16 +12,20 @@ from functools import cached_property
 from data import lay_out, scored_rows, trie_size
 from hub.template import Refused, open_template
 from hub.weights import Weights, resolve
-from model import load
+from model import load, plain_attention
 
 ANSWERS = ("safe", "\n\nsafe", "unsafe", "\n\nunsafe")  # some guards open with a blank line
 
 
 class Guard:
-    """A guard by its HF directory or hub id; weights are loaded when it is first asked."""
+    """A guard by its HF directory or hub id; weights are loaded when it is first asked.
 
-    def __init__(self, source, device="auto"):
+    attend: how its attention is computed, as in model.Transformer.
+    """
+
+    def __init__(self, source, device="auto", attend=plain_attention):
         self.directory, self.device = resolve(source, "--guard"), device
+        self.attend = attend
 
     @cached_property
     def template(self):
@@ -29,7 +33,9 @@ class Guard:
 
     @cached_property
     def model(self):
-        return load(self.directory, None, self.device, head="logps", flag="--guard")
+        model = load(self.directory, None, self.device, head="logps", flag="--guard")
+        model.attend = self.attend
+        return model
 
     @cached_property
     def identity(self):
