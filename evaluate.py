@@ -21,6 +21,7 @@ import torch
 from data import Dataset, Limits, lay_out, scored_rows
 from evals.answers import align, question_ids, read_answers, read_both
 from evals.results import refuse, save_results, table
+from evals.rewardbench import print_sections
 from evals.stats import estimate, win_rate
 from generate import load_model
 from hub.weights import Weights, pinned
@@ -59,8 +60,6 @@ def pair_logps(model, dataset, paths, row_tokens=None, label="score"):
 
 @dataclass(frozen=True)
 class RewardFlags(ModelFlags, VerdictFlags):
-    """Every flag of `evaluate.py reward`."""
-
     model: str | None = flag(None, "reward model: HF directory or hub id")
     answers: str | None = flag(None, "rows of prompt, answer (or instruction, output)")
     against: str | None = flag(None, "answers to the same prompts, or pairs: the chosen answers")
@@ -145,10 +144,8 @@ def compare_sides(ours, theirs, our_scores, their_scores, s):
     subsets = by_subset(our_scores, their_scores, names, fine, s.seed)
     found = {"win_rate": wins, "ties": ties, "difference": gap, "subsets": subsets}
     if s.pairs:
-        from evals import rewardbench
-
         won = our_scores[fine] > their_scores[fine]
-        found["sections"] = rewardbench.print_sections(names[fine], won, s.seed)
+        found["sections"] = print_sections(names[fine], won, s.seed)
     return found
 
 
@@ -219,8 +216,6 @@ def reward_scores(model, template, answers, pool="last", row_tokens=None, cache=
 
 @dataclass(frozen=True)
 class PairsFlags(ModelFlags, PathFlags, ResultFlags):
-    """Every flag of `evaluate.py pairs`."""
-
     model: str | None = flag(None, "the policy: HF directory or hub id")
     ref: str | None = flag(None, "the reference, if the objective has one: where training started")
     data: str | None = flag(None, "jsonl, json, parquet, glob or hub dataset id[:split]")

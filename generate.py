@@ -374,8 +374,6 @@ class RemoteAnswers:
 
 @dataclass(frozen=True)
 class GenerateFlags(ModelFlags, InstructionFlags, SamplingFlags, EndpointFlags):
-    """Every flag of generate.py."""
-
     model: str | None = flag(None, "HF directory or hub id, or the --endpoint's name for it")
     prompt: str | None = flag(None, "one question; its answer streams to the terminal")
     data: str | None = flag(None, "questions, prompts or pairs: a file, a glob or a hub id")

@@ -35,8 +35,6 @@ CONTROLS = {"none": [], "length": [0], "markdown": [1, 2, 3], "both": [0, 1, 2, 
 
 @dataclass(frozen=True)
 class ArenaFlags(VerdictFlags):
-    """Every flag of `evaluate.py arena`."""
-
     judgments: str | None = flag(None, "judgment files, a path or glob: jsonl of model, games")
     control: str = flag("none", "style columns of the Bradley-Terry fit", tuple(CONTROLS))
     answers: str | None = flag(None, "answer files of all models and the baseline; for --control")

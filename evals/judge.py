@@ -151,8 +151,6 @@ VERDICT_FORMATS = {"alpaca_eval": annotation, "arena_hard": arena_row, "mt_bench
 
 @dataclass(frozen=True)
 class JudgeFlags(ModelFlags, SamplingFlags, EndpointFlags):
-    """Every flag of `evaluate.py judge`."""
-
     model: str | None = flag(None, "the judge: HF directory, hub id, or --endpoint's name for it")
     answers: str | None = flag(None, "answers in any format that generate.py writes")
     against: str | None = flag(None, "answers to the same prompts, or pairs: their chosen answers")

@@ -30,8 +30,6 @@ FIRST = 81  # ten questions per category, 81 to 160
 
 @dataclass(frozen=True)
 class MtbenchFlags(VerdictFlags):
-    """Every flag of `evaluate.py mtbench`."""
-
     judgments: str | None = flag(None, "judgment files, a path or glob: jsonl of turns' scores")
     questions: str | None = flag(
         None, "question file with categories; default: MT-Bench's 81 to 160"

@@ -158,8 +158,8 @@ class Shared:
     """Rows 0 to n - 1 of a jsonl file that `world` processes write, whatever order they end in.
 
     Row i is the work of process i mod world, which appends it with its index to FILE.partRANK;
-    `join` makes one file of all parts. done: the rows there already, of any former run, however
-    many processes it had. check(where, i, row) raises UserError for a row of another run.
+    `join` makes one file of all parts. mine: the share of this process that no former run, of
+    however many, has done. check(where, i, row) raises UserError for a row of another run.
     """
 
     def __init__(self, file, n, check, rank=0, world=1):
@@ -167,13 +167,13 @@ class Shared:
         if rank == 0 and not Path(file).exists():  # tells before any work whether it can be
             open_to_append(file, "--out").close()
             os.remove(file)
-        self.done = set()
+        done = set()
         for where, i, row in self._rows():
             if not isinstance(i, int) or not 0 <= i < n:
                 raise UserError(f"{where}: row {i} of {n} prompts: of another run; move it away")
             check(where, i, row)
-            self.done.add(i)
-        self.mine = [i for i in range(rank, n, world) if i not in self.done]
+            done.add(i)
+        self.mine = [i for i in range(rank, n, world) if i not in done]
         self.part = open_to_append(f"{file}.part{rank}", "--out") if self.mine else None
 
     def _rows(self):
@@ -191,7 +191,6 @@ class Shared:
 
     def append(self, i, row):
         append_row(self.part, {"index": i} | row)
-        self.done.add(i)
 
     def join(self, pause=1.0):
         """Waits for the other processes, and writes FILE; only the first process does.
