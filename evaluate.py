@@ -237,8 +237,8 @@ def readings(s):
     if not every.objective.uses_reference:
         cross = {"cross": "conditioned"}
     elif s.ref is None:
-        cure = "the model that training started from; --loss simpo or cpo reads log-probabilities"
-        raise UserError(f"--loss {s.loss} needs --ref, {cure} alone")
+        fault = f"--loss {s.loss} needs --ref, the model that training started from"
+        raise UserError(f"{fault}; --loss simpo or cpo reads log-probabilities alone")
     else:
         cross = {"cross, plain reference": "plain", "cross, same paths": "conditioned"}
     # the paths of all these readings are among those of `every`, and each is scored once

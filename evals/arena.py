@@ -125,7 +125,7 @@ def style_of_games(battles, s):
     return (columns - mean) / spread, -mean / spread
 
 
-def columns_of(models):
+def game_columns(models):
     """{model: {question: games}} -> model, question, score, weight of every game: four of (G,)."""
     rows = [
         (model, question, score, float(weight))
@@ -146,7 +146,7 @@ def raw_score(questions, seed, resamples):
 def bradley_terry(battles, names, style, equal, seed=0, resamples=0):
     """Skills of all models against the baseline, whose skill is 0, fitted with the style columns.
 
-    battles: of columns_of; style: (G, S); equal: (S,) the style columns of equal answers. Returns
+    battles: of game_columns; style: (G, S); equal: (S,) the style columns of equal answers. Returns
     {"controlled": {name: Estimate}, "equal_style": {…}} and the (S,) style weights.
     """
     models, questions, score, weight = battles
@@ -192,7 +192,7 @@ def arena(s):
         for model, questions in models.items()
     }
     if s.control != "none":
-        battles = columns_of(models)
+        battles = game_columns(models)
         columns = style_of_games(battles, s)
         views, pull = bradley_terry(battles, list(models), *columns, s.seed, s.resamples)
         for view, scores in views.items():

@@ -118,7 +118,7 @@ def test_without_style_the_fit_is_the_score():
     games = {
         "m": {str(q): [(1.0, 3), (0.0, 1)] if q % 3 else [(0.5, 1), (0.0, 3)] for q in range(9)}
     }
-    battles = arena.columns_of(games)
+    battles = arena.game_columns(games)
     views, pull = bradley_terry(battles, ["m"], np.zeros((18, 0)), np.zeros(0))
     raw = raw_score(games["m"], 0, 10).mean
     assert views["controlled"]["m"].mean == pytest.approx(raw) and not len(pull)
