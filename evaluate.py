@@ -83,34 +83,34 @@ def evaluate_reward(s):
     cache = open_scores(s.cache, model, template.directory) if s.cache else {}
     # Both sides at once, so that the same answer on both is scored once and ties: in another row
     # its score might differ in the last bit, and count as a win.
-    every = [answer for _, rows in sides.values() for answer in rows]
+    every = [answer for _, rows in sides for answer in rows]
     scores = reward_scores(model, template, every, s.pool, s.row_tokens, cache)  # (sides x N,)
-    scores = dict(zip(sides, np.split(scores, len(sides)), strict=True))  # {side: (N,)}
+    scores = np.split(scores, len(sides))  # of (N,)
+    found = [side_results(*side, own, s) for side, own in zip(sides, scores, strict=True)]
     results = {"command": "reward", "model": s.model, "seed": s.seed}
-    found = {name: side_results(*side, scores[name], s) for name, side in sides.items()}
+    results |= dict(zip(("answers", "against"), found, strict=False))
     # what `evaluate.py compare` pairs, question by question
     shared = ("n", "reward", "std", "values")
-    results |= found | {"models": {x["file"]: {k: x[k] for k in shared} for x in found.values()}}
+    results["models"] = {side["file"]: {key: side[key] for key in shared} for side in found}
     if len(sides) == 2:
-        results |= compare_sides(*sides.values(), *scores.values(), s)
+        results |= compare_sides(*sides, *scores, s)
     save_results(s.out, results)
 
 
 def read_sides(s):
-    """{name: (what it is, list of Answer)} of the one or two sides that are to be scored."""
+    """[(what it is, list of Answer)] of the one or two sides that are to be scored."""
     if s.pairs:
         if s.answers or s.against:
             raise UserError("give either --pairs, or --answers with or without --against")
-        chosen, rejected, drops = read_both(s.pairs, "--pairs")
-        print(f"{s.pairs}: {len(chosen)} pairs read, dropped: {drops}")
-        return {"answers": (f"{s.pairs} chosen", chosen[: s.limit]),
-                "against": (f"{s.pairs} rejected", rejected[: s.limit])}  # fmt: skip
+        *sides, drops = read_both(s.pairs, "--pairs")
+        print(f"{s.pairs}: {len(sides[0])} pairs read, dropped: {drops}")
+        names = (f"{s.pairs} chosen", f"{s.pairs} rejected")
+        return [(name, rows[: s.limit]) for name, rows in zip(names, sides, strict=True)]
     answers = read_answers(s.answers, "--answers")[: s.limit]
-    sides = {"answers": (s.answers, answers)}
-    if s.against:
-        others = read_answers(s.against, "--against")
-        sides["against"] = (s.against, align(answers, others, f"--against {s.against}"))
-    return sides
+    if not s.against:
+        return [(s.answers, answers)]
+    others = align(answers, read_answers(s.against, "--against"), f"--against {s.against}")
+    return [(s.answers, answers), (s.against, others)]
 
 
 def side_results(file, rows, scores, s):
@@ -151,18 +151,16 @@ def compare_sides(ours, theirs, our_scores, their_scores, s):
 
 def by_subset(ours, theirs, names, fine, seed):
     """Print and return {subset: {n, win_rate, ties, reward}}; names: (N,), "" belongs to none."""
-    parts = {}
+    parts, rows = {}, []
     for name in filter(None, dict.fromkeys(names.tolist())):
         part = fine & (names == name)
         if part.any():
+            n, mean = int(part.sum()), float(ours[part].mean())
             rate, ties = win_rate(ours[part], theirs[part], seed)
-            parts[name] = {"n": int(part.sum()), "win_rate": rate, "ties": ties}
-            parts[name]["reward"] = float(ours[part].mean())
-    if parts:
-        rows = [{"subset": name, "n": part["n"], "win rate": f"{part['win_rate']:.1%}",
-                 "ties": part["ties"], "reward": f"{part['reward']:.4f}"}
-                for name, part in parts.items()]  # fmt: skip
-        # every subset weighs the same, however many questions it has
+            parts[name] = {"n": n, "win_rate": rate, "ties": ties, "reward": mean}
+            rows.append({"subset": name, "n": n, "win rate": f"{rate:.1%}", "ties": ties,
+                         "reward": f"{mean:.4f}"})  # fmt: skip
+    if parts:  # every subset weighs the same, however many questions it has
         mean = np.mean([part["win_rate"].mean for part in parts.values()])
         print(table([*rows, {"subset": "mean of the subsets", "win rate": f"{mean:.1%}"}]))
     return parts

@@ -32,6 +32,7 @@ from jobs.files import ASSETS, Store
 from jobs.flags import EndpointFlags, ModelFlags, SamplingFlags
 from pairs.questions import Ask
 
+VERDICT_FORMATS = ("alpaca_eval", "arena_hard", "mt_bench", "mt_bench_pair")
 # what AlpacaEval's and Arena-Hard's templates call things
 NAMES = {"instruction": "question", "output_1": "answer_a", "output_2": "answer_b"}
 
@@ -105,34 +106,28 @@ def wins_of_b(game):
     return 1 - VERDICTS[label][0] if label else None
 
 
-def annotation(s, models, ours, theirs, games, wins):
-    return {
-        "instruction": transcript(ours.question),
-        "output_1": theirs.said,
-        "generator_1": models[0],
-        "output_2": ours.said,
-        "generator_2": models[1],
-        "dataset": ours.about.get("dataset", ""),
-        "annotator": s.model,
-        # 1 and the mean win over both orders, ties half; null unless both are read
-        "preference": None if None in wins else 1 + (wins[0] + 1 - wins[1]) / 2,
-        "raw_completion": [game and game["judgment"]["answer"] for game in games],
-    }
-
-
-def arena_row(s, models, ours, theirs, games, wins):
-    return {
-        "uid": question_id(ours.prompt, ours.about),
-        "category": ours.about.get("category", "custom"),
-        "judge": s.model,
-        "model": models[1],
-        "baseline": models[0],
-        "games": games,
-    }
-
-
-def pair_row(s, models, ours, theirs, games, wins):
-    turn, row = ours.about["turn"], {"question_id": question_id(ours.prompt, ours.about)}
+def verdict_row(s, ours, theirs, games, wins):
+    """Two games of a question, and their wins_of_b, as a row of the file of s.format."""
+    models = s.against_name or theirs.name or s.against, s.name or ours.name or s.answers
+    if s.format == "alpaca_eval":
+        return {
+            "instruction": transcript(ours.question),
+            "output_1": theirs.said,
+            "generator_1": models[0],
+            "output_2": ours.said,
+            "generator_2": models[1],
+            "dataset": ours.about.get("dataset", ""),
+            "annotator": s.model,
+            # 1 and the mean win over both orders, ties half; null unless both are read
+            "preference": None if None in wins else 1 + (wins[0] + 1 - wins[1]) / 2,
+            "raw_completion": [game and game["judgment"]["answer"] for game in games],
+        }
+    question = question_id(ours.prompt, ours.about)
+    if s.format == "arena_hard":
+        category = ours.about.get("category", "custom")
+        row = {"uid": question, "category": category, "judge": s.model}
+        return row | {"model": models[1], "baseline": models[0], "games": games}
+    turn, row = ours.about["turn"], {"question_id": question}
     row |= {"model_1": models[0], "model_2": models[1]}
     for n, (a, b) in enumerate((("model_1", "model_2"), ("model_2", "model_1"))):
         row[f"g{n + 1}_winner"] = {None: "error", 0.0: a, 0.5: "tie", 1.0: b}[wins[n]]
@@ -143,18 +138,12 @@ def pair_row(s, models, ours, theirs, games, wins):
     return row | {"turn": turn, "tstamp": time.time()}
 
 
-# of --out: what makes a row of two games and their wins_of_b; None where nothing is compared.
-# models: what --against and --answers are called
-VERDICT_FORMATS = {"alpaca_eval": annotation, "arena_hard": arena_row, "mt_bench": None,
-                   "mt_bench_pair": pair_row}  # fmt: skip
-
-
 @dataclass(frozen=True)
 class JudgeFlags(ModelFlags, SamplingFlags, EndpointFlags):
     model: str | None = flag(None, "the judge: HF directory, hub id, or --endpoint's name for it")
     answers: str | None = flag(None, "answers in any format that generate.py writes")
     against: str | None = flag(None, "answers to the same prompts, or pairs: their chosen answers")
-    format: str = flag("alpaca_eval", "of --out", tuple(VERDICT_FORMATS))
+    format: str = flag("alpaca_eval", "of --out", VERDICT_FORMATS)
     out: str | None = flag(None, "file of verdicts")
     questions: str | None = flag(None, "question file: categories, references; MT-Bench's turns")
     template: str | None = flag(None, "file of your own prompt; default: of assets/judge")
@@ -171,7 +160,7 @@ class JudgeFlags(ModelFlags, SamplingFlags, EndpointFlags):
 
 def judge(s):
     """Let --model compare --answers with --against, or grade them; write verdicts, print rates."""
-    single = VERDICT_FORMATS[s.format] is None
+    single = s.format == "mt_bench"  # nothing is compared
     require(s, "model", "answers", "out", *([] if single else ["against"]))
     if single and s.against:
         raise UserError("--format mt_bench grades single answers; leave --against out")
@@ -212,9 +201,8 @@ def compare_answers(s, prompt, sides, ask):
     wins, rows = [wins_of_b(game) for game in games], []
     report_games(s, wins)
     for n, (ours, theirs) in enumerate(sides):
-        models = s.against_name or theirs.name or s.against, s.name or ours.name or s.answers
         both = slice(2 * n, 2 * n + 2)  # games of this question
-        rows.append(VERDICT_FORMATS[s.format](s, models, ours, theirs, games[both], wins[both]))
+        rows.append(verdict_row(s, ours, theirs, games[both], wins[both]))
     return rows
 
 

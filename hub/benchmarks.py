@@ -17,7 +17,6 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 from hub.template import Template
 from jobs.cli import UserError
@@ -32,48 +31,40 @@ def transcript(messages):
     return "".join(f"\n\n{names[m['role']]}: {m['content']}" for m in messages)
 
 
-class Writer(NamedTuple):
-    """What a row of an answer file takes beside the answer: the model's name, and counts."""
+def answer_row(form, n, row, name, time, tokens):
+    """generate.py's row of answer n as the file of a benchmark has it.
 
-    name: str
-    time: float  # seconds since 1970
-    tokens: object = None  # text -> number of tokens
-
-    def alpaca_eval(self, n, row):
+    name: the model's; time: seconds since 1970; tokens: text -> number of tokens, for arena_hard.
+    """
+    prompt, answer = row["prompt"], row["answer"]
+    if form == "alpaca_eval":
         return {
-            "instruction": transcript(row["prompt"]),
-            "output": row["answer"],
-            "generator": self.name,
+            "instruction": transcript(prompt),
+            "output": answer,
+            "generator": name,
             "dataset": row.get("dataset", ""),
             "datasplit": "eval",
         }
-
-    def arena_hard(self, n, row):
-        said = {"role": "assistant", "content": {"answer": row["answer"]}}
+    # 22 letters, as shortuuid's are, but told by the content
+    answer_id = json_digest([name, prompt, answer, row.get("seed")])[:22]
+    if form == "arena_hard":
         return {
-            "uid": question_id(row["prompt"], row),
-            "ans_id": self._answer_id(row),
-            "model": self.name,
-            "messages": [*row["prompt"], said],
-            "tstamp": self.time,
-            "metadata": {"token_len": self.tokens(row["answer"])} | markdown_counts(row["answer"]),
+            "uid": question_id(prompt, row),
+            "ans_id": answer_id,
+            "model": name,
+            "messages": [*prompt, {"role": "assistant", "content": {"answer": answer}}],
+            "tstamp": time,
+            "metadata": {"token_len": tokens(answer)} | markdown_counts(answer),
         }
-
-    def mt_bench(self, n, row):
-        number = row.get("question_id", row.get("prompt_id"))
-        first = len(row["prompt"]) - 2 * (row.get("turns", 1) - 1)  # of our answers in the prompt
-        turns = [m["content"] for m in row["prompt"][first::2]] + [row["answer"]]
-        return {
-            "question_id": number if isinstance(number, int) else n + 1,
-            "answer_id": self._answer_id(row),
-            "model_id": self.name,
-            "choices": [{"index": 0, "turns": turns}],
-            "tstamp": self.time,
-        }
-
-    def _answer_id(self, row):
-        """22 letters, as shortuuid's are, but told by the content."""
-        return json_digest([self.name, row["prompt"], row["answer"], row.get("seed")])[:22]
+    number = row.get("question_id", row.get("prompt_id"))
+    first = len(prompt) - 2 * (row.get("turns", 1) - 1)  # of our answers in the prompt
+    return {
+        "question_id": number if isinstance(number, int) else n + 1,
+        "answer_id": answer_id,
+        "model_id": name,
+        "choices": [{"index": 0, "turns": [m["content"] for m in prompt[first::2]] + [answer]}],
+        "tstamp": time,
+    }
 
 
 # name: how many questions the published sets have
@@ -83,12 +74,12 @@ ANSWER_FORMATS = {"jsonl": (), "alpaca_eval": (805,), "arena_hard": (500, 750), 
 def write_answers(file, form, rows_file, name, tokens=None):
     """Native rows, in their order -> FILE in the format `form`, written aside and renamed."""
     rows = [json.loads(line) for line in read_lines(rows_file)]
-    writer = Writer(name, os.path.getmtime(rows_file), tokens)
-    written = [getattr(writer, form)(n, row) for n, row in enumerate(rows)]
+    time = os.path.getmtime(rows_file)
     if len(rows) not in ANSWER_FORMATS[form]:
         usual = " or ".join(map(str, ANSWER_FORMATS[form]))
         print(f"{file}: {len(rows)} answers; the published {form} has {usual}", file=sys.stderr)
-    write_rows(file, written, lines=form != "alpaca_eval")
+    rows = [answer_row(form, n, row, name, time, tokens) for n, row in enumerate(rows)]
+    write_rows(file, rows, lines=form != "alpaca_eval")
 
 
 def write_rows(file, rows, lines):
