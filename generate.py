@@ -304,17 +304,15 @@ class Answers:
         draft: the ended Sequence of the draft. Its ids are taken as they were sampled: its text,
         tokenised again, may have others. A draft that the question brought along is tokenised.
         """
-        refine, ids, texts = "draft" in dialogue.row, [], []
+        template, refine = self.template, "draft" in dialogue.row
         if draft:
-            ids = [*draft.prompt, *draft.answer, *self.template.end_ids]
+            ids = [*draft.prompt, *draft.answer, *template.end_ids]
+        elif refine:
+            ids = template.joined(dialogue.question, dialogue.row["draft"])
         else:
-            texts.append(self.template.render(dialogue.question, generation=True))
-            if refine:
-                texts.append(self.template.answer(dialogue.question, dialogue.row["draft"]))
-        if refine:
-            texts.append(self.template.turn(dialogue.instruction))
-        for own in self.template.encode(texts):  # each text on its own, as in training
-            ids += own.tolist()
+            (ids,) = template.encode([template.render(dialogue.question, generation=True)])
+        (turn,) = template.encode([template.turn(dialogue.instruction)]) if refine else ([],)
+        ids = [int(i) for i in (*ids, *turn)]
         hear = self.on_token and partial(self.on_token, dialogue.stage)
         return Sequence(ids, dialogue.seed, hear, (dialogue.stage, dialogue))
 
