@@ -48,51 +48,41 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the flags")
 
 
+def truth(text):
+    """The value of a boolean flag: `--name true` is `--name`, `--name=false` is `--no-name`."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
 def parser_of(settings, description):
     """argparse parser with one flag per field of the dataclass `settings`."""
-    parser = Parser(
-        description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser(description=description, formatter_class=form, allow_abbrev=False)
     hints = typing.get_type_hints(settings)
     own = settings.__annotations__  # before those that a command inherits
     for field in sorted(dataclasses.fields(settings), key=lambda field: field.name not in own):
-        kind = hints[field.name]
+        kind, name, told = hints[field.name], field.name, {"help": field.metadata["help"]}
         if field.metadata.get("positional"):
-            parser.add_argument(field.name, nargs="*", help=field.metadata["help"])
+            parser.add_argument(name, nargs="*", **told)
             continue
         if isinstance(kind, types.UnionType):  # `float | None`: the flag itself is a float
             kind = next(t for t in typing.get_args(kind) if t is not types.NoneType)
+        told["default"] = field.default
         if kind is bool:
-            kwargs = {"action": argparse.BooleanOptionalAction}
+            switch = {"nargs": "?", "const": True, "metavar": "true|false", "type": truth}
+            parser.add_argument(f"--{name}", **switch, **told)
+            off = {"dest": name, "action": "store_false", "default": argparse.SUPPRESS}
+            parser.add_argument(f"--no-{name}", **off, help=argparse.SUPPRESS)
         else:
-            kwargs = {"type": kind, "choices": field.metadata["choices"]}
-        parser.add_argument(
-            f"--{field.name}", default=field.default, help=field.metadata["help"], **kwargs
-        )
+            choices = field.metadata["choices"]
+            parser.add_argument(f"--{name}", type=kind, choices=choices, **told)
     return parser
 
 
 def parse(settings, description, argv=None):
     """argv -> an instance of the dataclass `settings`; UserError for unknown flags and values."""
-    words = switched(settings, sys.argv[1:] if argv is None else argv)
-    return settings(**vars(parser_of(settings, description).parse_args(words)))
-
-
-def switched(settings, words):
-    """A boolean's `--name true` and `--name=false` as argparse wants them: --name and --no-name."""
-    hints, out = typing.get_type_hints(settings), []
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not equals and out:
-            name, value = out[-1], word
-        if value.lower() in ("true", "false") and hints.get(name.removeprefix("--")) is bool:
-            out = out if equals else out[:-1]
-            out.append(name if value.lower() == "true" else f"--no-{name[2:]}")
-        else:
-            out.append(word)
-    return out
+    return settings(**vars(parser_of(settings, description).parse_args(argv)))
 
 
 def require(s, *names):
