@@ -78,7 +78,7 @@ class TrainFlags(HyperFlags, RunFlags, CleaningFlags, PathFlags, DataFlags, Mode
     )
 
 
-def resolve(s, kind):
+def resolve_flags(s, kind):
     """Computes (settings with every default filled in that needs no data, whether embedded).
 
     kind: "cuda" or "cpu". UserError for flags that contradict each other, before anything is read.
@@ -187,7 +187,7 @@ def main():
 
 def train(s, ranks):
     """One run, from its flags to OUT/final; UserError for what a user can put right."""
-    s, embedded = resolve(s, ranks.kind)
+    s, embedded = resolve_flags(s, ranks.kind)
     with as_user_error():
         hyper = {name: getattr(s, name) for name in HYPER}
         recipe = losses.recipe(s.loss, s.condition, s.bridge, s.reference, **hyper)

@@ -20,7 +20,7 @@ from bench.measuring import Flops, held_gib, synchronize
 from data import Plan
 from hub.template import Template
 from jobs.processes import Ranks, peak_memory
-from train import Run, TrainFlags, build_model, fit_to_data, load_data, resolve
+from train import Run, TrainFlags, build_model, fit_to_data, load_data, resolve_flags
 
 IMPORTED = time.perf_counter()
 
@@ -64,7 +64,7 @@ def opened(s, uncounted=1):
     """A train.Run whose reference is scored, and the Clock of how it came to be."""
     with Ranks(s.device) as ranks, tempfile.TemporaryDirectory() as out:
         ranks.say = lambda text: None
-        s = dataclasses.replace(resolve(s, ranks.kind)[0], out=out, eval_pairs=0)
+        s = dataclasses.replace(resolve_flags(s, ranks.kind)[0], out=out, eval_pairs=0)
         s = dataclasses.replace(s, steps=uncounted + s.steps)
         clock = Clock(ranks.device)
         job = set_up(s, ranks, clock)

@@ -15,7 +15,7 @@ from jobs import checkpoint
 from jobs.checkpoint import newest, saved
 from jobs.cli import UserError, parse
 from jobs.processes import Ranks, rows_of_shard
-from train import TrainFlags, build_model, resolve
+from train import TrainFlags, build_model, resolve_flags
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def fresh(alone, tiny_model_dir):
 
     def make():
         s = parse(TrainFlags, "", ["--model", str(tiny_model_dir), "--data", "none"])
-        s, _ = resolve(s, "cpu")
+        s, _ = resolve_flags(s, "cpu")
         model = build_model(s, alone, tiny_model_dir, "logps")
         return model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 

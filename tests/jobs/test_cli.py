@@ -3,7 +3,7 @@
 import pytest
 
 from jobs.cli import UserError, parse
-from train import TrainFlags, resolve
+from train import TrainFlags, resolve_flags
 
 
 @pytest.mark.parametrize(
@@ -30,12 +30,12 @@ def test_other_words_are_refused(words):
 def test_compile_without_a_compiler_is_refused_before_anything_is_read(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match="--compile: there is no no-such-compiler"):
-        resolve(TrainFlags(compile=True), "cpu")
-    resolve(TrainFlags(compile=False), "cpu")
-    resolve(TrainFlags(), "cpu")
+        resolve_flags(TrainFlags(compile=True), "cpu")
+    resolve_flags(TrainFlags(compile=False), "cpu")
+    resolve_flags(TrainFlags(), "cpu")
 
 
 @pytest.mark.parametrize("other", [{"attention": "flex"}, {"loss": "reward"}])
 def test_context_grad_false_refuses_what_it_cannot_do(other):
     with pytest.raises(UserError, match="--context_grad false"):
-        resolve(TrainFlags(context_grad=False, **other), "cuda")
+        resolve_flags(TrainFlags(context_grad=False, **other), "cuda")
