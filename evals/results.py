@@ -4,7 +4,6 @@ Every evaluation does these alike. The JSON has {"models": {name: {"n", …, "va
 number or null}}}}; the values are what `evaluate.py compare` pairs, question by question.
 """
 
-import contextlib
 import glob
 import os
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from jobs.cli import UserError
-from jobs.files import parse_json, write_json
+from jobs.files import out_file, parse_json, write_json
 from pairs.read import Drops
 from pairs.sources import records
 
@@ -125,16 +124,6 @@ def markdown_table(columns, rows):
     """Column names and rows of texts -> the lines of a table in Markdown."""
     lines = (columns, ["---"] * len(columns), *rows)
     return ["| " + " | ".join(cells) + " |" for cells in lines]
-
-
-@contextlib.contextmanager
-def out_file(file):
-    """Makes the folder of --out for what is written inside; UserError where it cannot be."""
-    try:
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        yield Path(file)
-    except OSError as error:
-        raise UserError(f"--out {file}: {error.strerror}") from error
 
 
 def figure_file(file):

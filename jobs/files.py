@@ -74,6 +74,16 @@ def replace(file, chunks):
         f.writelines(chunks)
 
 
+@contextlib.contextmanager
+def out_file(file, flag="--out"):
+    """Gives a file to write to, its folder made; UserError, naming `flag`, where it cannot be."""
+    try:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        yield Path(file)
+    except OSError as error:
+        raise UserError(f"{flag} {file}: {error.strerror}") from error
+
+
 def read_json(file):
     """A JSON file's content; {} where there is none."""
     return parse_json(file.read_text(encoding="utf-8"), str(file)) if file.exists() else {}
@@ -104,12 +114,9 @@ def to_line(row):
 
 def open_to_append(file, flag):
     """Opens a file of rows behind its last whole one; UserError, naming `flag`, where it cannot."""
-    try:
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
+    with out_file(file, flag):
         opened = open(file, "ab")  # noqa: SIM115
         opened.truncate(sum(len(line) + 1 for line in read_lines(file)))  # a torn last line
-    except OSError as error:
-        raise UserError(f"{flag} {file}: {error.strerror}") from error
     return opened
 
 
