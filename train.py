@@ -195,7 +195,7 @@ def train(s, ranks):
         with rundir.open_out(s, ranks) as out:
             s = dataclasses.replace(s, out=out)
             fit(s, ranks, recipe)
-            if embedded and ranks.first:
+            if embedded and ranks.first and recipe.objective.head == "logps":
                 from evals.world import tell_win_rate
 
                 tell_win_rate(Path(out) / "final", s.model)

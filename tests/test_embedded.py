@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import train
+
 ROOT = Path(__file__).parent.parent
 PROMPTS = ["What colour is a clear sky?", "What do bees make?", "Where does the sun rise?"]
 
@@ -62,3 +64,11 @@ def test_transformers_gives_the_same_greedy_answers(run, tmp_path):
         ids = model.generate(**inputs, do_sample=False, max_new_tokens=60)[0]
         text = tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert json.loads(line)["answer"] == text
+
+
+def test_an_embedded_reward_model_ends_well_without_a_win_rate(ended, tmp_path):
+    """It answers nothing, so nothing can be won: the command once failed after its export."""
+    words = ["--loss", "reward", "--steps", 1, "--limit", 40, "--eval_pairs", 4]
+    out, err, status = ended(train, *words, "--device", "cpu", "--out", tmp_path / "out")
+    assert status == 0, err
+    assert "win rate" not in out and (tmp_path / "out" / "final" / "config.json").exists()

@@ -8,7 +8,7 @@ DIR; default: the one that this file lies in), so the code under it may be rearr
 is kept of a run: its standard output, its result files, and of a training run the metrics, digests
 of the exported weights and of the last checkpoint, and the exported config. Values are bitwise, so
 they hold on one kind of machine with one version of torch; FILE says which. Left out are times,
-memory, pictures and caches; paths are replaced by the words ROOT and WORK.
+memory, pictures, caches and the echo of flags; paths become the words ROOT and WORK.
 """
 
 import argparse
@@ -308,10 +308,10 @@ def read(file):
 
 
 def tidy(value, paths):
-    """Without what differs from run to run: times, memory, where the folders are."""
+    """Without times, memory, places, and the echo of all flags, which new flags would join."""
     if isinstance(value, dict):
-        timing = re.compile(r"(^|_)seconds$|_per_second$|^memory|^tstamp$")
-        return {tidy(k, paths): tidy(v, paths) for k, v in value.items() if not timing.search(k)}
+        left_out = re.compile(r"(^|_)seconds$|_per_second$|^memory|^tstamp$|^settings$")
+        return {tidy(k, paths): tidy(v, paths) for k, v in value.items() if not left_out.search(k)}
     if isinstance(value, list):
         return [tidy(entry, paths) for entry in value]
     if isinstance(value, str):
@@ -347,7 +347,8 @@ def compare(before, now):
     equal = True
     for name, found in now.items():
         was = before.get(name, {})
-        faults = [difference(was.get(f, "-"), found.get(f, "-"), f) for f in was | found]
+        fields = ["failed"] if "failed" in found else was | found
+        faults = [difference(was.get(f, "-"), found.get(f, "-"), f) for f in fields]
         faults = [fault for fault in faults if fault]
         if "skipped" in was | found:
             print(f"{name}: skipped")
