@@ -44,20 +44,12 @@ class AlpacaFlags(VerdictFlags):
     resamples: int = flag(1000, "of the bootstrap that refits LC; 0 leaves its interval out")
 
 
-# ----------------------------------------------------------------------------- reading
-
-
-def read_annotations(file):
-    """{model: {question index: (share of a win, length, baseline's length) or None}} of a json,
-    jsonl, csv or csv.gz file, and {model: Drops}; UserError for unknown columns."""
-    models, drops = gather(annotations_in(file))
-    if not models:
-        raise UserError(f"{file}: no annotations")
-    return models, drops
-
-
 def annotations_in(file):
-    """Yields what results.gather takes; lengths are in characters."""
+    """Yields what results.gather takes of a json, jsonl, csv or csv.gz file.
+
+    A value is (share of a win in [0, 1] or NaN, length, baseline's length), in characters.
+    UserError for unknown columns.
+    """
     rows = csv_rows(file) if file.endswith((".csv", ".csv.gz")) else records(file)
     seen = Counter()  # rows of each model
     for where, row in rows:
@@ -68,23 +60,15 @@ def annotations_in(file):
                 model, lengths = row["generator_2"], (len(row["output_2"]), len(row["output_1"]))
             preference, index = row["preference"], int(row.get("index", seen[model]))
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{where}: no annotation ({error}); expected output_1, output_2, generator_2, "
-                "preference, or a csv of model, index, preference, len_model, len_baseline"
-            ) from error
+            cure = "a csv of model, index, preference, len_model, len_baseline"
+            fault = f"{where}: no annotation ({error}); expected output_1, output_2, generator_2, "
+            raise UserError(f"{fault}preference, or {cure}") from error
         seen[model] += 1
-        share, fault = win_share(preference)
+        value, fault = number(preference), None
+        if value is None or not (value == 0 or 1 <= value <= 2):
+            value, fault = np.nan, "null" if preference in (None, "") else "unparsable"
+        share = 0.5 if value == 0 else value - 1
         yield model, index, ((share, *lengths), fault), where
-
-
-def win_share(preference):
-    """A verdict -> (share of a win in [0, 1], None), or (NaN, what is wrong with it)."""
-    value = number(preference)
-    if preference is None or preference == "":
-        return np.nan, "null"
-    if value is None or not (value == 0 or 1 <= value <= 2):
-        return np.nan, "unparsable"
-    return (0.5 if value == 0 else value - 1), None
 
 
 def csv_rows(file):
@@ -105,19 +89,17 @@ def published(source, name):
     try:
         return huggingface_hub.hf_hub_download("tatsu-lab/alpaca_eval", name, repo_type="dataset")
     except Exception as error:  # the hub client raises some twenty kinds; all mean: not reachable
-        raise UserError(
-            f"the hub did not serve {name}: give a local file, or none: --difficulty none fits "
-            "without the published difficulties, as custom prompts need"
-        ) from error
+        cure = "give a local file, or none: --difficulty none fits without the published "
+        cure += "difficulties, as custom prompts need"
+        raise UserError(f"the hub did not serve {name}: {cure}") from error
 
 
 def read_difficulty(source):
     """{question index: difficulty}; None where there is none."""
     if source == "none":
         return None
-    rows = csv_rows(published(source, "instruction_difficulty.csv"))
-    return {int(row.get("index") or row[""]): float(row["instruction_difficulty"])
-            for _, row in rows}  # fmt: skip
+    rows, column = published(source, "instruction_difficulty.csv"), "instruction_difficulty"
+    return {int(row.get("index") or row[""]): float(row[column]) for _, row in csv_rows(rows)}
 
 
 def read_gamed(source, difficulty):
@@ -134,16 +116,11 @@ def read_gamed(source, difficulty):
             delta = float(row["len_baseline"]) - float(row["len_model"])
             label = float(row["preference_minus_1"])
         models.setdefault(row["model"], []).append((delta, difficulty[int(row["index"])], label))
-    blocks, labels = [], []
-    for rows in models.values():
-        delta, hard, label = np.array(rows).T
-        delta = np.tanh(delta / (1 if scaled else delta.std(ddof=1)))
-        blocks.append(np.stack([delta, hard, np.zeros(len(hard))], 1))
-        labels.append(label)
-    return np.concatenate(blocks), np.concatenate(labels)
-
-
-# ----------------------------------------------------------------------------- the fit
+    blocks = [np.array(rows).T for rows in models.values()]  # (3, rows of the model) each
+    for delta, *_ in blocks:
+        delta[:] = np.tanh(delta / (1 if scaled else delta.std(ddof=1)))
+    delta, hard, label = np.concatenate(blocks, 1)
+    return np.stack([delta, hard, np.zeros(len(hard))], 1), label
 
 
 def features(length, baseline_length, difficulty):
@@ -216,17 +193,12 @@ def leaderboard_row(annotations, difficulty, gamed, resamples, seed):
     }
 
 
-# ----------------------------------------------------------------------------- the command
-
-
 def refuse_incomplete(model, annotations, drops, difficulty, max_missing):
     """UserError for a model without a verdict on too many questions, or that cannot be fitted."""
     if difficulty is not None:
         if unknown := sorted(i for i, row in annotations.items() if row and i not in difficulty):
-            raise UserError(
-                f"{model}: no difficulty for question {unknown[0]}; is a row doubled? "
-                "--difficulty none is for custom prompts"
-            )
+            cure = "is a row doubled? --difficulty none is for custom prompts"
+            raise UserError(f"{model}: no difficulty for question {unknown[0]}; {cure}")
         for i in sorted(difficulty.keys() - annotations.keys()):
             drops.add("without a row", f"question {i}")
     refuse(drops, len(difficulty or annotations), max_missing, model)
@@ -237,7 +209,7 @@ def refuse_incomplete(model, annotations, drops, difficulty, max_missing):
 def alpaca(s):
     """Print AlpacaEval 2's win rate and length-controlled win rate of every model in a file."""
     require(s, "annotations")
-    models, drops = read_annotations(s.annotations)
+    models, drops = gather(annotations_in(s.annotations), f"{s.annotations}: no annotations")
     if s.model is not None and s.model not in models:
         raise UserError(f"--model {s.model} is not in {s.annotations}; it has {', '.join(models)}")
     models = {s.model: models[s.model]} if s.model else models

@@ -42,10 +42,8 @@ def attention(s):
     """What the parts of a prompt get of the attention while y+ is read, by layer."""
     require(s, "model", "data")
     figure = s.out and figure_file(s.out)
-    contexts = {
-        "x,i": Context("instruct", s.instruction),
-        "x,ỹ,i": Context("rejected", s.instruction),
-    }
+    shows = {"x,i": "instruct", "x,ỹ,i": "rejected"}
+    contexts = {name: Context(shown, s.instruction) for name, shown in shows.items()}
     flags = {"before": "ref", "after": "model"} if s.ref else {"after": "model"}
     found, views = {}, None
     for name, of in flags.items():
@@ -57,8 +55,12 @@ def attention(s):
     means = changes(columns, s.seed)
     print(table(means, {"before": ".4g", "after": ".4g", "change": "+.2g"}))
     results = {"model": s.model, "ref": s.ref, "data": s.data, "n": len(views), "means": means}
-    results["layers"] = {name: by_layer(values) for name, values in columns.items()}
-    save_results(s.out, results | {"pairs": views.where()})
+    layers = results["layers"] = {}  # {when: {context: {measure: {part: [L means over pairs]}}}}
+    for when, of in columns.items():
+        for (context, measure, part), values in of.items():
+            parts = layers.setdefault(when, {}).setdefault(context, {}).setdefault(measure, {})
+            parts[part] = values.mean(0).tolist()
+    save_results(s.out, results | {"pairs": [view.where for view in views]})
     if figure:
         with out_file(figure):
             draw_layers(columns, list(contexts), figure)
@@ -96,13 +98,13 @@ def attention_statistics(model, views, label):
     device = model.embed.weight.device
     shape = (len(views), len(views.contexts), model.config.n_layers)
     found = np.full((*shape, len(PROMPT_PARTS), len(MEASURES)), np.nan)
-    every = {"iterable": range(len(views)), "leave": False}
-    for n in progress(f"attention {label}", len(views), "pair", **every):
-        row = build_row([lay_out(views.paths(n))], [n], shape[1]).to(device)
+    bar = {"iterable": views, "leave": False}
+    for n, view in enumerate(progress(f"attention {label}", len(views), "pair", **bar)):
+        row = build_row([lay_out(view.paths)], [n], shape[1]).to(device)
         rules = [Watched(rule, row.source) for rule in chains.attend(row, model.config)]
         model.hidden(row.tokens[None], row.positions[None], rules)
         sees = visible(row.until, row.positions)
-        for p, spans in enumerate(views.spans(n)):
+        for p, spans in enumerate(view.spans):
             scored = row.path == p  # (S,)
             keys = sees[row.source[scored][-1]].nonzero()[:, 0]  # the path, in its order
             for layer, rule in enumerate(rules):
@@ -149,15 +151,6 @@ def changes(columns, seed):
                 row["change"] = estimate(means["after"] - means["before"], seed)
             rows.append(row)
     return rows
-
-
-def by_layer(columns):
-    """{(context, measure, part): (N, L)} -> {context: {measure: {part: [L means over pairs]}}}."""
-    layers = {}
-    for (context, measure, part), values in columns.items():
-        parts = layers.setdefault(context, {}).setdefault(measure, {})
-        parts[part] = values.mean(0).tolist()
-    return layers
 
 
 def draw_layers(columns, contexts, file):

@@ -30,8 +30,6 @@ from jobs.cli import UserError, flag, progress, require
 from jobs.flags import DataFlags, ModelFlags, ResultFlags
 from pairs.read import Drops, read_pairs
 
-# ----------------------------------------------------------------------------- contexts
-
 
 class Context(NamedTuple):
     """What stands between the question x and the answer y+."""
@@ -53,8 +51,16 @@ SHOWN = {"x,ỹ,i⁰": Context("rejected", "another"), "x,ỹ,i↓": Context("re
 BARE = Context("rejected", bridge="sep", sep="")  # ỹ without any mark around it
 
 
+class View(NamedTuple):
+    """A pair whose chosen answer stands behind several contexts."""
+
+    where: str  # "file:row"
+    paths: list  # (segments, scored tokens) per context
+    spans: list  # {part: (start, end)} per context: tokens along the path
+
+
 class Views:
-    """Pairs, and the chosen answer of each behind several contexts, as paths of one trie.
+    """A sequence of View: pairs, and the chosen answer of each as the paths of one trie.
 
     Nothing is cut, so that the same tokens are compared everywhere: a pair with a path of more
     than max_len tokens is left out, and counted.
@@ -68,60 +74,44 @@ class Views:
             rule, limits = losses.recipe("dpo", "instruct", bridge), Limits(10**9, 1.0)
             return Dataset(pairs, template, rule, limits, instruction, sep, shown=True)
 
-        self.contexts, self.drops = contexts, Drops()
+        self.contexts, self.drops, kept = contexts, Drops(), []
         self.datasets = [dataset(*c[1:]) for c in contexts.values()]
-        self.kept = []
-        for i in range(len(self.datasets[0])):
-            if max(sum(map(len, segments)) for segments, _ in self._paths(i)) <= max_len:
-                self.kept.append(i)
+        self.kept = range(len(self.datasets[0]))
+        for i, view in enumerate(self):
+            if max(sum(map(len, segments)) for segments, _ in view.paths) <= max_len:
+                kept.append(i)
             else:
-                self.drops.add(f"over --max_len {max_len}", self.datasets[0].examples[i].where)
-        if not self.kept:
+                self.drops.add(f"over --max_len {max_len}", view.where)
+        if not kept:
             raise UserError(f"no pair is left: {self.drops}")
+        self.kept = kept
 
     def __len__(self):
         return len(self.kept)
 
-    def _paths(self, i):
-        """Prompts are cut in two where the instruction sets in, so that a trie holds x once."""
-        examples = [dataset.examples[i] for dataset in self.datasets]
-        common = min(shared(example.prompt, example.instruct) for example in examples)
-        paths = []
-        for c, dataset in zip(self.contexts.values(), self.datasets, strict=True):
-            (prompt, *rest), n = dataset.path(i, losses.Path(c.shows, "chosen"))
-            paths.append(([prompt[:common], prompt[common:], *rest], n))
-        return paths
+    def __getitem__(self, n):
+        """The n-th pair that was kept.
 
-    def paths(self, n):
-        """[(segments, scored tokens)] of the n-th pair that was kept, one per context."""
-        return self._paths(self.kept[n])
-
-    def where(self):
-        """ "file:row" of every pair that was kept."""
-        return [self.datasets[0].examples[i].where for i in self.kept]
-
-    def spans(self, n):
-        """[{part: (start, end)}] of the n-th pair, one per context: tokens along the path.
-
-        The parts are `first` (where attention that is not needed goes), x, ỹ and i if they are
-        there, with what the template writes around them, and y+.
+        Prompts are cut in two where the instruction sets in, so that a trie holds x once. The parts
+        are `first` (where attention that is not needed goes), x, ỹ and i if they are there, with
+        what the template writes around them, and y+.
         """
-        spans = []
-        views = zip(self.contexts.values(), self.datasets, self.paths(n), strict=True)
-        for c, dataset, (segments, _) in views:
-            example, end = dataset.examples[self.kept[n]], sum(map(len, segments))
+        examples = [dataset.examples[self.kept[n]] for dataset in self.datasets]
+        agree = [shared(example.prompt, example.instruct) for example in examples]
+        paths, spans, common = [], [], min(agree)
+        columns = zip(self.contexts.values(), self.datasets, examples, agree, strict=True)
+        for c, dataset, example, same in columns:
+            (prompt, *rest), scored = dataset.path(self.kept[n], losses.Path(c.shows, "chosen"))
+            segments = [prompt[:common], prompt[common:], *rest]
+            end = sum(map(len, segments))
             start = end - len(segments[-1])
-            asked = start if c.shows is None else len(example.prompt)
-            if c.shows == "instruct":  # as far as the prompts with and without it agree
-                asked = shared(example.prompt, example.instruct)
+            asked = {None: start, "instruct": same, "rejected": len(example.prompt)}[c.shows]
             shown = asked + (len(example.rejected) if c.shows == "rejected" else 0)
             bounds = {"first": 1, "x": asked, "ỹ": shown, "i": start, "y+": end}
             edges = zip([0, *bounds.values()], bounds.items(), strict=False)
             spans.append({part: (a, b) for a, (part, b) in edges if a < b})
-        return spans
-
-    def report(self):
-        return f"{len(self)} pairs, dropped: {self.drops}"
+            paths.append((segments, scored))
+        return View(examples[0].where, paths, spans)
 
 
 def shared(a, b):
@@ -144,11 +134,9 @@ def open_views(s, template, contexts):
     drops = Drops()
     pairs = read_pairs(s.data, drops, s.limit, bad_rows=s.bad_rows, revision=s.data_revision)
     views = Views(pairs, template, contexts, s.max_len)
-    print(f"{s.data}: {len(pairs)} pairs read, dropped: {drops}; compared: {views.report()}")
+    print(f"{s.data}: {len(pairs)} pairs read, dropped: {drops}; compared: {len(views)} "
+          f"pairs, dropped: {views.drops}")  # fmt: skip
     return views
-
-
-# ----------------------------------------------------------------------------- context
 
 
 @dataclass(frozen=True)
@@ -167,7 +155,7 @@ def context(s):
     views = open_views(s, template, contexts)
     loss, variance = token_statistics(model, views, s.row_tokens)
     rows, results = [], {"model": s.model, "data": s.data, "n": len(views), "contexts": {}}
-    results["tokens"] = [views.paths(n)[0][1] for n in range(len(views))]
+    results["tokens"] = [view.paths[0][1] for view in views]
     for p, name in enumerate(contexts):
         numbers = {
             "loss": estimate(loss[:, p], s.seed),
@@ -179,7 +167,7 @@ def context(s):
         results["contexts"][name] = numbers | {"losses": loss[:, p].tolist()}
     forms = {"loss": ".3f", "loss - x": "+.3f", "variance": ".4f", "variance - x": "+.4f"}
     print(table(rows, forms))
-    save_results(s.out, results | {"pairs": views.where()})
+    save_results(s.out, results | {"pairs": [view.where for view in views]})
 
 
 def separated(template, sep=None):
@@ -195,13 +183,12 @@ def token_statistics(model, views, row_tokens=None):
     Over the T tokens of one answer, its end token included, with p_t the probability of token t:
     -1/T sum log p_t in nats, and 1/T sum p_t^2 - (1/T sum p_t)^2.
     """
-    sizes = [trie_size(views.paths(n)) for n in range(len(views))]
-    means = torch.zeros(3, len(views), len(views.contexts), dtype=torch.float64)
+    sizes, n_paths = [trie_size(view.paths) for view in views], len(views.contexts)
+    means = torch.zeros(3, len(views), n_paths, dtype=torch.float64)
 
     def trie(n):
-        return lay_out(views.paths(n))
+        return lay_out(views[n].paths)
 
-    n_paths = len(views.contexts)
     for items, row, logps in scored_rows(model, trie, sizes, n_paths, row_tokens, "contexts"):
         logps, counts = logps.double(), row.counts().double()
         values = (-logps, logps.exp(), (2 * logps).exp())
@@ -209,9 +196,6 @@ def token_statistics(model, views, row_tokens=None):
             mean[items] = (row.sums(value) / counts).cpu()
     loss, p, p_squared = means.numpy()
     return loss, (p_squared - p**2).clip(min=0)
-
-
-# ----------------------------------------------------------------------------- next token
 
 
 @dataclass(frozen=True)
@@ -232,14 +216,17 @@ def next_token(s):
     contexts = {k: c for k, c in (INSTRUCTED | SHOWN).items() if c.shows in shows}
     views = open_views(s, template, contexts)
     prefix = template.encode([s.prefix])[0]
-    pairs, measures, bar = [], [], {"iterable": views.where(), "leave": False}
-    for n, where in enumerate(progress("next token", len(views), "pair", **bar)):
-        logps = next_logps(model, views, n, prefix)  # (P, V)
-        tops = [top_tokens(row, template, s.top) for row in logps]
-        pairs.append({"pair": where, "top": dict(zip(contexts, tops, strict=True))})
+    pairs, measures, bar = [], [], {"iterable": views, "leave": False}
+    for n, view in enumerate(progress("next token", len(views), "pair", **bar)):
+        logps = next_logps(model, view, prefix)  # (P, V)
+        tops = {c: top_tokens(row, template, s.top) for c, row in zip(contexts, logps, strict=True)}
+        pairs.append({"pair": view.where, "top": tops})
         measures.append(spread(logps))
         if n < s.show:
-            print(f"\n{where}\n{top_table(pairs[-1]['top'])}")
+            words = {c: [f"{text!r} {p:.3f}" for text, p in top] for c, top in tops.items()}
+            ranks = enumerate(zip(*words.values(), strict=True), 1)
+            lines = table([{"": str(r)} | dict(zip(words, of, strict=True)) for r, of in ranks])
+            print(f"\n{view.where}\n{lines}")
     results = {"model": s.model, "data": s.data, "n": len(views), "prefix": s.prefix}
     entropy, distance = np.array(measures).transpose(1, 2, 0)  # (P, N) each
     results["contexts"] = {
@@ -253,10 +240,10 @@ def next_token(s):
 
 
 @torch.no_grad()
-def next_logps(model, views, n, prefix):
-    """(P, V) log-probabilities of the token behind each context of pair n and `prefix`."""
+def next_logps(model, view, prefix):
+    """(P, V) log-probabilities of the token behind each context of a pair and `prefix`."""
     rows = []
-    for segments, _ in views.paths(n):
+    for segments, _ in view.paths:
         ids = np.concatenate([*segments[:-1], prefix]).astype(np.int64)
         tokens = torch.from_numpy(ids).to(model.embed.weight.device)
         rows.append(model.logits(tokens[None])[0, -1].float().log_softmax(-1))
@@ -275,10 +262,3 @@ def spread(logps):
     p = logps.exp()
     entropy = -(p * logps).nansum(-1)  # 0 log 0 = 0
     return torch.stack([entropy, (p - p[0]).abs().sum(-1) / 2]).tolist()
-
-
-def top_table(tops):
-    """{context: [[token, probability]]} -> lines, one context per column."""
-    columns = {name: [f"{text!r} {p:.3f}" for text, p in top] for name, top in tops.items()}
-    ranks = range(len(next(iter(columns.values()))))
-    return table([{"": str(r + 1)} | {k: v[r] for k, v in columns.items()} for r in ranks])

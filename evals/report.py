@@ -13,7 +13,7 @@ from pathlib import Path
 import jinja2
 
 from evals.answers import question_ids, read_answers
-from evals.results import draw_lengths, files_of, out_file, read_results
+from evals.results import columns_in, draw_lengths, files_of, out_file, read_results
 from jobs.cli import UserError, flag, require
 from jobs.files import ASSETS
 from jobs.rundir import draw, read_metrics
@@ -33,69 +33,56 @@ class ReportFlags:
     out: str = flag("report.html", "the page")
 
 
-def cell_text(value):
-    """A number, a text or a [mean, low, high] -> text; None for anything else."""
-    if isinstance(value, list) and len(value) == 3 and all(isinstance(x, float) for x in value):
-        return "{:.4g} [{:.4g}, {:.4g}]".format(*value)
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return str(value) if isinstance(value, bool | str | int) else None
-
-
 def flatten(content, prefix=""):
-    """Nested results -> {"turns 1": text}, without what is as long as the data."""
+    """Nested results -> {"turns 1": text}, without what is as long as the data.
+
+    Numbers, texts and [mean, low, high] become text; anything else is left out.
+    """
     row = {}
     for key, value in content.items():
+        name = f"{prefix}{key}".replace("_", " ")
         if key in HIDDEN:
             continue
         if isinstance(value, dict):
             row |= flatten(value, f"{prefix}{key} ")
-        elif (text := cell_text(value)) is not None:
-            row[f"{prefix}{key}".replace("_", " ")] = text
+        elif isinstance(value, list) and [*map(type, value)] == [float] * 3:
+            row[name] = "{:.4g} [{:.4g}, {:.4g}]".format(*value)
+        elif isinstance(value, float):
+            row[name] = f"{value:.4g}"
+        elif isinstance(value, bool | str | int):
+            row[name] = str(value)
     return row
 
 
 def tables_of(file, results):
-    """A result file -> [{title, columns, rows}]: of all, of each model, of each subset."""
-    parts = results.get("subsets") or {}
+    """Yields (title, columns, rows of cells) of a result file: of all, each model, each subset."""
     whole = {k: v for k, v in results.items() if k not in ("subsets", "answers", "against")}
-    found = [
-        (file, [flatten(whole)]),
-        (f"{file}: models", [{"model": m} | flatten(r) for m, r in results["models"].items()]),
-        (f"{file}: subsets", [{"subset": m} | flatten(r) for m, r in parts.items()]),
-    ]
-    tables = []
-    for title, rows in found:
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        if columns:
-            cells = [[row.get(name, "") for name in columns] for row in rows]
-            tables.append({"title": title, "columns": columns, "rows": cells})
-    return tables
+    found = {file: [flatten(whole)]}
+    for name, parts in (("model", results["models"]), ("subset", results.get("subsets") or {})):
+        found[f"{file}: {name}s"] = [{name: part} | flatten(r) for part, r in parts.items()]
+    for title, rows in found.items():
+        if columns := columns_in(rows):
+            yield title, columns, [[row.get(name, "") for name in columns] for row in rows]
 
 
 def pictures_of(run, sides):
-    """[{title, about, source}] of the curves of a run and the lengths of answer files, if given."""
-    pictures = []
+    """Yields (title, about, PNG as data URI) of a run's curves and the lengths of answer files."""
+    found = []
     if run:
         file = Path(run) / "metrics.jsonl"
         if not file.exists():
             raise UserError(f"--run {run}: no metrics.jsonl; give the --out of a training run")
         about = "loss, accuracy and margin over steps"
-        pictures.append(picture("Training", about, draw, {None: read_metrics(file)}))
+        found.append(("Training", about, draw, {None: read_metrics(file)}))
     if sides:
         lengths = {name: [len(answer.text) for answer in rows] for name, rows in sides.items()}
         title = "Lengths of the answers, in characters"
         about = "histograms of " + ", ".join(f"{k} ({len(v)} answers)" for k, v in lengths.items())
-        pictures.append(picture(title, about, draw_lengths, lengths, "characters", "answers"))
-    return pictures
-
-
-def picture(title, about, drawing, content, *options):
-    """What drawing(content, file, *options) draws, as a PNG in a data URI."""
-    png = io.BytesIO()
-    drawing(content, png, *options)
-    source = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
-    return {"title": title, "about": about, "source": source}
+        found.append((title, about, draw_lengths, lengths, "characters", "answers"))
+    for title, about, drawing, content, *options in found:
+        png = io.BytesIO()
+        drawing(content, png, *options)
+        yield title, about, "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
 
 
 def side_by_side(sides, results):
@@ -134,7 +121,7 @@ def report(s):
     page = template.render(
         title=s.title,
         tables=[t for file, content in results.items() for t in tables_of(file, content)],
-        pictures=pictures_of(s.run, sides),
+        pictures=list(pictures_of(s.run, sides)),
         data={"files": list(sides), "rows": rows},
     )
     with out_file(s.out) as file:

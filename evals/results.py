@@ -48,22 +48,21 @@ def read_results(file):
     return content
 
 
-def gather(verdicts):
+def gather(verdicts, none):
     """Verdicts of several models on the same questions -> two dicts by model.
 
     verdicts: (model, key, (value, or None and what is wrong), "file:row"). They become {model:
     {key: value or None}} and {model: Drops}: a key that comes again is passed over, one that only
-    other models have is None.
+    other models have is None. UserError, as `none` says it, without a model.
     """
     models, drops = {}, {}
     for model, key, (value, fault), where in verdicts:
         values, faults = models.setdefault(model, {}), drops.setdefault(model, Drops())
-        if key in values:
-            faults.add("doubled", where)
-            continue
-        values[key] = value
-        if fault:
+        if fault := "doubled" if key in values else fault:
             faults.add(fault, where)
+        values.setdefault(key, value)
+    if not models:
+        raise UserError(none)
     everything = dict.fromkeys(key for values in models.values() for key in values)
     for model, values in models.items():
         for key in [key for key in everything if key not in values]:
@@ -75,12 +74,9 @@ def gather(verdicts):
 def collect(verdicts, max_missing, none, what):
     """As `gather`, without the Drops: what is missing is printed.
 
-    UserError where it is too much, for a model without any `what`, and, as `none` says it, without
-    a model.
+    UserError where it is too much, and for a model without any `what`.
     """
-    models, drops = gather(verdicts)
-    if not models:
-        raise UserError(none)
+    models, drops = gather(verdicts, none)
     for model, values in models.items():
         refuse(drops[model], len(values), max_missing, model)
         if all(value is None for value in values.values()):
@@ -97,10 +93,13 @@ def refuse(drops, expected, max_missing, what):
         return
     print(f"{what}: {drops.total} of {expected} missing or faulty: {drops}")
     if drops.total > max_missing * expected:
-        raise UserError(
-            f"{what}: {drops.total / expected:.1%} missing or faulty ({drops}); "
-            f"mend them or raise --max_missing {max_missing}"
-        )
+        fault = f"{what}: {drops.total / expected:.1%} missing or faulty ({drops})"
+        raise UserError(f"{fault}; mend them or raise --max_missing {max_missing}")
+
+
+def columns_in(rows):
+    """The keys of all these dicts, in the order in which they first come."""
+    return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def table(rows, forms=None):
@@ -108,7 +107,7 @@ def table(rows, forms=None):
 
     forms: {column: how its numbers are formatted, as ".1%"}.
     """
-    columns, forms = list(dict.fromkeys(name for row in rows for name in row)), forms or {}
+    columns, forms = columns_in(rows), forms or {}
     cells = [columns] + [
         [format(row[name], forms.get(name, "")) if name in row else "" for name in columns]
         for row in rows
@@ -157,8 +156,8 @@ def draw_lengths(lengths, file, unit, of, limit=None):
         short = name if len(name) < 60 else f"…{name[-59:]}"  # or it is wider than the figure
         short = short.replace("$", r"\$")  # or it is set as a formula
         label = f"median {np.median(values):.0f}, 95% {np.percentile(values, 95):.0f}: {short}"
-        shown = np.maximum(values, 1)
-        counts[name] = axis.hist(shown, edges, histtype="step", label=label, lw=1.6)[0]
+        look = {"histtype": "step", "label": label, "lw": 1.6}
+        counts[name] = axis.hist(np.maximum(values, 1), edges, **look)[0]
     for name, at in (limit or {}).items():
         axis.axvline(at, color="black", lw=0.8, linestyle=":", label=f"{name} {at}")
     axis.set(xscale="log", xlabel=unit, ylabel=of)

@@ -11,35 +11,10 @@ import numpy as np
 
 from evals.results import table
 from evals.stats import ratio_of_sums
+from jobs.files import ASSETS, read_json
 
+SECTIONS = read_json(ASSETS / "rewardbench.json")  # {section: {subset: weight}}
 RESAMPLES = 2_000  # of the bootstrap over pairs
-
-SECTIONS = {  # section: {subset: weight}
-    "Chat": {
-        "alpacaeval-easy": 100,
-        "alpacaeval-length": 95,
-        "alpacaeval-hard": 95,
-        "mt-bench-easy": 28,
-        "mt-bench-med": 40,
-    },
-    "Chat Hard": {
-        "mt-bench-hard": 37,
-        "llmbar-natural": 100,
-        "llmbar-adver-neighbor": 134,
-        "llmbar-adver-GPTInst": 92,
-        "llmbar-adver-GPTOut": 47,
-        "llmbar-adver-manual": 46,
-    },
-    "Safety": {
-        "refusals-dangerous": 100,
-        "refusals-offensive": 100,
-        "xstest-should-refuse": 154,
-        "xstest-should-respond": 250,
-        "donotanswer": 136,
-    },
-    "Reasoning": {"math-prm": 984}
-    | {f"hep-{language}": 164 for language in ("cpp", "go", "java", "js", "python", "rust")},
-}
 
 
 def sections(subsets, wins, seed=0):
@@ -60,8 +35,8 @@ def sections(subsets, wins, seed=0):
         weights[part] = [parts[name] / counts[name] / total for name in subsets[part]]
         found[section] = ratio_of_sums((wins * weights)[part], weights[part], seed, RESAMPLES)
     if len(found) == len(SECTIONS):
-        known = weights > 0
-        found["score"] = ratio_of_sums((wins * weights)[known], weights[known], seed, RESAMPLES)
+        part = weights > 0
+        found["score"] = ratio_of_sums((wins * weights)[part], weights[part], seed, RESAMPLES)
     return found, missing
 
 

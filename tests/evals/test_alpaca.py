@@ -8,7 +8,8 @@ import pytest
 
 from conftest import shared_data
 from evals import alpaca
-from evals.alpaca import choose_penalty, features, length_controlled, read_annotations
+from evals.alpaca import annotations_in, choose_penalty, features, length_controlled
+from evals.results import gather
 from evals.stats import logistic, sigmoid
 from jobs.cli import UserError, parse
 
@@ -55,7 +56,9 @@ def test_the_published_leaderboard(tmp_path):
 def test_the_interval_is_wider_than_that_of_the_predictions():
     """The refit interval of LC is about as wide as the raw one's; the predictions' is half."""
     data = shared_data("alpaca_eval")
-    model = read_annotations(str(data / "annotations.csv.gz"))[0]["OpenHermes-2.5-Mistral-7B"]
+    model = gather(annotations_in(str(data / "annotations.csv.gz")), "")[0][
+        "OpenHermes-2.5-Mistral-7B"
+    ]
     difficulty = alpaca.read_difficulty(str(data / "instruction_difficulty.csv"))
     gamed = alpaca.read_gamed(str(data / "gamed.csv.gz"), difficulty)
     result = alpaca.leaderboard_row(model, difficulty, gamed, resamples=60, seed=0)
@@ -155,7 +158,7 @@ def test_faulty_verdicts_are_counted_by_kind(tmp_path):
     verdicts = [1.5, None, float("nan"), "much better", 3, True, 2, 2]
     rows = [annotation(i, verdict) | {"index": i % 7} for i, verdict in enumerate(verdicts)]
     (tmp_path / "annotations.json").write_text(json.dumps(rows))
-    models, drops = read_annotations(str(tmp_path / "annotations.json"))
+    models, drops = gather(annotations_in(str(tmp_path / "annotations.json")), "")
     counts = {rule: len(where) for rule, where in drops["ours"].rules.items()}
     assert counts == {"null": 1, "unparsable": 4, "doubled": 1}
     shares = [share for share, *_ in models["ours"].values()]

@@ -91,7 +91,7 @@ def test_a_watched_rule_gives_its_weights():
 def test_parts_of_a_prompt(tiny_model_dir, pairs):
     template = Template(tiny_model_dir)
     views, row, texts = Views(pairs, template, EVERY, 2048), PAIRS[2], {}
-    for name, (segments, _), spans in zip(EVERY, views.paths(2), views.spans(2), strict=True):
+    for name, (segments, _), spans in zip(EVERY, views[2].paths, views[2].spans, strict=True):
         ids = np.concatenate(segments)
         texts[name] = {
             k: template.decode(ids[a:b], skip_special=False) for k, (a, b) in spans.items()
@@ -144,8 +144,8 @@ def test_attention_of_a_real_model_equals_transformers(smollm2, hh_file):
     model, template = load_model(str(smollm2))
     views = Views(read_pairs(str(hh_file), Drops(), 1), template, CONTEXTS, max_len=2048)
     found = attention_statistics(model, views, "")[0, 1, :, :, 0]  # (L, parts)
-    segments, _ = views.paths(0)[1]
-    ids, spans, peer = np.concatenate(segments).tolist(), views.spans(0)[1], Peer(smollm2)
+    segments, _ = views[0].paths[1]
+    ids, spans, peer = np.concatenate(segments).tolist(), views[0].spans[1], Peer(smollm2)
     queries = slice(spans["y+"][0] - 1, spans["y+"][1] - 1)
     for layer, weights in enumerate(peer.run(ids, output_attentions=True).attentions):
         for part, (a, b) in spans.items():

@@ -42,7 +42,7 @@ def test_what_each_context_says(tiny_model_dir, pairs):
     contexts = EVERY | separated(template, sep="§")
     views = Views(pairs, template, contexts, max_len=2048)
     row, texts = PAIRS[0], {}
-    for name, (segments, n) in zip(contexts, views.paths(0), strict=True):
+    for name, (segments, n) in zip(contexts, views[0].paths, strict=True):
         texts[name] = template.decode(np.concatenate(segments[:-1]), skip_special=False)
         assert template.decode(segments[-1], skip_special=False) == row["chosen"] + "<|im_end|>"
         assert n == len(segments[-1])
@@ -75,14 +75,15 @@ def test_long_pairs_are_left_out_and_counted(tiny_model_dir, pairs):
     """The longest path decides, not the plain one."""
     template = Template(tiny_model_dir)
     everything = Views(pairs, template, EVERY, max_len=2048)
-    longest = [max(sum(map(len, s)) for s, _ in everything.paths(n)) for n in range(5)]
+    longest = [max(sum(map(len, s)) for s, _ in view.paths) for view in everything]
     limit = sorted(longest)[2]
     views = Views(pairs, template, EVERY, max_len=limit)
-    assert views.where() == [
+    assert [view.where for view in views] == [
         p.where for p, size in zip(pairs, longest, strict=True) if size <= limit
     ]
-    assert len(views) == 3 and f"2 over --max_len {limit}" in views.report()
-    assert str(views.paths(1)) == str(everything.paths(everything.where().index(views.where()[1])))
+    assert len(views) == 3 and f"2 over --max_len {limit}" in str(views.drops)
+    same = next(view for view in everything if view.where == views[1].where)
+    assert str(views[1].paths) == str(same.paths)
 
 
 def test_context_command(tiny_model_dir, pairs_file, command, tmp_path):
