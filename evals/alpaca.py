@@ -33,8 +33,6 @@ GAMED_WEIGHT = 0.1  # lambda 0.2 over two baselines
 
 @dataclass(frozen=True)
 class AlpacaFlags(VerdictFlags):
-    """Every flag of `evaluate.py alpaca`."""
-
     annotations: str | None = flag(
         None, "annotations.json of alpaca_eval, or csv of model,index,preference,len_model,…"
     )

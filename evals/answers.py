@@ -55,12 +55,10 @@ def read_answers(file, flag, questions=None):
     file, whose rows hold ids alone, needs the turns. Several turns become one Answer each. Pairs
     that cannot be used are left out, and reported.
     """
-    asks = read_asks(questions) if questions else []
+    drops, asks, answers = Drops(), read_asks(questions) if questions else [], []
     asks = {question_id(ask.prompt, ask.about): ask for ask in asks}
-    drops = Drops()
-    answers = [
-        one for where, row in rows_of(file, flag) for one in answered(row, where, asks, drops)
-    ]
+    for where, row in rows_of(file, flag):
+        answers += answered(row, where, asks, drops)
     if drops.rules:
         print(f"{flag} {file}: dropped {drops}")
     if not answers:
@@ -78,9 +76,9 @@ def answered(row, where, asks, drops):
         if not all(isinstance(dialogue[n]["content"], str) for n in places):
             raise TypeError
     except (LookupError, TypeError, ValueError) as error:
-        columns = f"{where}: columns {sorted(row)} are no answer"
-        formats = ", ".join(ANSWER_FORMATS)
-        raise UserError(f"{columns}; expected a row of {formats}, or a pair") from error
+        fault = f"{where}: columns {sorted(row)} are no answer"
+        cure = f"expected a row of {', '.join(ANSWER_FORMATS)}, or a pair"
+        raise UserError(f"{fault}; {cure}") from error
     about = (ask.about if ask else {}) | about
     return [
         Answer(dialogue[:n], dialogue[n]["content"], about | {"turn": turn}, where, name)
@@ -93,10 +91,8 @@ def dialogue_of(row, where, ask, drops):
     if "choices" in row:  # FastChat's, which holds the answers alone
         texts, name = row["choices"][0]["turns"], row["model_id"]
         if ask is None:
-            raise UserError(
-                f"{where}: give the questions: --questions FILE has no such id; "
-                "or read the .rows.jsonl beside the file"
-            )
+            cure = "--questions FILE has no such id; or read the .rows.jsonl beside the file"
+            raise UserError(f"{where}: give the questions: {cure}")
         dialogue = list(ask.prompt)
         for turn, text in enumerate(texts):
             dialogue += [message("user", ask.turns[turn - 1])] if turn else []
@@ -154,18 +150,15 @@ def align(answers, others, flag):
     """
     ids, places = question_ids(answers), dict(zip(question_ids(others), others, strict=True))
     wanted = dict(zip(ids, answers, strict=True))
-    if missing := [wanted[name] for name in ids if name not in places]:
-        lacking = f"{len(missing)} of {len(answers)}"
-        raise UserError(
-            f"{flag} has no answer to the prompt of {missing[0].where}, and so of {lacking}; "
-            "answer them, or take them out"
-        )
+    if missing := [answer for name, answer in wanted.items() if name not in places]:
+        lacking = f"{missing[0].where}, and so of {len(missing)} of {len(answers)}"
+        cure = "answer them, or take them out"
+        raise UserError(f"{flag} has no answer to the prompt of {lacking}; {cure}")
     for name, other in places.items():
         first = name.partition("#")[0]
         if name not in wanted and first in wanted and other.name != CHOSEN:
             times = sum(key.startswith(first) for key in places)
-            raise UserError(
-                f"{other.where}: same prompt as {places[first].where}; "
-                f"{flag} has {times} answers to the prompt of {wanted[first].where}"
-            )
+            fault = f"{other.where}: same prompt as {places[first].where}"
+            told = f"{flag} has {times} answers to the prompt of {wanted[first].where}"
+            raise UserError(f"{fault}; {told}")
     return [places[name] for name in ids]

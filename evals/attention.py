@@ -33,8 +33,6 @@ PROMPT_PARTS = ("first", "x", "ỹ", "i", "y+")
 
 @dataclass(frozen=True)
 class AttentionFlags(AnalysisFlags, InstructionFlags):
-    """Every flag of `evaluate.py attention`."""
-
     ref: str | None = flag(None, "the model before training, to be compared with --model")
 
 

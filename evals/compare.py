@@ -20,17 +20,17 @@ from pairs.read import Drops
 
 @dataclass(frozen=True)
 class CompareFlags(VerdictFlags):
-    """Every flag of `evaluate.py compare`."""
-
     a: str | None = flag(None, "result files of one model: a path, a glob, or several with commas")
     b: str | None = flag(None, "result files of the other")
     model_a: str | None = flag(None, "which model of the files of --a; default: the first")
     model_b: str | None = flag(None, "which model of the files of --b; default: the first")
-    max_missing: float = flag(0.05, "largest share of questions that lack a value")
 
 
 def read_side(text, model, name):
-    """Result files of one model -> [{question: value or None}], one per seed, and their command."""
+    """Result files of one model -> [{question: value or None}], one per seed, and their commands.
+
+    Between the two {question: mean}, None where any seed has no value, of all questions of all.
+    """
     seeds, commands = [], set()
     for file in files_of(text, name):
         content = read_results(file)
@@ -41,14 +41,9 @@ def read_side(text, model, name):
         values = models[chosen].get("values") or {}
         seeds.append({question: number(value) for question, value in values.items()})
         commands.add(content.get("command"))
-    return seeds, commands
-
-
-def mean_over_seeds(seeds):
-    """{question: mean}, None where any seed has no value, of all questions of all seeds."""
-    questions = dict.fromkeys(question for seed in seeds for question in seed)
-    columns = {question: [seed.get(question) for seed in seeds] for question in questions}
-    return {q: None if None in v else float(np.mean(v)) for q, v in columns.items()}
+    columns = {q: [seed.get(q) for seed in seeds] for seed in seeds for q in seed}
+    means = {q: None if None in v else float(np.mean(v)) for q, v in columns.items()}
+    return seeds, means, commands
 
 
 def paired(ours, theirs, max_missing):
@@ -69,29 +64,24 @@ def compare(s):
     """Print how two models differ on the same questions, with a paired interval."""
     require(s, "a", "b")
     sides = [read_side(s.a, s.model_a, "--a"), read_side(s.b, s.model_b, "--b")]
-    if len(commands := sides[0][1] | sides[1][1]) > 1:
+    if len(commands := sides[0][2] | sides[1][2]) > 1:
         raise UserError(f"--a and --b come from different commands: {sorted(map(str, commands))}")
-    shared, values, drops = paired(*(mean_over_seeds(seeds) for seeds, _ in sides), s.max_missing)
+    shared, values, drops = paired(*(means for _, means, _ in sides), s.max_missing)
     if not shared:
         raise UserError(f"--a {s.a} and --b {s.b} share no question")
     rows, results = [], {"command": "compare", "n": len(shared), "seed": s.seed}
-    for name, side, (seeds, _) in zip("ab", values, sides, strict=True):
+    for name, side, (seeds, *_) in zip("ab", values, sides, strict=True):
         means = [float(np.mean([seed[q] for q in shared])) for seed in seeds]
         results[name] = {"mean": estimate(side, s.seed), "seeds": means}
         text = " ".join(f"{mean:.4f}" for mean in means)
         about = {"side": name, "file": getattr(s, name), "n": len(shared)}
         rows.append(about | {"mean": results[name]["mean"], "seeds": text})
     print(table(rows, {"mean": ".4f"}))
-    results |= difference(*values, s.seed)
+    gap = results["difference"] = estimate(values[0] - values[1], s.seed)
+    counts = [int(compares(*values).sum()) for compares in (np.greater, np.equal, np.less)]
+    results |= zip(("a_higher", "equal", "b_higher"), counts, strict=True)
+    verdict = "differ" if gap.low > 0 or gap.high < 0 else "do not differ"
+    of = f"{'/'.join(map(str, counts))} of {len(shared)}"
+    print(f"a - b {gap:+.4f}: they {verdict} at 95%; a higher/equal/lower on {of}")
     nulls = {rule: len(where) for rule, where in drops.rules.items()}
     save_results(s.out, results | {"nulls": nulls})
-
-
-def difference(a, b, seed):
-    """Print and return the mean of a - b, (N,) each, and on how many questions which is higher."""
-    gap = estimate(a - b, seed)
-    counts = [int(x) for x in ((a > b).sum(), (a == b).sum(), (a < b).sum())]
-    verdict = "differ" if gap.low > 0 or gap.high < 0 else "do not differ"
-    print(f"a - b {gap:+.4f}: they {verdict} at 95%; a higher/equal/lower on "
-          f"{'/'.join(map(str, counts))} of {len(a)}")  # fmt: skip
-    return {"difference": gap, "a_higher": counts[0], "equal": counts[1], "b_higher": counts[2]}

@@ -141,8 +141,6 @@ def open_views(s, template, contexts):
 
 @dataclass(frozen=True)
 class ContextFlags(AnalysisFlags):
-    """Every flag of `evaluate.py context`."""
-
     sep: str | None = flag(None, "one more separator to look at")
     row_tokens: int | None = flag(None, "tokens per row; default: 8192 on CUDA, else 2048")
 
@@ -157,12 +155,10 @@ def context(s):
     rows, results = [], {"model": s.model, "data": s.data, "n": len(views), "contexts": {}}
     results["tokens"] = [view.paths[0][1] for view in views]
     for p, name in enumerate(contexts):
-        numbers = {
-            "loss": estimate(loss[:, p], s.seed),
-            "loss - x": estimate(loss[:, p] - loss[:, 0], s.seed),
-            "variance": estimate(variance[:, p], s.seed),
-            "variance - x": estimate(variance[:, p] - variance[:, 0], s.seed),
-        }
+        numbers = {}
+        for measure, of in (("loss", loss), ("variance", variance)):
+            numbers[measure] = estimate(of[:, p], s.seed)
+            numbers[f"{measure} - x"] = estimate(of[:, p] - of[:, 0], s.seed)
         rows.append({"context": name} | numbers)
         results["contexts"][name] = numbers | {"losses": loss[:, p].tolist()}
     forms = {"loss": ".3f", "loss - x": "+.3f", "variance": ".4f", "variance - x": "+.4f"}
@@ -200,8 +196,6 @@ def token_statistics(model, views, row_tokens=None):
 
 @dataclass(frozen=True)
 class NextTokenFlags(AnalysisFlags):
-    """Every flag of `evaluate.py next_token`."""
-
     draft: bool = flag(False, "show ỹ, and bring the instruction in a second turn")
     prefix: str = flag("", "text that the answer begins with, before the token in question")
     top: int = flag(10, "tokens in the table")

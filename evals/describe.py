@@ -30,7 +30,7 @@ SAMPLE = 1000  # pairs whose path sets are laid out
 
 @dataclass(frozen=True)
 class DescribeFlags(CheckpointFlags, DataFlags, PathFlags, CleaningFlags):
-    """Every flag of `evaluate.py describe`; those that train.py has too mean the same."""
+    """Those that train.py has too mean the same."""
 
     loss: str = flag("ins_dpo", "objective whose paths are laid out")
     condition: str | None = flag(None, "what each answer is conditioned on", tuple(CONDITIONS))
@@ -69,7 +69,15 @@ def figures_of(s):
         pairs = clean(pairs, rules, template, drops, guard)
     limits = Limits(s.max_len, s.draft_cap)
     data = Dataset(pairs, template, rule, limits, s.instruction, s.sep, shown=True)
-    lengths = lengths_of(data, pairs)
+    whole = data  # lengths are those of the pairs as they lie, without the limits
+    if data.cuts:
+        whole = Dataset(pairs, template, rule, Limits(10**9, 1.0), s.instruction)
+    sizes = np.asarray(whole.examples.lengths)  # (N, parts)
+    lengths = {name: sizes[:, PARTS.index(name)] for name in ("prompt", "chosen", "rejected")}
+    tokens, marks = {}, ["mean", *(f"{q}%" for q in QUANTILES)]
+    for name, of in lengths.items():
+        spread = [of.mean(), *np.percentile(of, QUANTILES)]
+        tokens[name] = {mark: round(float(v), 1) for mark, v in zip(marks, spread, strict=True)}
     dropped = drops.rules | data.drops.rules
     figures = {
         "settings": dataclasses.asdict(s),
@@ -77,29 +85,13 @@ def figures_of(s):
         "pairs_read": n_read,
         "pairs_kept": len(data),
         "dropped": {k: {"pairs": len(v), "rows": v[:2]} for k, v in dropped.items()},
-        "tokens": {name: quantiles(values) for name, values in lengths.items()},
+        "tokens": tokens,
         "cut": {what: n / len(data) for what, n in data.cuts.items()},
         "row_fill": row_fill(data, rule.paths, s),
         "path_sets": path_sets(s, pairs[:SAMPLE], template, rule.bridge),
         "examples": decoded(data, rule, template),
     }
     return figures, lengths
-
-
-def lengths_of(data, pairs):
-    """{part: (N,) tokens} as they lie: where the limits of `data` cut, the pairs without any."""
-    if data.cuts:
-        whole = Limits(10**9, 1.0)
-        data = Dataset(pairs, data.template, data.recipe, whole, data.instruction)
-    sizes = np.asarray(data.examples.lengths)
-    return {name: sizes[:, PARTS.index(name)] for name in ("prompt", "chosen", "rejected")}
-
-
-def quantiles(values):
-    """{"mean", "0%", "5%", …} in tokens."""
-    spread = np.percentile(values, QUANTILES)
-    marks = {f"{q}%": round(float(v), 1) for q, v in zip(QUANTILES, spread, strict=True)}
-    return {"mean": round(float(values.mean()), 1)} | marks
 
 
 def row_fill(data, paths, s):
@@ -124,19 +116,19 @@ def path_sets(s, pairs, template, bridge):
     return {"of_the_first_pairs": len(pairs), "bridge": bridge, "conditions": sets}
 
 
-def decoded(data, rule, template, i=0):
-    """{path: text} of one pair, `[[…]]` around what is scored."""
+def decoded(data, rule, template):
+    """{path: text} of the first pair, `[[…]]` around what is scored."""
     texts, decode = {}, functools.partial(template.decode, skip_special=False)
     for path in dict.fromkeys([*rule.paths, *rule.kl_paths, *rule.reference_paths]):
-        (*context, target), n = data.path(i, path)
+        (*context, target), n = data.path(0, path)
         told = "".join(map(decode, context))
         texts[str(path)] = f"{told}[[{decode(target[:n])}]]{decode(target[n:])}"
     return texts
 
 
-def summary(figures):
+def summary(f):
     """Yields the figures as text for a terminal."""
-    f, sets = figures, figures["path_sets"]
+    sets = f["path_sets"]
     lost = sum(rule["pairs"] for rule in f["dropped"].values())
     yield f"read {f['records_read']} records: kept {f['pairs_kept']}, dropped {lost}"
     for rule, told in f["dropped"].items():
@@ -145,11 +137,10 @@ def summary(figures):
     yield "\n" + table(rows, dict.fromkeys([*rows[0]][1:], ".0f"))
     cuts = ", ".join(f"{share:.1%} {what}" for what, share in f["cut"].items())
     yield f"\ncut by the limits: {cuts or 'none'}"
-    fill = f["row_fill"]
-    yield f"rows of {fill['row_tokens']} tokens: {fill['rows']} per epoch, {fill['fill']:.1%} full"
-    pairs = f"the first {sets['of_the_first_pairs']} pairs, bridge {sets['bridge']}"
-    yield f"\ntokens of the path sets of {pairs}"
-    rows = sets["conditions"].items()
-    yield table([{"path set": name} | told for name, told in rows], {"saved": ".1%"})
+    yield "rows of {row_tokens} tokens: {rows} per epoch, {fill:.1%} full".format(**f["row_fill"])
+    told = "\ntokens of the path sets of the first {of_the_first_pairs} pairs, bridge {bridge}"
+    yield told.format(**sets)
+    rows = [{"path set": name} | told for name, told in sets["conditions"].items()]
+    yield table(rows, {"saved": ".1%"})
     for path, text in f["examples"].items():
         yield f"\n--- {path} ([[scored]])\n{text}"

@@ -6,6 +6,7 @@ Legend: T tokens of a row, N GPUs, H heads, C head width.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -22,13 +23,10 @@ HEADROOM = 0.9  # of a GPU's memory: CUDA, NCCL and fragmentation have the rest
 
 @dataclass(frozen=True)
 class PlanFlags(CheckpointFlags):
-    """Every flag of `evaluate.py plan`."""
-
     row_tokens: int = flag(8192, "tokens per row")
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """Parameters of a model, and the bytes that backward needs of one row of T tokens."""
 
     parameters: int
@@ -98,26 +96,19 @@ def per_gpu(sizes, n, dtype=torch.bfloat16):
     gradients, of which one block's is copied to fp32 to be reduced; on one GPU, everything.
     """
     p, block, root = sizes.parameters, sizes.largest_block, sizes.root
+    share = 4 * -(-p // n)  # in fp32, rounded up
     gathered = (2 * block + root) + (block + root) if n > 1 else p + block
-    reducing = 4 * max(block, root)
-    return {
-        "weights": 4 * -(-p // n),
-        "gradients": 4 * -(-p // n),
-        "optimizer": 8 * -(-p // n),
-        "gathered": gathered * dtype.itemsize + reducing,
-        "head": sizes.head,
-    }
+    parts = {"weights": share, "gradients": share, "optimizer": 2 * share}
+    parts["gathered"] = gathered * dtype.itemsize + 4 * max(block, root)  # the latter to reduce
+    return parts | {"head": sizes.head}
 
 
 def memory_table(config, tokens, gpu_bytes=80 * 10**9):
     """The lines that are printed: one per number of GPUs, and what of a row fits beside it."""
-    s = measure(config, tokens)
-    gb = 1e9
-    yield (
-        f"{s.parameters:,} parameters; a row of {tokens} tokens keeps {s.activations / gb:.1f} GB "
-        f"for backward, {s.recomputed / gb:.1f} GB with --checkpoint_activations"
-    )
-    rows = []
+    s, gb, rows = measure(config, tokens), 1e9, []
+    kept = f"{s.activations / gb:.1f} GB for backward, {s.recomputed / gb:.1f} GB"
+    yield (f"{s.parameters:,} parameters; a row of {tokens} tokens keeps {kept} "
+           "with --checkpoint_activations")  # fmt: skip
     for n in GPUS:
         parts = per_gpu(s, n)
         total = sum(parts.values())
@@ -126,15 +117,12 @@ def memory_table(config, tokens, gpu_bytes=80 * 10**9):
             fits = total + row <= HEADROOM * gpu_bytes
             rows[-1].append(f"{(total + row) / gb:.1f}{'' if fits else ' (too much)'}")
     yield from markdown_table(("GPUs", *parts, "sum", "+ row", "+ recomputed"), rows)
-    yield (
-        f"GB per GPU; too much: over {HEADROOM:.0%} of {gpu_bytes / gb:.0f} GB. --offload keeps "
-        "weights, gradients and optimizer in CPU memory"
-    )
+    yield (f"GB per GPU; too much: over {HEADROOM:.0%} of {gpu_bytes / gb:.0f} GB. "
+           "--offload keeps weights, gradients and optimizer in CPU memory")  # fmt: skip
 
 
 def plan(s):
     """Print parameters, and bytes per GPU, of a training run of --model."""
     require(s, "model")
     _, config = read_config(resolve(s.model))
-    for line in memory_table(config, s.row_tokens):
-        print(line)
+    print("\n".join(memory_table(config, s.row_tokens)))

@@ -23,8 +23,6 @@ HIDDEN = {"values", "scores", "models", "pairs", "margins", "probabilities"}  # 
 
 @dataclass(frozen=True)
 class ReportFlags:
-    """Every flag of `evaluate.py report`."""
-
     results: str | None = flag(None, "json files of --out: paths or globs, with commas between")
     answers: str | None = flag(None, "answer files to show side by side: paths or globs")
     run: str | None = flag(None, "directory of a training run, for its curves")

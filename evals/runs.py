@@ -13,8 +13,6 @@ from jobs.rundir import draw, read_metrics
 
 @dataclass(frozen=True)
 class RunsFlags:
-    """Every flag of `evaluate.py runs`."""
-
     runs: list = arguments("run directories of train.py")
     out: str = flag("runs.png", "the figure")
 
@@ -23,11 +21,10 @@ def runs(s):
     """Draw training runs over each other, and print where each of them ended."""
     if not s.runs:
         raise UserError("runs: name the run directories, OUT1 OUT2 …")
-    names = [str(Path(run)) for run in s.runs]
-    lines = {name: read_metrics(Path(name) / "metrics.jsonl") for name in names}
-    ended = {name: ends(lines[name]) for name in lines}
-    rows = [[name, *map(shown, values.values())] for name, values in ended.items()]
-    print("\n".join(markdown_table(["run", *ended[names[0]]], rows)))
+    lines = {str(Path(run)): read_metrics(Path(run) / "metrics.jsonl") for run in s.runs}
+    ended = [ends(of) for of in lines.values()]
+    rows = [[name, *map(shown, end.values())] for name, end in zip(lines, ended, strict=True)]
+    print("\n".join(markdown_table(["run", *ended[0]], rows)))
     with out_file(s.out):
         draw(lines, s.out)
     print(f"drawn: {s.out}")

@@ -23,8 +23,6 @@ from pairs.layouts import Pair
 
 @dataclass(frozen=True)
 class WorldFlags(CheckpointFlags, InstructionFlags):
-    """Every flag of `evaluate.py world`."""
-
     start: str = flag(str(ASSETS / "start"), "the opponent: HF directory")
     shown: str | None = flag(
         None, "also show the policy the opponent's answer first, behind this bridge", tuple(BRIDGES)
@@ -36,10 +34,10 @@ def world(s):
     """Print exact win rates under both kinds of preference, and what could be reached."""
     require(s, "model")
     start = world_probabilities(*load_model(s.start, "fp32", "cpu", name="--start"))
-    model, template = load_model(s.model, "fp32", "cpu")
-    policies = {"plain": world_probabilities(model, template)}
+    loaded = load_model(s.model, "fp32", "cpu")  # model and template
+    policies = {"plain": world_probabilities(*loaded)}
     if s.shown:
-        policies["shown"] = world_probabilities(model, template, s.shown, s.instruction)
+        policies["shown"] = world_probabilities(*loaded, s.shown, s.instruction)
     results = {"model": s.model, "start": s.start}
     for name, policy in policies.items():
         mass = policy.sum(-1).mean()
@@ -54,15 +52,11 @@ def world(s):
 
 
 def tell_win_rate(directory, start):
-    """Print the exact win rate against the start of a run, before it and after it."""
-    before, after = (world_win_rate(path, start) for path in (start, directory))
-    print(f"exact win rate against the start: before {before:.1%}, after {after:.1%}", flush=True)
-
-
-def world_win_rate(directory, start, kind="separable"):
-    """Exact probability that the model's answer beats the start's; both are HF directories."""
-    policies = (world_probabilities(*load_model(d, "fp32", "cpu")) for d in (directory, start))
-    return small_world.expected_win_rate(*policies, kind)
+    """Print the exact separable win rate against the start of a run, before it and after it."""
+    before, after = (world_probabilities(*load_model(d, "fp32", "cpu")) for d in (start, directory))
+    rates = [small_world.expected_win_rate(p, before, "separable") for p in (before, after)]
+    told = "exact win rate against the start: before {:.1%}, after {:.1%}"
+    print(told.format(*rates), flush=True)
 
 
 def world_probabilities(model, template, bridge=None, instruction="better"):
