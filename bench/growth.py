@@ -94,7 +94,7 @@ def fitting(s, raw):
     for n in range(raw["num_hidden_layers"], 0, -1):
         config = Config.from_hf(raw | {"num_hidden_layers": n})
         sizes = sizes_of(config, max(whole_numbers(s.row_tokens)))
-        row = sizes.recomputed if s.checkpoint_activations else sizes.activations
+        row = sizes["recomputed" if s.checkpoint_activations else "activations"]
         if sum(per_gpu(sizes, 1).values()) + row <= room:
             return n
     raise UserError(f"not one block of {s.shape} fits; lower --row_tokens or --vocab")

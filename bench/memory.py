@@ -64,8 +64,8 @@ def activations(s):
     found = fresh("memory.rows", env=env, shapes=shapes, tokens=s.tokens)
     for shape, (kept, recomputed) in found.items():
         sizes = planned(two_layers(shape), s.tokens, torch.float32)
-        forward = sizes.recomputed - sizes.block  # the one block exists in backward only
-        plans = {"kept: plan": sizes.activations, "recomputed: plan": forward}
+        forward = sizes["recomputed"] - sizes["block"]  # the one block exists in backward only
+        plans = {"kept: plan": sizes["activations"], "recomputed: plan": forward}
         figures[shape] = plans | {"kept": kept, "recomputed": recomputed}
     columns = ("kept: plan", "kept", "recomputed: plan", "recomputed")
     lines = [(shape, *(found[c] / 1e9 for c in columns)) for shape, found in figures.items()]

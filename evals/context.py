@@ -117,8 +117,7 @@ class Views:
 def shared(a, b):
     """Length of the common prefix of two arrays."""
     n = min(len(a), len(b))
-    differs = np.flatnonzero(a[:n] != b[:n])
-    return int(differs[0]) if len(differs) else n
+    return int(np.append(a[:n] == b[:n], False).argmin())  # the first place where they differ
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ Legend: T tokens of a row, N GPUs, H heads, C head width.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -26,20 +25,8 @@ class PlanFlags(CheckpointFlags):
     row_tokens: int = flag(8192, "tokens per row")
 
 
-class Sizes(NamedTuple):
-    """Parameters of a model, and the bytes that backward needs of one row of T tokens."""
-
-    parameters: int
-    largest_block: int  # parameters
-    root: int  # parameters outside blocks: embedding, final norm, head
-    block: int  # bytes per row and block
-    activations: int  # bytes per row
-    recomputed: int  # bytes per row with --checkpoint_activations
-    head: int  # bytes of a chunk of logits, twice in fp32 and once in the compute dtype
-
-
 def measure(config, tokens, dtype=torch.bfloat16):
-    """Config -> Sizes, of rows of `tokens` tokens computed in `dtype`."""
+    """Parameters of a model, and the bytes of rows of `tokens` tokens computed in `dtype`."""
     with torch.device("meta"):
         model = Transformer(config).to(dtype)
     count = sum(p.numel() for p in model.parameters())
@@ -47,15 +34,16 @@ def measure(config, tokens, dtype=torch.bfloat16):
     stream = tokens * config.width * dtype.itemsize  # bytes of the residual stream
     one = saved_bytes(model.blocks[0], config, tokens, dtype)
     ends = 4 * stream  # embedding, final norm, scored states, their gradient
-    return Sizes(
-        parameters=count,
-        largest_block=max(blocks),
-        root=count - sum(blocks),
-        block=one,
-        activations=config.n_layers * one + ends,
-        recomputed=config.n_layers * stream + one + ends,
-        head=ScoredLogps.LOGITS * (2 * 4 + dtype.itemsize),
-    )
+    return {
+        "parameters": count,
+        "largest block": max(blocks),  # parameters
+        "root": count - sum(blocks),  # parameters outside blocks: embedding, final norm, head
+        "block": one,  # bytes that backward needs of a row and block
+        "activations": config.n_layers * one + ends,  # bytes that backward needs of a row
+        "recomputed": config.n_layers * stream + one + ends,  # with --checkpoint_activations
+        # a chunk of logits, twice in fp32 and once in the compute dtype
+        "head": ScoredLogps.LOGITS * (2 * 4 + dtype.itemsize),
+    }
 
 
 def saved_bytes(block, config, tokens, dtype, device="meta"):
@@ -89,31 +77,32 @@ class Kernel(torch.autograd.Function):
 
 
 def per_gpu(sizes, n, dtype=torch.bfloat16):
-    """{what: bytes} on each of n GPUs, as jobs.processes.shard lays a model out.
+    """{what: bytes} on each of n GPUs, as jobs.processes.shard lays a model of these sizes out.
 
     fp32 weights, gradients and AdamW's two moments are sharded. Gathered in the compute dtype are,
     on several GPUs, the root and two blocks (one computes, one is fetched), and in backward their
     gradients, of which one block's is copied to fp32 to be reduced; on one GPU, everything.
     """
-    p, block, root = sizes.parameters, sizes.largest_block, sizes.root
+    p, block, root = sizes["parameters"], sizes["largest block"], sizes["root"]
     share = 4 * -(-p // n)  # in fp32, rounded up
     gathered = (2 * block + root) + (block + root) if n > 1 else p + block
     parts = {"weights": share, "gradients": share, "optimizer": 2 * share}
     parts["gathered"] = gathered * dtype.itemsize + 4 * max(block, root)  # the latter to reduce
-    return parts | {"head": sizes.head}
+    return parts | {"head": sizes["head"]}
 
 
 def memory_table(config, tokens, gpu_bytes=80 * 10**9):
     """The lines that are printed: one per number of GPUs, and what of a row fits beside it."""
-    s, gb, rows = measure(config, tokens), 1e9, []
-    kept = f"{s.activations / gb:.1f} GB for backward, {s.recomputed / gb:.1f} GB"
-    yield (f"{s.parameters:,} parameters; a row of {tokens} tokens keeps {kept} "
+    sizes, gb, rows = measure(config, tokens), 1e9, []
+    row_sizes = sizes["activations"], sizes["recomputed"]
+    kept = "{:.1f} GB for backward, {:.1f} GB".format(*(size / gb for size in row_sizes))
+    yield (f"{sizes['parameters']:,} parameters; a row of {tokens} tokens keeps {kept} "
            "with --checkpoint_activations")  # fmt: skip
     for n in GPUS:
-        parts = per_gpu(s, n)
+        parts = per_gpu(sizes, n)
         total = sum(parts.values())
         rows.append([str(n), *(f"{size / gb:.1f}" for size in (*parts.values(), total))])
-        for row in (s.activations, s.recomputed):
+        for row in row_sizes:
             fits = total + row <= HEADROOM * gpu_bytes
             rows[-1].append(f"{(total + row) / gb:.1f}{'' if fits else ' (too much)'}")
     yield from markdown_table(("GPUs", *parts, "sum", "+ row", "+ recomputed"), rows)
