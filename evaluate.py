@@ -21,7 +21,7 @@ import torch
 from data import Dataset, Limits, lay_out, scored_rows
 from evals.answers import align, question_ids, read_answers, read_both
 from evals.results import refuse, save_results, table
-from evals.rewardbench import print_sections
+from evals.rewardbench import sections
 from evals.stats import estimate, win_rate
 from generate import load_model
 from hub.weights import Weights, pinned
@@ -145,7 +145,7 @@ def compare_sides(ours, theirs, our_scores, their_scores, s):
     found = {"win_rate": wins, "ties": ties, "difference": gap, "subsets": subsets}
     if s.pairs:
         won = our_scores[fine] > their_scores[fine]
-        found["sections"] = print_sections(names[fine], won, s.seed)
+        found["sections"], _ = sections(names[fine], won, s.seed)
     return found
 
 

@@ -191,19 +191,6 @@ def leaderboard_row(annotations, difficulty, gamed, resamples, seed):
     }
 
 
-def refuse_incomplete(model, annotations, drops, difficulty, max_missing):
-    """UserError for a model without a verdict on too many questions, or that cannot be fitted."""
-    if difficulty is not None:
-        if unknown := sorted(i for i, row in annotations.items() if row and i not in difficulty):
-            cure = "is a row doubled? --difficulty none is for custom prompts"
-            raise UserError(f"{model}: no difficulty for question {unknown[0]}; {cure}")
-        for i in sorted(difficulty.keys() - annotations.keys()):
-            drops.add("without a row", f"question {i}")
-    refuse(drops, len(difficulty or annotations), max_missing, model)
-    if all(row is None or np.isnan(row[0]) for row in annotations.values()):
-        raise UserError(f"{model}: not one verdict")
-
-
 def alpaca(s):
     """Print AlpacaEval 2's win rate and length-controlled win rate of every model in a file."""
     require(s, "annotations")
@@ -214,7 +201,15 @@ def alpaca(s):
     difficulty = read_difficulty(s.difficulty)
     gamed, results = read_gamed(s.gamed, difficulty), {}
     for model, rows in models.items():
-        refuse_incomplete(model, rows, drops[model], difficulty, s.max_missing)
+        known = rows if difficulty is None else difficulty
+        if unknown := sorted(i for i, row in rows.items() if row and i not in known):
+            cure = "is a row doubled? --difficulty none is for custom prompts"
+            raise UserError(f"{model}: no difficulty for question {unknown[0]}; {cure}")
+        for i in sorted(known.keys() - rows.keys()):
+            drops[model].add("without a row", f"question {i}")
+        refuse(drops[model], len(known or rows), s.max_missing, model)
+        if all(row is None or np.isnan(row[0]) for row in rows.values()):
+            raise UserError(f"{model}: not one verdict")
     bar = {"iterable": models, "leave": False}
     for model in progress("fit", len(models), "model", len(models) == 1, **bar):
         results[model] = leaderboard_row(models[model], difficulty, gamed, s.resamples, s.seed)

@@ -48,7 +48,6 @@ INSTRUCTED = {  # IFSR Table 2
     "x,i↓": Context("instruct", "worse"),
 }
 SHOWN = {"x,ỹ,i⁰": Context("rejected", "another"), "x,ỹ,i↓": Context("rejected", "worse")}
-BARE = Context("rejected", bridge="sep", sep="")  # ỹ without any mark around it
 
 
 class View(NamedTuple):
@@ -169,7 +168,7 @@ def separated(template, sep=None):
     """ỹ between separators (InSPO): the tokenizer's own, a blank line, --sep, and none at all."""
     texts = dict.fromkeys(t for t in (template.separator(), "\n\n", sep) if t is not None)
     named = {f"x,sep,ỹ,sep; sep {s!r}": Context("rejected", bridge="sep", sep=s) for s in texts}
-    return named | {"x,ỹ": BARE}
+    return named | {"x,ỹ": Context("rejected", bridge="sep", sep="")}  # no mark around it
 
 
 def token_statistics(model, views, row_tokens=None):
@@ -180,11 +179,8 @@ def token_statistics(model, views, row_tokens=None):
     """
     sizes, n_paths = [trie_size(view.paths) for view in views], len(views.contexts)
     means = torch.zeros(3, len(views), n_paths, dtype=torch.float64)
-
-    def trie(n):
-        return lay_out(views[n].paths)
-
-    for items, row, logps in scored_rows(model, trie, sizes, n_paths, row_tokens, "contexts"):
+    sized = (lambda n: lay_out(views[n].paths), sizes, n_paths)  # a trie per pair
+    for items, row, logps in scored_rows(model, *sized, row_tokens, "contexts"):
         logps, counts = logps.double(), row.counts().double()
         values = (-logps, logps.exp(), (2 * logps).exp())
         for mean, value in zip(means, values, strict=True):
@@ -212,7 +208,11 @@ def next_token(s):
     pairs, measures, bar = [], [], {"iterable": views, "leave": False}
     for n, view in enumerate(progress("next token", len(views), "pair", **bar)):
         logps = next_logps(model, view, prefix)  # (P, V)
-        tops = {c: top_tokens(row, template, s.top) for c, row in zip(contexts, logps, strict=True)}
+        tops = {}  # {context: [[token's text, probability]]}, the likeliest first
+        for name, row in zip(contexts, logps, strict=True):
+            values, ids = row.topk(min(s.top, len(row)))
+            texts = [template.decode([i], skip_special=False) for i in ids]
+            tops[name] = [*map(list, zip(texts, values.exp().tolist(), strict=True))]
         pairs.append({"pair": view.where, "top": tops})
         measures.append(spread(logps))
         if n < s.show:
@@ -241,13 +241,6 @@ def next_logps(model, view, prefix):
         tokens = torch.from_numpy(ids).to(model.embed.weight.device)
         rows.append(model.logits(tokens[None])[0, -1].float().log_softmax(-1))
     return torch.stack(rows).cpu()
-
-
-def top_tokens(logps, template, top):
-    """(V,) -> [[token's text, probability]], the likeliest first."""
-    values, ids = logps.topk(min(top, len(logps)))
-    texts = [template.decode([i], skip_special=False) for i in ids]
-    return [[text, p] for text, p in zip(texts, values.exp().tolist(), strict=True)]
 
 
 def spread(logps):

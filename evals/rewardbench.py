@@ -21,31 +21,28 @@ def sections(subsets, wins, seed=0):
     """{section: Estimate} of the sections whose subsets are all there, and "score" if all four are.
 
     subsets: (N,) names, of which others than RewardBench's are passed over; wins: (N,) 0 or 1.
-    Also returns the subsets that are missing from sections of which some are there.
+    Also returns the subsets that are missing from sections of which some are there. Prints both.
     """
     subsets, wins = np.asarray(subsets), np.asarray(wins, dtype=np.float64)
     counts = dict(zip(*np.unique(subsets, return_counts=True), strict=True))
-    found, missing, weights = {}, [], np.zeros(len(wins))
-    for section, parts in SECTIONS.items():
-        lacking = [subset for subset in parts if subset not in counts]
+    parts, missing, weights = {}, [], np.zeros(len(wins))
+    for section, shares in SECTIONS.items():
+        lacking = [subset for subset in shares if subset not in counts]
         if lacking:
-            missing += lacking if len(lacking) < len(parts) else []
+            missing += lacking if len(lacking) < len(shares) else []
             continue
-        part, total = np.isin(subsets, list(parts)), sum(parts.values())
-        weights[part] = [parts[name] / counts[name] / total for name in subsets[part]]
-        found[section] = ratio_of_sums((wins * weights)[part], weights[part], seed, RESAMPLES)
-    if len(found) == len(SECTIONS):
-        part = weights > 0
-        found["score"] = ratio_of_sums((wins * weights)[part], weights[part], seed, RESAMPLES)
-    return found, missing
-
-
-def print_sections(subsets, wins, seed=0):
-    """Prints what `sections` found, and what was missing for more; returns the former."""
-    found, missing = sections(subsets, wins, seed)
+        part, total = np.isin(subsets, list(shares)), sum(shares.values())
+        weights[part] = [shares[name] / counts[name] / total for name in subsets[part]]
+        parts[section] = part
+    if len(parts) == len(SECTIONS):
+        parts["score"] = weights > 0
+    found = {
+        name: ratio_of_sums((wins * weights)[part], weights[part], seed, RESAMPLES)
+        for name, part in parts.items()
+    }
     if found:
         rows = [{"RewardBench": name, "accuracy": share} for name, share in found.items()]
         print(table(rows, {"accuracy": ".1%"}))
     if missing:
         print(f"RewardBench: sections left out for want of {', '.join(missing)}")
-    return found
+    return found, missing
