@@ -43,13 +43,13 @@ def attention(s):
     shows = {"x,i": "instruct", "x,ỹ,i": "rejected"}
     contexts = {name: Context(shown, s.instruction) for name, shown in shows.items()}
     flags = {"before": "ref", "after": "model"} if s.ref else {"after": "model"}
-    found, views = {}, None
+    columns, views = {}, None
     for name, of in flags.items():
         model, template = load_model(getattr(s, of), s.dtype, s.device, name=f"--{of}")
         views = views or open_views(s, template, contexts)
-        found[name] = attention_statistics(model, views, name)
+        every = attention_statistics(model, views, name)
+        columns[name] = {k: v for k, v in every.items() if not np.isnan(v).any()}
         del model  # one model in memory at a time
-    columns = {name: columns_of(values, contexts) for name, values in found.items()}
     means = changes(columns, s.seed)
     print(table(means, {"before": ".4g", "after": ".4g", "change": "+.2g"}))
     results = {"model": s.model, "ref": s.ref, "data": s.data, "n": len(views), "means": means}
@@ -86,30 +86,31 @@ class Watched:
 
 @torch.no_grad()
 def attention_statistics(model, views, label):
-    """(N, P, L, parts, measures) of the attention of the S tokens that predict y+; NaN: no such.
+    """{(context, measure, part): (N, L)} of the attention of the S tokens that predict y+.
 
     Of one query and head: `mass` is the sum of its weights on a part of the context; `variance`
     (population) and `skewness` (third standardised moment) are those of the weights within the
     part, token by token. Each is averaged over heads and queries. Of y+ itself, which grows from
-    query to query, there is the mass only.
+    query to query, there is the mass only. NaN stands for what is not there.
     """
-    device = model.embed.weight.device
-    shape = (len(views), len(views.contexts), model.config.n_layers)
-    found = np.full((*shape, len(PROMPT_PARTS), len(MEASURES)), np.nan)
+    device, shape = model.embed.weight.device, (len(views), model.config.n_layers)
+    columns = itertools.product(views.contexts, MEASURES, PROMPT_PARTS)
+    found = {column: np.full(shape, np.nan) for column in columns}
     bar = {"iterable": views, "leave": False}
     for n, view in enumerate(progress(f"attention {label}", len(views), "pair", **bar)):
-        row = build_row([lay_out(view.paths)], [n], shape[1]).to(device)
+        row = build_row([lay_out(view.paths)], [n], len(views.contexts)).to(device)
         rules = [Watched(rule, row.source) for rule in chains.attend(row, model.config)]
         model.hidden(row.tokens[None], row.positions[None], rules)
         sees = visible(row.until, row.positions)
-        for p, spans in enumerate(view.spans):
+        for p, (context, spans) in enumerate(zip(views.contexts, view.spans, strict=True)):
             scored = row.path == p  # (S,)
             keys = sees[row.source[scored][-1]].nonzero()[:, 0]  # the path, in its order
             for layer, rule in enumerate(rules):
                 weights = rule.weights[:, scored][..., keys].double()  # (H, S of p, keys)
                 for part, (a, b) in spans.items():
-                    i = PROMPT_PARTS.index(part)
-                    found[n, p, layer, i] = moments(weights[..., a:b], part)
+                    values = moments(weights[..., a:b], part)
+                    for measure, value in zip(MEASURES, values, strict=True):
+                        found[context, measure, part][n, layer] = value
     return found
 
 
@@ -124,20 +125,10 @@ def moments(weights, part):
     return mass.item(), variance.mean().item(), skewness.nanmean().item()
 
 
-def columns_of(values, contexts):
-    """(N, P, L, parts, measures) -> {(context, measure, part): (N, L)} of those without a NaN."""
-    found, axes = {}, map(enumerate, (contexts, MEASURES, PROMPT_PARTS))
-    for (p, context), (m, measure), (i, part) in itertools.product(*axes):
-        column = values[:, p, :, i, m]
-        if not np.isnan(column).any():
-            found[context, measure, part] = column
-    return found
-
-
 def changes(columns, seed):
     """[{context, measure, part, before, after, change}]: Estimates of the means over layers.
 
-    columns: {"before": columns_of(…), "after": …}, or the latter alone.
+    columns: {"before": {(context, measure, part): (N, L)}, "after": …}, or the latter alone.
     """
     rows = []
     for name in columns["after"]:

@@ -68,7 +68,9 @@ def test_attention_equals_transformers(config, pairs, tmp_path):
     directory = write_model(tmp_path, config)
     model, template = load_model(str(directory))
     peer, views = Peer(directory), Views(pairs[:2], template, CONTEXTS, max_len=2048)
-    found = attention_statistics(model, views, "")
+    columns = attention_statistics(model, views, "")
+    found = [[[columns[c, m, part] for m in MEASURES] for part in PROMPT_PARTS] for c in CONTEXTS]
+    found = np.array(found).transpose(3, 0, 4, 1, 2)  # (N, P, L, parts, measures)
     for n, row in enumerate(PAIRS[:2]):
         for p, context in enumerate(CONTEXTS):
             expected = attention_by_hand(peer, row, context, template)
@@ -143,11 +145,11 @@ def test_attention_of_a_real_model_equals_transformers(smollm2, hh_file):
     """SmolLM2 on one pair: the mass of ỹ and of the first token, layer by layer."""
     model, template = load_model(str(smollm2))
     views = Views(read_pairs(str(hh_file), Drops(), 1), template, CONTEXTS, max_len=2048)
-    found = attention_statistics(model, views, "")[0, 1, :, :, 0]  # (L, parts)
+    found = attention_statistics(model, views, "")
     segments, _ = views[0].paths[1]
     ids, spans, peer = np.concatenate(segments).tolist(), views[0].spans[1], Peer(smollm2)
     queries = slice(spans["y+"][0] - 1, spans["y+"][1] - 1)
     for layer, weights in enumerate(peer.run(ids, output_attentions=True).attentions):
         for part, (a, b) in spans.items():
             mass = weights[0, :, queries, a:b].sum(-1).mean().item()
-            assert found[layer, PROMPT_PARTS.index(part)] == pytest.approx(mass, abs=1e-4)
+            assert found["x,ỹ,i↑", "mass", part][0, layer] == pytest.approx(mass, abs=1e-4)
