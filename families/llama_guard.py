@@ -24,8 +24,8 @@ class Guard:
     """
 
     def __init__(self, source, device="auto", attend=plain_attention):
-        self.directory, self.device = resolve(source, "--guard"), device
-        self.attend = attend
+        self.directory = resolve(source, "--guard")
+        self.device, self.attend = device, attend
 
     @cached_property
     def template(self):
@@ -51,7 +51,7 @@ class Guard:
 
         nan where the guard's template refuses the dialogue. label: of the progress bar.
         """
-        answers, paths = self.template.encode(ANSWERS), {}
+        answers, keys, paths = self.template.encode(ANSWERS), [], []
         for key, messages in dialogues.items():
             try:
                 text = self.template.render(messages, generation=True)
@@ -59,15 +59,11 @@ class Guard:
                 yield key, math.nan
             else:
                 (prompt,) = self.template.encode([text])
-                paths[key] = [([prompt, answer], len(answer)) for answer in answers]
-        keys, sizes = list(paths), [trie_size(four) for four in paths.values()]
+                keys.append(key)
+                paths.append([([prompt, answer], len(answer)) for answer in answers])
         if not keys:
             return
-
-        def trie(n):
-            return lay_out(paths[keys[n]])
-
+        trie, sizes = (lambda n: lay_out(paths[n])), [trie_size(four) for four in paths]
         for items, row, values in scored_rows(self.model, trie, sizes, len(ANSWERS), label=label):
-            logps = row.sums(values)  # (B, 4)
-            unsafe = logps.softmax(1)[:, 2:].sum(1)  # (B,)
+            unsafe = row.sums(values).softmax(1)[:, 2:].sum(1)  # (B, 4) -> (B,)
             yield from zip((keys[n] for n in items), unsafe.tolist(), strict=True)

@@ -1,10 +1,6 @@
-"""InSPO's cleaning rules (appendix D.2): each a flag, off by default; what is dropped is counted.
+"""Leaves out pairs by InSPO's cleaning rules (appendix D.2); what is dropped is counted.
 
---dedup              exact duplicates
---max_answer 2048    either answer over so many tokens
---min_answer 32      both answers under so many tokens
---min_margin M       score of chosen minus score of rejected under M, where the data has scores
---guard MODEL        flagged by a Llama-Guard-style model (guard.py)
+Each rule is a flag, off by default; the paper has answers of 32 to 2048 tokens.
 """
 
 from dataclasses import dataclass
@@ -37,11 +33,12 @@ def clean(pairs, rules, template, drops, guard=None):
     end token. guard: the model that --guard names, as in guard.py. UserError where nothing is left.
     """
     if rules.dedup:
-        pairs = list(without_duplicates(pairs, drops))
-    if rules.min_margin is not None:
-        pairs = list(with_margin(pairs, rules.min_margin, drops))
+        pairs = drops.sift(pairs, duplicates(pairs))
+    if (least := rules.min_margin) is not None:
+        passes = (pair.margin is None or pair.margin >= least for pair in pairs)
+        pairs = drops.sift(pairs, (None if p else f"margin under {least:g}" for p in passes))
     if rules.max_answer is not None or rules.min_answer is not None:
-        pairs = list(of_length(pairs, rules, template, drops))
+        pairs = drops.sift(pairs, wrong_lengths(pairs, rules, template))
     if guard is not None:
         pairs = without_unsafe(pairs, guard, rules.guard_threshold, drops)
     if not pairs:
@@ -49,36 +46,24 @@ def clean(pairs, rules, template, drops, guard=None):
     return pairs
 
 
-def without_duplicates(pairs, drops):
-    """Of pairs with equal prompt and answers the first; copies that a weight made stay."""
+def duplicates(pairs):
+    """Yields a reason, or None for the first pair of equal ones and the copies a weight made."""
     seen = {}
     for pair in pairs:
         prompt = tuple((m["role"], m["content"]) for m in pair.prompt)
-        key = (prompt, pair.chosen, pair.rejected)
-        if seen.setdefault(key, pair.where) == pair.where:
-            yield pair
-        else:
-            drops.add("duplicate", pair.where)
+        first = seen.setdefault((prompt, pair.chosen, pair.rejected), pair.where)
+        yield None if first == pair.where else "duplicate"
 
 
-def with_margin(pairs, least, drops):
-    for pair in pairs:
-        if pair.margin is None or pair.margin >= least:
-            yield pair
-        else:
-            drops.add(f"margin under {least:g}", pair.where)
-
-
-def of_length(pairs, rules, template, drops):
-    """Pairs with no answer over max_answer tokens, and not both under min_answer."""
+def wrong_lengths(pairs, rules, template):
+    """Yields a reason where an answer is over max_answer tokens, or both are under min_answer."""
     for start in range(0, len(pairs), 512):
         block = pairs[start : start + 512]
-        texts = [text for pair in block for text in (pair.chosen, pair.rejected or "")]
-        lengths = template.lengths(texts)
-        for pair, w, l in zip(block, lengths[::2], lengths[1::2], strict=True):
-            if rules.max_answer is not None and max(w, l) > rules.max_answer:
-                drops.add(f"answer over {rules.max_answer} tokens", pair.where)
-            elif rules.min_answer is not None and max(w, l) < rules.min_answer:
-                drops.add(f"both answers under {rules.min_answer} tokens", pair.where)
+        lengths = template.lengths(t for pair in block for t in (pair.chosen, pair.rejected or ""))
+        for longer in map(max, lengths[::2], lengths[1::2]):
+            if rules.max_answer is not None and longer > rules.max_answer:
+                yield f"answer over {rules.max_answer} tokens"
+            elif rules.min_answer is not None and longer < rules.min_answer:
+                yield f"both answers under {rules.min_answer} tokens"
             else:
-                yield pair
+                yield None

@@ -23,16 +23,14 @@ def without_unsafe(pairs, guard, threshold, drops):
     guard: guard.identity is a digest of all that decides its verdicts; guard(dialogues, label)
     takes {key: messages} and yields (key, probability of unsafe). The others go to `drops`.
     """
-    verdicts, kept = judged(pairs, guard), []
+    verdicts, reasons = judged(pairs, guard), []
     for pair in pairs:
         unsafe = [verdicts[dialogue_key(messages)] for messages in dialogues(pair)]
         if any(map(math.isnan, unsafe)):
-            drops.add("the guard's template refuses the dialogue", pair.where)
-        elif max(unsafe) > threshold:
-            drops.add("unsafe", pair.where)
+            reasons.append("the guard's template refuses the dialogue")
         else:
-            kept.append(pair)
-    return kept
+            reasons.append("unsafe" if max(unsafe) > threshold else None)
+    return drops.sift(pairs, reasons)
 
 
 def judged(pairs, guard):
@@ -44,9 +42,8 @@ def judged(pairs, guard):
     for file, asked in files.items():
         store = verdict_store(file, guard.identity)
         missing = {key: messages for key, messages in asked.items() if key not in store}
-        if missing:
-            for key, unsafe in guard(missing, f"guard {os.path.basename(file)}"):
-                store[key] = unsafe  # as they come, so that a stopped run goes on
+        for key, unsafe in guard(missing, f"guard {os.path.basename(file)}"):
+            store[key] = unsafe  # as they come, so that a stopped run goes on
         verdicts |= store
     return verdicts
 

@@ -15,10 +15,17 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from hub.template import SHIELD
 from jobs.cli import UserError
+
+SCORES = ("score_{}", "{}_score", "{}_avg_rating", "{}_rating", "{}-rating", "rating_{}")
+ROLES = {"prompter": "user", "assistant": "assistant"}  # in oasst1
+HH = "\n\nHuman:"  # opens a transcript of Anthropic's hh-rlhf
+# NUL, lone surrogates, which no tokenizer takes, and the mark of hub/template.py
+BROKEN = re.compile(f"[\0\ud800-\udfff{SHIELD}]")
 
 
 @dataclass
@@ -45,11 +52,11 @@ class Dropped(Exception):
     """This record gives no pair; the message is the reason, which is counted."""
 
 
-# ----------------------------------------------------------------------------- one record, one pair
+def plain(record, where, end=""):
+    """Reads prompt (or question, or instruction and input; with `system`), chosen, rejected.
 
-
-def plain(record, where):
-    """Reads prompt (or question, or instruction and input; with `system`), chosen, rejected."""
+    end: of the names of the answers' columns.
+    """
     names = ("prompt", "question", "instruction", "input")
     prompt = next((record[name] for name in names if record.get(name) is not None), None)
     task, details = record.get("instruction"), record.get("input")
@@ -58,14 +65,8 @@ def plain(record, where):
     if isinstance(prompt, str) and isinstance(record.get("system"), str) and record["system"]:
         turns = (("system", record["system"]), ("user", prompt))
         prompt = [{"role": role, "content": text} for role, text in turns]
-    answers = record["chosen"], record.get("rejected")
+    answers = record[f"chosen{end}"], record.get(f"rejected{end}")
     return Fields(prompt, *answers, score_margin(record, where))
-
-
-def argilla(record, where):
-    """Reads the same with the answers under other names."""
-    answers = {name: record[f"{name}_response"] for name in ("chosen", "rejected")}
-    return plain(record | answers, where)
 
 
 def openbmb(record, where):
@@ -78,8 +79,7 @@ def openbmb(record, where):
         raise UserError(f"{where}: instruction is {instruction!r:.40}; expected text")
     if not isinstance(completions, list) or not all(isinstance(c, dict) for c in completions):
         raise UserError(f"{where}: completions is {completions!r:.40}; expected a list of objects")
-    rated = [(rating(c), c.get("response")) for c in completions]
-    rated = [(value, text) for value, text in rated if value is not None]
+    rated = [(r, c.get("response")) for c in completions if (r := rating(c)) is not None]
     best = max(rated, key=lambda r: r[0], default=None)
     lower = [r for r in rated if r[0] < best[0]]
     if not lower:
@@ -94,7 +94,7 @@ def rating(completion):
     if (overall := number(completion.get("overall_score"))) is not None:
         return overall
     aspects = completion.get("annotations")
-    aspects = list(aspects.values()) if isinstance(aspects, dict) else []
+    aspects = aspects.values() if isinstance(aspects, dict) else ()
     ratings = [number(a.get("Rating")) for a in aspects if isinstance(a, dict)]
     ratings = [r for r in ratings if r is not None]
     return sum(ratings) / len(ratings) if ratings else None
@@ -120,9 +120,6 @@ def score(value, name, where):
     return found
 
 
-SCORES = ("score_{}", "{}_score", "{}_avg_rating", "{}_rating", "{}-rating", "rating_{}")
-
-
 def score_margin(record, where):
     """Score of chosen minus that of rejected, under any of the published names; else None."""
     scores = record.get("all_rm_scores")  # princeton-nlp's: chosen is the best, rejected the worst
@@ -139,16 +136,6 @@ def score_margin(record, where):
     return None
 
 
-def messages_only(record, where):
-    """Reads a finished dialogue, whose last message is the answer (supervised training)."""
-    return Fields(None, record["messages"], None)
-
-
-# ----------------------------------------------------------------------------- SHP
-
-SHP_RATIO, SHP_PAIRS = 2.0, 5
-
-
 def shp(record, where):
     """Reads Stanford Human Preferences: labels 1 says that answer A is better, 0 that B is.
 
@@ -159,7 +146,7 @@ def shp(record, where):
     if for_training(where):
         if (ratio := score(record.get("score_ratio"), "score_ratio", where)) is None:
             raise UserError(f"{where}: no score_ratio; it decides whether a pair is taken")
-        if ratio < SHP_RATIO:
+        if ratio < 2:
             raise Dropped("score ratio under 2")
     answers = record["human_ref_A"], record["human_ref_B"]
     return Fields(record["history"], *(answers if record["labels"] == 1 else answers[::-1]))
@@ -174,20 +161,14 @@ def for_training(where):
 
 def at_most_five(rows):
     """Keeps 5 training pairs of each prompt, drawn at random (after HALOs)."""
-    rows, places = list(rows), defaultdict(list)
+    places = defaultdict(list)
     for where, fields in rows:
         if for_training(where):
             places[str(fields.prompt)].append(where)
-    taken = [random.Random(0).sample(g, min(SHP_PAIRS, len(g))) for g in places.values()]
+    taken = [random.Random(0).sample(g, min(5, len(g))) for g in places.values()]
     surplus = set().union(*places.values()).difference(*taken)
     for where, fields in rows:
         yield where, Dropped("over 5 pairs of a prompt") if where in surplus else fields
-
-
-# ----------------------------------------------------------------------------- oasst1
-
-
-ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
 class Message(NamedTuple):
@@ -220,7 +201,7 @@ def ranked_siblings(rows):
 
     After HALOs: English only; the prompt is the path from the root; ranked user turns give no pair.
     """
-    rows, by_id, by_rank = list(rows), {}, {}
+    by_id, by_rank = {}, {}
     for _, m in rows:
         if m.lang == "en":
             by_id.setdefault(m.id, m)
@@ -251,21 +232,18 @@ def path_to_root(by_id, m):
     return path[::-1]
 
 
-# ----------------------------------------------------------------------------- the table
-
-
 class Layout(NamedTuple):
     """How records with certain columns become pairs."""
 
     name: str
     columns: tuple  # what a record must have
     read: Callable  # (record, where) -> Fields
-    # where pairs depend on other records: all (where, what read gave) -> all (where, Fields or the
-    # Dropped of it)
+    # where pairs depend on other records: all (where, what read gave) -> (where, Fields or Dropped)
     gather: Callable | None = None
     pairs: bool = True  # False: there need be no rejected answer (supervised training)
 
 
+argilla = partial(plain, end="_response")
 LAYOUTS = (
     Layout("oasst1", ("message_id", "parent_id", "text", "role"), oasst, ranked_siblings),
     Layout("SHP", ("history", "human_ref_A", "human_ref_B", "labels"), shp, at_most_five),
@@ -273,7 +251,9 @@ LAYOUTS = (
     Layout("argilla", ("instruction", "chosen_response", "rejected_response"), argilla),
     Layout("chosen, rejected", ("chosen", "rejected"), plain),
     Layout("chosen", ("chosen",), plain, pairs=False),
-    Layout("messages", ("messages",), messages_only, pairs=False),
+    Layout(
+        "messages", ("messages",), lambda row, _: Fields(None, row["messages"], None), pairs=False
+    ),
 )
 
 
@@ -301,17 +281,17 @@ def to_pair(record, where, drops, need_rejected=True):
         return drops.add(str(reason), where)
 
 
-# NUL, lone surrogates, which no tokenizer takes, and the mark of hub/template.py
-BROKEN = re.compile(f"[\0\ud800-\udfff{SHIELD}]")
-
-
 def make_pair(fields, where, need_rejected=True):
     """Makes the Pair of Fields as they lie; raises Dropped, or UserError for wrong types."""
     prompt, chosen, rejected, margin = fields
     if chosen is None or (rejected is None and need_rejected):
         raise Dropped("empty answer")
     if isinstance(chosen, str) and prompt is None and not chosen.startswith(HH):
-        prompt, chosen, rejected = common_prefix(chosen, rejected, where)
+        if not isinstance(rejected, str):
+            raise UserError(f"{where}: without `prompt`, a `chosen` text needs a `rejected` text")
+        shared = os.path.commonprefix([chosen, rejected])  # split at the last white space in it
+        cut = max(shared.rfind(" "), shared.rfind("\n")) + 1
+        prompt, chosen, rejected = chosen[:cut].rstrip(), chosen[cut:], rejected[cut:]
     x_w, chosen = dialogue(prompt, chosen, where)
     x_l, rejected = dialogue(prompt, rejected, where) if rejected is not None else (x_w, None)
     if x_w != x_l:
@@ -323,11 +303,6 @@ def make_pair(fields, where, need_rejected=True):
     if any(map(BROKEN.search, [*(m["content"] for m in x_w), chosen, rejected or ""])):
         raise Dropped("broken text")
     return Pair(x_w, chosen, rejected, where, margin)
-
-
-# ----------------------------------------------------------------------------- dialogues
-
-HH = "\n\nHuman:"  # opens a transcript of Anthropic's hh-rlhf
 
 
 def dialogue(prompt, answer, where):
@@ -368,12 +343,3 @@ def parse_hh(text):
     roles = {"Human": "user", "Assistant": "assistant"}
     turns = zip(parts[::2], parts[1::2], strict=True)
     return [{"role": roles[who], "content": content.strip()} for who, content in turns]
-
-
-def common_prefix(chosen, rejected, where):
-    """Two whole texts -> (prompt, chosen, rejected), split at the last white space they share."""
-    if not isinstance(rejected, str):
-        raise UserError(f"{where}: without `prompt`, a `chosen` text needs a `rejected` text")
-    shared = os.path.commonprefix([chosen, rejected])
-    cut = max(shared.rfind(" "), shared.rfind("\n")) + 1
-    return chosen[:cut].rstrip(), chosen[cut:], rejected[cut:]

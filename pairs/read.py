@@ -29,6 +29,16 @@ class Drops:
     def add(self, rule, where):
         self.rules[rule].append(where)
 
+    def sift(self, pairs, reasons):
+        """The pairs whose reason is None; the others are added by theirs."""
+        kept = []
+        for pair, reason in zip(pairs, reasons, strict=True):
+            if reason is None:
+                kept.append(pair)
+            else:
+                self.add(reason, pair.where)
+        return kept
+
     @property
     def total(self):
         return sum(map(len, self.rules.values()))
@@ -115,12 +125,12 @@ def weighted(pairs, weight, drops):
     Pairs of which no copy is left are added to `drops`.
     """
     whole, share = divmod(weight, 1)
-    n = round(share * len(pairs))
-    drawn = np.random.default_rng((0, len(pairs))).permutation(len(pairs))[:n]
-    if not whole:
-        for i in sorted(set(range(len(pairs))).difference(drawn.tolist())):
-            drops.add("left out by the weight", pairs[i].where)
-    return pairs * int(whole) + [pairs[i] for i in sorted(drawn)]
+    order = np.random.default_rng((0, len(pairs))).permutation(len(pairs)).tolist()
+    drawn = set(order[: round(share * len(pairs))])
+    if whole:
+        return pairs * int(whole) + [pairs[i] for i in sorted(drawn)]
+    places = range(len(pairs))
+    return drops.sift(pairs, (None if i in drawn else "left out by the weight" for i in places))
 
 
 def hold_out(pairs, n, seed):
@@ -128,14 +138,10 @@ def hold_out(pairs, n, seed):
 
     Raises UserError where that would leave nothing to train on.
     """
-    first = {}
-    for i, pair in enumerate(pairs):
-        first.setdefault(pair.where, i)
-    first = list(first.values())
-    if n >= len(first):
-        raise UserError(f"--eval_pairs {n} leaves nothing of {len(first)} pairs to train on")
-    order = np.random.default_rng((seed, HOLD_OUT)).permutation(len(first))
-    held = sorted(first[i] for i in order[:n].tolist())
-    places = {pairs[i].where for i in held}
-    train = [pair for pair in pairs if pair.where not in places]
-    return train, [pairs[i] for i in held]
+    places = list(dict.fromkeys(pair.where for pair in pairs))
+    if n >= len(places):
+        raise UserError(f"--eval_pairs {n} leaves nothing of {len(places)} pairs to train on")
+    order = np.random.default_rng((seed, HOLD_OUT)).permutation(len(places))
+    held, firsts = {places[i] for i in order[:n]}, {pair.where: pair for pair in reversed(pairs)}
+    train = [pair for pair in pairs if pair.where not in held]
+    return train, [firsts[where] for where in places if where in held]

@@ -34,10 +34,7 @@ class Source(NamedTuple):
 
 
 def parse_sources(text, revision=None):
-    """The value of --data -> list of Source. revision: branch, tag or commit on the hub.
-
-    UserError for a weight that is none, or no files.
-    """
+    """The value of --data -> list of Source. revision: branch, tag or commit on the hub."""
     if os.path.exists(text):  # a file name may hold a comma or an @
         return [Source(data_files(text))]
     sources = []
@@ -53,10 +50,7 @@ def parse_sources(text, revision=None):
 
 
 def data_files(source, revision=None):
-    """Local path, glob, folder or hub dataset id, with or without a split -> list of local files.
-
-    Raises UserError where there is nothing, in one line that names the source.
-    """
+    """Local path, glob, folder or hub dataset id, with or without split -> list of local files."""
     if os.path.isfile(source):
         return [source]
     if found := sorted(filter(os.path.isfile, glob.glob(source))):
@@ -116,9 +110,8 @@ def hub_files(name, split, revision=None):
             say_once(f"{name}: the hub is out of reach; reading what is cached: {names}")
             return found
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"--data {name}: not a file, and the hub did not serve it: {reason}"
-        ) from error
+        fault = "not a file, and the hub did not serve it"
+        raise UserError(f"--data {name}: {fault}: {reason}") from error
     raise UserError(f"--data {name}: {missing(split, filter(is_data, listed))}")
 
 
@@ -145,9 +138,6 @@ def cached_files(name, split, hub):
     present = Counter(shard.groups() for shard in shards if shard)
     whole = all(n == int(total) for (_, total), n in present.items())
     return [os.path.join(folder, f) for f in found] if whole else []
-
-
-# ----------------------------------------------------------------------------- records
 
 
 def records(file, broken=False):
@@ -183,21 +173,17 @@ def _rows(file):
         yield from _parquet(file)
         return
     with (gzip.open if file.endswith(".gz") else open)(file, "rb") as f:
-        if file.endswith((".json", ".json.gz")) and not _by_line(f):
-            content = _parse(f.read(), file)
-            if not isinstance(content, list):
-                kind = type(content).__name__
-                raise UserError(f"{file}: expected a list of records, found {kind}")
-            yield from content
-        else:
-            yield from f
-
-
-def _by_line(f):
-    """Whether a .json holds a record per line, as SHP and UltraFeedback are published."""
-    two = list(itertools.islice(filter(None, map(bytes.strip, f)), 2))
-    f.seek(0)
-    return len(two) == 2 and bool(re.fullmatch(rb"(\xef\xbb\xbf)?\{.*\}", two[0]))
+        content = f
+        if file.endswith((".json", ".json.gz")):
+            two = list(itertools.islice(filter(None, map(bytes.strip, f)), 2))
+            f.seek(0)
+            # SHP's and UltraFeedback's .json hold a record per line
+            if len(two) < 2 or not re.fullmatch(rb"(\xef\xbb\xbf)?\{.*\}", two[0]):
+                content = _parse(f.read(), file)
+                if not isinstance(content, list):
+                    kind = type(content).__name__
+                    raise UserError(f"{file}: expected a list of records, found {kind}")
+        yield from content
 
 
 def _parquet(file):
