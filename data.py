@@ -28,7 +28,7 @@ x prompt, w chosen ("winning") answer, l rejected ("losing") answer.
 import heapq
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
 from typing import NamedTuple
@@ -200,18 +200,17 @@ class Dataset:
         """
         bar = progress("tokenise", len(pairs), "pair", not shown, leave=False)
         with bar, ThreadPoolExecutor(1) as encoder:
-            waiting = None
-            for start in range(0, len(pairs), self.BLOCK):
+            waiting = [], encoder.submit(list)  # nothing is before the first block
+            for start in range(0, len(pairs) + self.BLOCK, self.BLOCK):  # the last one is empty
                 block = pairs[start : start + self.BLOCK]
                 rendered = [(pair, texts) for pair in block if (texts := self._render(pair))]
                 every = [text for _, texts in rendered for text in texts]
                 # hand this block to the tokenizer's thread, then wait for the one before
                 last, waiting = waiting, (rendered, encoder.submit(self.template.encode, every))
-                if last:
-                    yield from self._examples(*last)
+                ids = iter(last[1].result())
+                cut = (self._cut(pair, [next(ids) for _ in texts]) for pair, texts in last[0])
+                yield from filter(None, cut)
                 bar.update(len(block))
-            if waiting:
-                yield from self._examples(*waiting)
 
     def _render(self, pair):
         """Texts of prompt, instructed prompt where a path asks for it, chosen and rejected.
@@ -231,42 +230,33 @@ class Dataset:
         except Refused as error:
             return self.drops.add(f"the chat template refuses: {error.reason}", pair.where)
 
-    def _examples(self, rendered, encoded):
-        """Yields the Examples of rendered pairs; encoded: the future of the ids of their texts."""
-        ids = iter(encoded.result())
-        for pair, texts in rendered:
-            prompt, *instruct, chosen, rejected = (next(ids) for _ in texts)
-            instruct = instruct[0] if instruct else prompt
-            if example := self._cut(pair, prompt, instruct, chosen, rejected):
-                yield example
-
-    def _cut(self, pair, prompt, instruct, chosen, rejected):
+    def _cut(self, pair, ids):
         """Shortens the prompt to at least half of max_len, then the rejected, then the chosen one.
 
-        Answers lose their right end. -> Example, or None where nothing is left to be scored.
+        ids: of what `_render` gave. Answers lose their right end. -> Example, or None where nothing
+        is left to be scored.
         """
+        *prompts, chosen, rejected = ids  # the prompt, and the instructed one where a path asks
         free = self.limits.max_len - self.bridge_len
         both = (len(chosen), len(rejected))  # a path with a context answer holds both of them
         room = max(self.limits.max_len // 2, free - (sum(both) if self.in_context else max(both)))
-        if len(instruct) > room:
+        if len(prompts[-1]) > room:
             self.cuts["prompts"] += 1
-        shared, refine = instruct is prompt, with_suffix(pair.prompt, self.instruction)
-        prompt = self._shorten(pair.prompt, prompt, room)
-        instruct = prompt if shared else self._shorten(refine, instruct, room)
-        room = free - max(len(prompt), len(instruct))  # what is left for the answers
+        dialogues = pair.prompt, with_suffix(pair.prompt, self.instruction)
+        prompts = [self._shorten(m, ids, room) for m, ids in zip(dialogues, prompts, strict=False)]
+        room = free - max(map(len, prompts))  # what is left for the answers
         rooms = self._rooms(room, *both) if self.in_context else (room, room)
         kept, closed = {}, {}
         for name, ids, room in zip(("rejected", "chosen"), (rejected, chosen), rooms, strict=True):
-            closed[name] = len(ids) <= room
-            kept[name] = ids if closed[name] else ids[: max(0, room)]
+            kept[name], closed[name] = ids[: max(0, room)], len(ids) <= room
             if not closed[name]:
                 self.cuts[f"{name} answers"] += 1
-        if not len(prompt):  # nothing would predict the answer's first token
+        if not len(prompts[0]):  # nothing would predict the answer's first token
             return self.drops.add("empty prompt", pair.where)
         answers = ("chosen",) if pair.rejected is None else ("chosen", "rejected")
         if any(self._scored(kept[name], closed[name]) < 1 for name in answers):
             return self.drops.add("no room for an answer", pair.where)
-        return Example(prompt, instruct, kept["chosen"], kept["rejected"], closed, pair.where)
+        return Example(prompts[0], prompts[-1], **kept, closed=closed, where=pair.where)
 
     def _rooms(self, room, chosen, rejected):
         """Most tokens of the rejected and of the chosen answer, which share `room` on one path.
@@ -441,7 +431,7 @@ class Row:
 
     def to(self, device):
         """The same row with its vectors on `device`."""
-        values = (getattr(self, f.name) for f in fields(self))
+        values = vars(self).values()
         return Row(*(v.to(device) if torch.is_tensor(v) else v for v in values))
 
     def sums(self, values):
@@ -461,23 +451,22 @@ def build_row(tries, pairs, n_paths, pad_to=0):
     pairs: the dataset's index of each trie. A row without tries gets one padding token: all ranks
     must run equally many rows, or the collectives of FSDP wait forever.
     """
-    columns = {f.name: [] for f in fields(Trie)}
-    spans, start = [], 0
+    whole, spans = Trie(), []
     for i, trie in enumerate(tries):
-        columns["tokens"] += trie.tokens
-        columns["positions"] += trie.positions
-        columns["until"] += [start + u for u in trie.until]  # row indices from trie indices
-        columns["source"] += [start + s for s in trie.source]
-        columns["label"] += trie.label
-        columns["path"] += [i * n_paths + p for p in trie.path]
-        spans.append((start, start + len(trie)))
-        start += len(trie)
-    padding = range(start, max(pad_to, start, 1))  # row indices; until k + 1: sees itself alone
-    columns["tokens"] += [0] * len(padding)
-    columns["positions"] += [0] * len(padding)
-    columns["until"] += [k + 1 for k in padding]
-    spans += [(k, k + 1) for k in padding[:1]] if not tries else []  # no kernel runs on nothing
-    tensors = {name: torch.tensor(column, dtype=torch.long) for name, column in columns.items()}
+        start = len(whole)
+        whole.tokens += trie.tokens
+        whole.positions += trie.positions
+        whole.until += [start + u for u in trie.until]  # row indices from trie indices
+        whole.source += [start + s for s in trie.source]
+        whole.label += trie.label
+        whole.path += [i * n_paths + p for p in trie.path]
+        spans.append((start, len(whole)))
+    padding = range(len(whole), max(pad_to, len(whole), 1))  # until k + 1: sees itself alone
+    whole.tokens += [0] * len(padding)
+    whole.positions += [0] * len(padding)
+    whole.until += [k + 1 for k in padding]
+    spans = spans or [(0, 1)]  # no kernel runs on nothing
+    tensors = {name: torch.tensor(column, dtype=torch.long) for name, column in vars(whole).items()}
     return Row(**tensors, spans=spans, pairs=list(pairs), n_paths=n_paths)
 
 

@@ -44,6 +44,7 @@ INSTRUCTIONS = {  # IFSR's refining instructions (section 3.1, Table 6)
 LONGEST = 10**7  # characters of a rendered dialogue
 SHIELD = "\ufdd0"  # a noncharacter of Unicode: marks the text of a special token inside a message
 PROBE = "qzx-answer-qzx"  # stands for an answer when the template is asked what it puts around one
+PROBE_DIALOGUE = [{"role": "user", "content": "u"}, {"role": "assistant", "content": PROBE}]
 
 # For base models, after HALOs' legacy form: a role line, the text, and the end token after answers.
 FALLBACK_TEMPLATE = (
@@ -111,7 +112,7 @@ class Template:
         self.fallback = source is None
         self.source = source or FALLBACK_TEMPLATE
         self._template = self._compile()
-        probe = self.render(_dialogue("u", PROBE))
+        probe = self.render(PROBE_DIALOGUE)
         self.end = probe.rpartition(PROBE)[2].strip() or self.special["eos_token"]
         if not self.end:
             cure = "name an eos_token in tokenizer_config.json"
@@ -138,14 +139,15 @@ class Template:
         def raise_exception(message):
             raise jinja2.TemplateError(message)
 
+        def tojson(x, **options):
+            return json.dumps(x, **{"ensure_ascii": False} | options)
+
         env = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[jinja2.ext.loopcontrols, GenerationTag],
         )
-        env.filters["tojson"] = lambda x, **options: json.dumps(
-            x, **{"ensure_ascii": False} | options
-        )
+        env.filters["tojson"] = tojson
         env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         env.globals["raise_exception"] = raise_exception
         try:
@@ -197,26 +199,27 @@ class Template:
 
     def turn(self, instruction):
         """What stands between a closed answer and the next reply when the user asks for another."""
-        text = self.render(_dialogue("u", PROBE, instruction), generation=True)
+        asked = [*PROBE_DIALOGUE, {"role": "user", "content": instruction}]
+        text = self.render(asked, generation=True)
         return text.partition(PROBE)[2].lstrip().removeprefix(self.end)
 
     def encode(self, texts):
-        """Texts -> list of (n,) int32 arrays, no special tokens added."""
+        """Texts -> list of (n,) int32 arrays, no special tokens added.
+
+        In a text that `render` marked, marked names of special tokens are text, others control.
+        """
         texts = list(texts)
         encoded = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-        pairs = zip(texts, encoded, strict=True)
-        ids = (self._ids_of_marked(text) if SHIELD in text else e.ids for text, e in pairs)
-        return [np.array(x, dtype=np.int32) for x in ids]
+        for i, text in enumerate(texts):
+            if SHIELD in text:
+                text = self._named.sub(lambda m: SHIELD + m[0], text)
+                text = re.sub(f"{SHIELD}(?!{self._named.pattern})", "", text)
+                encoded[i] = self._literal.encode(text, add_special_tokens=False)
+        return [np.array(e.ids, dtype=np.int32) for e in encoded]
 
     def lengths(self, texts):
         """Tokens of each text, as a message says it."""
         return [len(ids) for ids in self.encode(map(self._shield, texts))]
-
-    def _ids_of_marked(self, text):
-        """Ids of a rendering in which marked names of special tokens are text, others control."""
-        text = self._named.sub(lambda m: SHIELD + m[0], text)
-        text = re.sub(f"{SHIELD}(?!{self._named.pattern})", "", text)
-        return self._literal.encode(text, add_special_tokens=False).ids
 
     @cached_property
     def _literal(self):
@@ -245,12 +248,6 @@ class Template:
         return next((t for t in named if reserved.search(t) and t != self.end), "\n\n")
 
 
-def _dialogue(*texts):
-    """Messages of user and assistant in turn."""
-    roles = ("user", "assistant") * len(texts)
-    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
-
-
 def open_template(directory):
     """The Template of a checkpoint; says on stderr where it has none and the plain one is used."""
     template = Template(directory)
@@ -263,9 +260,6 @@ def with_suffix(messages, instruction):
     """IFSR's (x, i): the instruction as a suffix of the last user turn."""
     last = messages[-1]
     return [*messages[:-1], last | {"content": f"{last['content']}\n{instruction}"}]
-
-
-# ----------------------------------------------------------------------------- strangers' programs
 
 
 @contextmanager
