@@ -386,16 +386,14 @@ def _walk(trie, children, depth, parent, score):
         trie.positions.extend(range(depth, depth + size))
         trie.until.extend([0] * size)  # known once the subtree is written
         for p, n in ends:
+            # a token is predicted by the one before it: the segment's first by the parent's last,
+            # which need not be the token before it in the row
+            source, label = [parent, *range(start, start + n - 1)][:n], segment[:n].tolist()
             if score == "last":
-                trie.source.append(start + size - 1)
-                trie.label.append(0)
-                trie.path.append(p)
-            else:
-                # a token is predicted by the one before it: the segment's first by the parent's
-                # last, which need not be the token before it in the row
-                trie.source.extend([parent, *range(start, start + n - 1)][:n])
-                trie.label.extend(segment[:n].tolist())
-                trie.path.extend([p] * n)
+                source, label = [start + size - 1], [0]
+            trie.source += source
+            trie.label += label
+            trie.path += [p] * len(source)
         _walk(trie, branches, depth + size, start + size - 1, score)
         trie.until[start : start + size] = [len(trie)] * size  # the whole subtree is behind it
 

@@ -67,6 +67,5 @@ def verdict_store(file, identity):
         return beside
     name = hashlib.sha256(os.path.realpath(file).encode()).hexdigest()[:16]
     store = Store(cache_folder("guard") / f"{name}.jsonl", columns, model=identity)
-    for key in beside.keys() - store.keys():
-        dict.__setitem__(store, key, beside[key])
+    dict.update(store, beside | store)  # in memory alone
     return store
