@@ -71,8 +71,7 @@ BRIDGES = {  # --bridge; a new row here is a new bridge
 PARTS = ("prompt", "instruct", "chosen", "rejected")
 
 
-@dataclass
-class Example:
+class Example(NamedTuple):
     """The token ids of one pair, within the limits."""
 
     prompt: np.ndarray
@@ -125,8 +124,7 @@ class Examples:
         return cls(ids, sizes.cumsum() - sizes, lengths, closed, [e.where for e in examples])
 
 
-@dataclass
-class Limits:
+class Limits(NamedTuple):
     """What is cut, and whether the end token of an answer is scored."""
 
     max_len: int  # tokens of any single path
@@ -183,10 +181,9 @@ class Dataset:
         end = self.template.end_ids
         if set(self.template.encode([sep])[0]) & set(end):
             raise UserError(f"--sep {sep!r} holds the token that ends generation; choose another")
-        before, after, self.ended = BRIDGES[self.recipe.bridge]
+        *texts, self.ended = BRIDGES[self.recipe.bridge]
         known = {"sep": sep, "turn": self.template.turn(self.instruction)}
-        texts = [before.format(**known), after.format(**known)]
-        self.before, self.after = self.template.encode(texts)
+        self.before, self.after = self.template.encode(text.format(**known) for text in texts)
         bridge = len(self.before) + len(self.after) + len(end)  # a cut context may need its end
         self.bridge_len = bridge if self.in_context else 0
 

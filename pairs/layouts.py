@@ -14,7 +14,6 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -28,8 +27,7 @@ HH = "\n\nHuman:"  # opens a transcript of Anthropic's hh-rlhf
 BROKEN = re.compile(f"[\0\ud800-\udfff{SHIELD}]")
 
 
-@dataclass
-class Pair:
+class Pair(NamedTuple):
     """A prompt and two answers to it, of which `chosen` is preferred."""
 
     prompt: list  # messages up to the answer
@@ -264,10 +262,8 @@ def recognise(record, where, need_rejected=True):
     for layout in LAYOUTS:
         if all(c in record for c in layout.columns) and (layout.pairs or not need_rejected):
             return layout
-    raise UserError(
-        f"{where}: columns {sorted(record)}; expected chosen and rejected, with or without prompt"
-        ", or another layout of docs/data.md"
-    )
+    cure = "chosen and rejected, with or without prompt, or another layout of docs/data.md"
+    raise UserError(f"{where}: columns {sorted(record)}; expected {cure}")
 
 
 def to_pair(record, where, drops, need_rejected=True):
