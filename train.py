@@ -129,7 +129,7 @@ def data_key(s, template, recipe, guard):
     choices = {name: getattr(s, name) for name in (*names, "seed")}
     decides = [recipe.paths, recipe.bridge, recipe.objective.head, recipe.objective.answers]
     choices |= {"guard": guard and guard.identity, "recipe": str(decides)}
-    return cache_key([file for source in sources for file in source.files], template, choices)
+    return cache_key([file for files, _ in sources for file in files], template, choices)
 
 
 def read_and_tokenise(s, template, recipe, guard=None, shown=False):

@@ -25,9 +25,9 @@ from pathlib import Path
 
 import jinja2
 import jinja2.ext
-import jinja2.sandbox
 import numpy as np
 import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from jobs.cli import UserError
 from jobs.files import read_json
@@ -142,11 +142,8 @@ class Template:
         def tojson(x, **options):
             return json.dumps(x, **{"ensure_ascii": False} | options)
 
-        env = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=[jinja2.ext.loopcontrols, GenerationTag],
-        )
+        tags = [jinja2.ext.loopcontrols, GenerationTag]
+        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=tags)
         env.filters["tojson"] = tojson
         env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         env.globals["raise_exception"] = raise_exception

@@ -60,10 +60,9 @@ def read_pairs(source, drops=None, limit=None, need_rejected=True, bad_rows="sto
     UserError for a missing or damaged file, and where no pair is left.
     """
     pairs, drops = [], Drops() if drops is None else drops
-    for part in parse_sources(source, revision):
+    for files, weight in parse_sources(source, revision):
         rest = sys.maxsize if limit is None else max(0, limit - len(pairs))
-        found = pairs_of(part.files, rest, drops, need_rejected, bad_rows)
-        pairs += weighted(found, part.weight, drops)
+        pairs += weighted(pairs_of(files, rest, drops, need_rejected, bad_rows), weight, drops)
     if not pairs:
         raise UserError(f"{source}: no usable pairs; dropped: {drops}")
     return pairs[:limit]

@@ -16,7 +16,6 @@ import re
 import sys
 import zlib
 from collections import Counter
-from typing import NamedTuple
 
 from jobs.cli import UserError
 from jobs.files import parse_json
@@ -28,22 +27,20 @@ DEFAULT_SPLITS = ("train_prefs", "train")
 NAMES_A_SPLIT = re.compile(r"(^|[/_-])(train|test|validation|valid|val|dev|eval)([-_./]|$)")
 
 
-class Source(NamedTuple):
-    files: list  # local paths in order
-    weight: float = 1.0  # copies of each pair
-
-
 def parse_sources(text, revision=None):
-    """The value of --data -> list of Source. revision: branch, tag or commit on the hub."""
+    """The value of --data -> list of (local paths, copies of each pair).
+
+    revision: branch, tag or commit on the hub.
+    """
     if os.path.exists(text):  # a file name may hold a comma or an @
-        return [Source(data_files(text))]
+        return [(data_files(text), 1.0)]
     sources = []
     for part in text.split(","):
         name, at, weight = part.rpartition("@")
         if not at or os.path.exists(part):
-            sources.append(Source(data_files(part, revision)))
+            sources.append((data_files(part, revision), 1.0))
         elif re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight) and float(weight) > 0:
-            sources.append(Source(data_files(name, revision), float(weight)))
+            sources.append((data_files(name, revision), float(weight)))
         else:
             raise UserError(f"--data {part}: the weight behind @ must be a number above 0")
     return sources

@@ -102,7 +102,7 @@ def test_a_weight_that_is_none_is_told(weight, tmp_path):
 
 def test_a_file_name_may_hold_commas_and_at_signs(tmp_path):
     file = write_rows(tmp_path, [GOOD], "a,b@2.jsonl")
-    assert [s.files for s in parse_sources(file)] == [[file]]
+    assert [files for files, _ in parse_sources(file)] == [[file]]
     assert len(read_pairs(file, Drops())) == 1
 
 
@@ -188,8 +188,8 @@ def test_a_dataset_whose_files_name_no_split_is_read_whole(monkeypatch, tmp_path
     files = ["README.md", "flan.jsonl", "evol_instruct.jsonl", ".gitattributes"]
     monkeypatch.setattr(hub.HfApi, "list_repo_files", lambda *_, **__: files)
     monkeypatch.setattr(hub, "hf_hub_download", lambda name, file, **_: f"/cache/{file}")
-    (source,) = parse_sources("openbmb/UltraFeedback")
-    assert source.files == ["/cache/evol_instruct.jsonl", "/cache/flan.jsonl"]
+    ((found, _),) = parse_sources("openbmb/UltraFeedback")
+    assert found == ["/cache/evol_instruct.jsonl", "/cache/flan.jsonl"]
 
 
 # ----------------------------------------------------------------------------- records
