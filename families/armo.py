@@ -10,6 +10,8 @@ run, and is what GatedHead computes:
 Legend: T row tokens, S scored tokens, D width, O objectives.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -26,24 +28,20 @@ class GatedHead(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        gate, widths = c.own, [c.width] + [c.own["hidden"]] * c.own["layers"]
-        self.temperature = gate["temperature"]
-        self.regression = nn.Linear(c.width, gate["objectives"], bias=False)
-        self.transform = nn.Parameter(torch.eye(gate["objectives"]))
+        objectives, self.temperature, hidden, layers = c.own["gate"]
+        self.regression = nn.Linear(c.width, objectives, bias=False)
+        self.transform = nn.Parameter(torch.eye(objectives))
         self.logit_scale = nn.Parameter(torch.ones(1))
-        sizes = zip(widths, [*widths[1:], gate["objectives"]], strict=True)
+        sizes = pairwise([c.width, *[hidden] * layers, objectives])
         self.gate = nn.ModuleList(nn.Linear(a, b) for a, b in sizes)
 
     def forward(self, x, row):
-        ends = [prompt_end(row, source) for source in row.source.tolist()]
         rewards = F.linear(x[row.source].float(), self.regression.weight.float())  # (S, O)
-        return (self.weights(x[ends].float()) * (rewards @ self.transform.float())).sum(-1)
-
-    def weights(self, x):
-        """(S, D) states at the end of the prompt -> (S, O) weights of the objectives."""
+        x = x[[prompt_end(row, source) for source in row.source.tolist()]].float()  # (S, D)
         for i, layer in enumerate(self.gate):
             x = F.linear(F.relu(x) if i else x, layer.weight.float(), layer.bias.float())
-        return (x / self.temperature).softmax(-1) * self.logit_scale.float()
+        weights = (x / self.temperature).softmax(-1) * self.logit_scale.float()  # (S, O)
+        return (weights * (rewards @ self.transform.float())).sum(-1)
 
 
 def prompt_end(row, source):
@@ -55,21 +53,15 @@ def prompt_end(row, source):
         found = (windows == windows.new_tensor(PROMPT_END)).all(-1).nonzero()
         if len(found):
             return int(path[found[-1]])
-    raise UserError(
-        "ArmoRM finds no assistant's header of Llama 3 in a prompt; its directory needs the "
-        "Llama 3 tokenizer and chat template"
-    )
+    cure = "its directory needs the Llama 3 tokenizer and chat template"
+    raise UserError(f"ArmoRM finds no assistant's header of Llama 3 in a prompt; {cure}")
 
 
 def read_armo(raw):
     raw.get("auto_map")  # the code on the hub
-    gate = {
-        "objectives": raw.get("num_objectives", 19),
-        "temperature": raw.get("gating_temperature", 10),
-        "hidden": raw.get("gating_hidden_dim", 1024),
-        "layers": raw.get("gating_n_hidden", 3),
-    }
-    return read_llama(raw) | {"head": "reward", "own": gate}
+    gate = [raw.get("num_objectives", 19), raw.get("gating_temperature", 10)]
+    gate += [raw.get("gating_hidden_dim", 1024), raw.get("gating_n_hidden", 3)]
+    return read_llama(raw) | {"head": "reward", "own": {"gate": gate}}
 
 
 ARMO_NAMES = LLAMA_NAMES | {

@@ -7,10 +7,8 @@ from torch import nn
 
 from model import FAMILIES, MLP, Attention, Block, Family, biases
 
-ACTIVATIONS = {"gelu": F.gelu}  # by the names that configs have for them
-ACTIVATIONS |= dict.fromkeys(
-    ("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), partial(F.gelu, approximate="tanh")
-)
+TANH = partial(F.gelu, approximate="tanh")  # configs have three names for it
+ACTIVATIONS = {"gelu": F.gelu, "gelu_new": TANH, "gelu_fast": TANH, "gelu_pytorch_tanh": TANH}
 
 
 class NeoXAttention(Attention):
@@ -56,13 +54,12 @@ class NeoXBlock(Block):
 
 def read_neox(raw):
     """Its rotary settings and norms have names of their own."""
-    act = raw.one_of("hidden_act", *ACTIVATIONS)
     parallel = bool(raw.get("use_parallel_residual", True))
     return biases(raw, True) | {
         "rope": raw.rope("rotary_emb_base", raw.get("rotary_pct", 0.25)),
         "eps": raw.get("layer_norm_eps", 1e-5),
         "head_width": raw.need("hidden_size") // raw.need("num_attention_heads"),
-        "own": {"act": act, "parallel": parallel},
+        "own": {"act": raw.one_of("hidden_act", *ACTIVATIONS), "parallel": parallel},
     }
 
 

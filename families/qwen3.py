@@ -21,7 +21,5 @@ def read_qwen3(raw):
     return read_qwen(raw) | biases(raw) | {"head_width": raw.get("head_dim") or 128}
 
 
-QWEN3_NAMES = LLAMA_NAMES | {
-    f"blocks.#.attn.{p}_norm": f"model.layers.#.self_attn.{p}_norm" for p in "qk"
-}
-FAMILIES["qwen3"] = Family("Qwen3", read_qwen3, QWEN3_NAMES, Qwen3Block)
+OWN_NAMES = {f"blocks.#.attn.{p}_norm": f"model.layers.#.self_attn.{p}_norm" for p in "qk"}
+FAMILIES["qwen3"] = Family("Qwen3", read_qwen3, LLAMA_NAMES | OWN_NAMES, Qwen3Block)

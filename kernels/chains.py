@@ -56,13 +56,10 @@ class Chains:
         keys, values = k.split(self.sizes, 2), v.split(self.sizes, 2)
         out = []
         for x, (path, mask) in zip(queries, self.pieces, strict=True):
-            seen = (_joined([y[part] for part in path]) for y in (keys, values))
+            seen = ([y[part] for part in path] for y in (keys, values))
+            seen = (torch.cat(parts, 2) if len(parts) > 1 else parts[0] for parts in seen)
             out.append(fast_attention(x, *seen, mask, self.scale, self.cap))
         return torch.cat([*out, padding], 2)  # what padding gets reaches nobody
-
-
-def _joined(parts):
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 def fast_attention(q, k, v, mask, scale=None, cap=None):
@@ -73,9 +70,8 @@ def fast_attention(q, k, v, mask, scale=None, cap=None):
         return masked_attention(q, k, v, mask, scale, cap)
     if q.is_cuda:  # there, with fewer key heads only the kernel that keeps all scores would run
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
 
 
 def _pieces(row, window, kinds):
@@ -93,8 +89,8 @@ def _pieces(row, window, kinds):
     until, n, pieces = row.until.tolist(), len(chains), []
     for i, (first, _) in enumerate(chains):
         if len(queries := parts[i - n]):  # the last n are of the asking tokens
-            path = [j for j in range(i + 1) if until[chains[j][0]] > first]  # it lies below these
-            path = [j + n * kind for kind in range(len(kinds)) for j in path]
+            above = [j for j in range(i + 1) if until[chains[j][0]] > first]  # and itself
+            path = [j + n * kind for kind in range(len(kinds)) for j in above]
             path = [j for j in path if len(parts[j])]
             keys = torch.cat([parts[j] for j in path])
             pieces.append((path, sees(queries[:, None], keys, row.until, row.positions, window)))
