@@ -57,11 +57,6 @@ class Config:
     logit_cap: float | None = None  # soft cap of the logits
     own: dict = field(default_factory=dict)  # what only the family's own file reads
 
-    @classmethod
-    def from_hf(cls, raw, where="config.json"):
-        """config.json, as a dict -> Config; UserError names what is not supported."""
-        return cls(**read_values(ConfigFields(raw, where)))
-
 
 # ----------------------------------------------------------------------------- rotary positions
 
@@ -176,10 +171,8 @@ class Attention(nn.Module):
 
     def project(self, x):
         """(B, T, D) -> q, k, v, each (B, H or K, T, C)."""
-        return (
-            proj(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
-            for proj in (self.q, self.k, self.v)
-        )
+        heads = [proj(x).unflatten(-1, (-1, self.head_width)) for proj in (self.q, self.k, self.v)]
+        return [y.transpose(1, 2) for y in heads]
 
     def forward(self, x, cos, sin, rule):
         q, k, v = self.project(x)
@@ -391,9 +384,9 @@ LLAMA_NAMES = {
 }
 
 
-def read_swiglu(raw):
-    """What Llama, Mistral and Qwen share."""
-    raw.one_of("hidden_act", "silu")
+def read_gated(raw, field="hidden_act", act="silu"):
+    """What Llama, Mistral, Qwen and Gemma share; field: where the MLP's activation is named."""
+    raw.one_of(field, act)
     return {"rope": raw.rope(), "eps": raw.need("rms_norm_eps")}
 
 
@@ -413,22 +406,22 @@ def layer_windows(raw, slides):
     return tuple(known[k] if k in known else raw.refuse("layer_types", k) for k in kinds)
 
 
-def read_llama(raw):
+def read_llama(raw, *activation):
     """Llama 2, 3, 3.1, 3.2."""
-    return read_swiglu(raw) | biases(raw)
+    return read_gated(raw, *activation) | biases(raw)
 
 
 def read_mistral(raw):
     """v0.1 slides over 4,096 tokens, which is also the default; v0.2 and later carry null."""
     window = raw.get("sliding_window", 4096)
-    return read_swiglu(raw) | {"windows": (window,) * raw.need("num_hidden_layers")}
+    return read_gated(raw) | {"windows": (window,) * raw.need("num_hidden_layers")}
 
 
 def read_qwen(raw):
     """Windows only with use_sliding_window, and then by layer_types or from max_window_layers."""
     first = raw.get("max_window_layers", 28)
     windows = layer_windows(raw, lambda layer: layer >= first)
-    return read_swiglu(raw) | ({"windows": windows} if raw.get("use_sliding_window") else {})
+    return read_gated(raw) | ({"windows": windows} if raw.get("use_sliding_window") else {})
 
 
 FAMILIES = {  # a file of families/ adds its own when it is imported
@@ -448,8 +441,9 @@ def family_of(name):
     return FAMILIES.get(name)
 
 
-def read_values(raw):
-    """ConfigFields -> the values of a Config."""
+def config_of(raw, where="config.json"):
+    """config.json, as a dict -> Config; UserError names what is not supported."""
+    raw = ConfigFields(raw, where)  # notes what is read
     try:
         kind, classes = raw.get("model_type"), raw.get("architectures") or [None]
         name = BY_CLASS.get(classes[0], kind)
@@ -474,9 +468,9 @@ def read_values(raw):
         if family.stem:
             values["head"] = read_head(raw, classes[0] or f"{family.stem}ForCausalLM")
     except (TypeError, ValueError) as error:  # text or a list where a number is expected, …
-        raise UserError(f"{raw.where}: a field is of the wrong kind: {error}") from error
+        raise UserError(f"{where}: a field is of the wrong kind: {error}") from error
     raw.refuse_rest()
-    return values
+    return Config(**values)
 
 
 def read_head(raw, name):
@@ -506,7 +500,7 @@ def read_config(directory):
     if not file.exists():
         raise UserError(f"{directory}: no config.json; not a Hugging Face model directory")
     raw = parse_json(file.read_text(encoding="utf-8"), str(file))
-    return raw, Config.from_hf(raw, str(file))
+    return raw, config_of(raw, str(file))
 
 
 def load(directory, dtype=torch.float32, device="cpu", head=None, flag="--model"):
@@ -556,17 +550,14 @@ def load_weights(model, directory, local=lambda parameter: (parameter, slice(Non
     if c.tied and head in weights:  # some checkpoints have it twice
         tensor, rows = local(model.embed.weight)
         if not torch.equal(tensor, weights.read(head, (c.vocab, c.width), rows).to(tensor)):
-            raise UserError(
-                f"{directory}: {head} differs from the embedding, but config.json says "
-                "tie_word_embeddings; set it to false there"
-            )
+            cure = "but config.json says tie_word_embeddings; set it to false there"
+            raise UserError(f"{directory}: {head} differs from the embedding, {cure}")
 
 
 def export(directory, config, tensors, source, dtype, template=None, **options):
     """Writes a HF directory that transformers and vLLM load; tensors: (our name, full tensor)."""
-    fields, stem = {}, family_of(config.family).stem
-    if stem:
-        fields["architectures"] = [stem + HEADS[config.head]]
+    stem = family_of(config.family).stem
+    fields = {"architectures": [stem + HEADS[config.head]]} if stem else {}
     if config.head == "reward":
         fields |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     named = ((hf_name(config.family, name), tensor) for name, tensor in tensors)

@@ -40,7 +40,7 @@ from data import build_row
 from evals.plan import HEADROOM, per_gpu
 from evals.plan import measure as sizes_of
 from jobs.cli import UserError, flag, parse, run
-from model import Config, load
+from model import config_of, load
 from train import TrainFlags
 
 AXES = ("pairs", "row_tokens", "width", "vocab", "processes")
@@ -92,7 +92,7 @@ def fitting(s, raw):
     """As many blocks, at most all, as evals/plan.py says fit this GPU beside the longest row."""
     room = HEADROOM * torch.cuda.get_device_properties(0).total_memory
     for n in range(raw["num_hidden_layers"], 0, -1):
-        config = Config.from_hf(raw | {"num_hidden_layers": n})
+        config = config_of(raw | {"num_hidden_layers": n})
         sizes = sizes_of(config, max(whole_numbers(s.row_tokens)))
         row = sizes["recomputed" if s.checkpoint_activations else "activations"]
         if sum(per_gpu(sizes, 1).values()) + row <= room:
@@ -124,7 +124,7 @@ def measure(s, point, scratch):
     rates = {}
     if s.utilisation:
         size = (point["row_tokens"], DTYPES[s.dtype], s.device)
-        rates = measuring.ceilings(Flops(Config.from_hf(raw)).shapes, *size, repeat=3)
+        rates = measuring.ceilings(Flops(config_of(raw)).shapes, *size, repeat=3)
         if s.device == "cuda":
             torch.cuda.empty_cache()  # the process that trains wants it
     found = measuring.fresh("training.measure", point["processes"], **flags)

@@ -22,7 +22,7 @@ from bench.measuring import DTYPES, ROOT
 from hub.template import Template
 from jobs.cli import UserError, flag
 from jobs.files import write_json
-from model import Config, Transformer, export
+from model import Transformer, config_of, export
 
 # ----------------------------------------------------------------------------- models of noise
 
@@ -69,7 +69,7 @@ def write_noise(directory, raw, shard_bytes=10**9):
     with tempfile.TemporaryDirectory() as source:
         tiny.write_tokenizer(Path(source))
         write_json(Path(source) / "config.json", raw)
-        config = Config.from_hf(raw)
+        config = config_of(raw)
         options = {"dtype": torch.bfloat16, "shard_bytes": shard_bytes}
         export(directory, config, noise(config), source, **options)
     return Path(directory)

@@ -37,7 +37,7 @@ from bench.measuring import DTYPES, Flops, median, percent, table, times
 from data import Dataset, Limits
 from hub.template import Template
 from jobs.cli import flag, parse, run
-from model import Config, read_config
+from model import config_of, read_config
 from pairs.read import Drops, read_pairs
 
 
@@ -133,7 +133,7 @@ def work(s, model, data, flags):
         return sum(sum(map(len, dataset.path(i, path)[0])) for i in every for path in paths)
 
     tokens, reference = (sum(dataset.size(i, paths) for i in every) for paths in trained)
-    flops = Flops(Config.from_hf(published("llama-3-8b"))).of_pairs(dataset, every, recipe)
+    flops = Flops(config_of(published("llama-3-8b"))).of_pairs(dataset, every, recipe)
     return {
         "tokens": tokens / len(every),
         "reference_tokens": reference / len(every),

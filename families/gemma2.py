@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import FAMILIES, LLAMA_NAMES, MLP, Block, Family, RMSNorm, biases, layer_windows
+from model import FAMILIES, LLAMA_NAMES, MLP, Block, Family, RMSNorm, layer_windows, read_llama
 
 
 class Gemma2Norm(RMSNorm):
@@ -45,10 +45,7 @@ class Gemma2Block(Block):
 def read_gemma2(raw):
     """The first layer slides; caps, scale and head width have defaults of their own."""
     raw.get("hidden_act")  # an older spelling, which nobody reads
-    raw.one_of("hidden_activation", "gelu_pytorch_tanh")
-    return biases(raw) | {
-        "rope": raw.rope(),
-        "eps": raw.need("rms_norm_eps"),
+    return read_llama(raw, "hidden_activation", "gelu_pytorch_tanh") | {
         "head_width": raw.get("head_dim", 256),
         "windows": layer_windows(raw, lambda layer: layer % 2 == 0),
         "scale": raw.get("query_pre_attn_scalar", 256) ** -0.5,

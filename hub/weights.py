@@ -18,8 +18,6 @@ from safetensors.torch import save_file
 from jobs.cli import UserError
 from jobs.files import parse_json, read_json, write_json
 
-# ----------------------------------------------------------------------------- where it is
-
 
 def pinned(s):
     """Settings in which --revision R with --model ID has become --model ID@R, the hub's notation.
@@ -49,24 +47,16 @@ def resolve(source, flag="--model"):
 
     try:
         name, revision = found.groups()
-        patterns = ["*.safetensors", "*.json", "*.jinja"]
-        options = {"allow_patterns": patterns, "revision": revision}
-        return Path(huggingface_hub.snapshot_download(name, **options))
+        wanted = {"allow_patterns": ["*.safetensors", "*.json", "*.jinja"], "revision": revision}
+        return Path(huggingface_hub.snapshot_download(name, **wanted))
     except Exception as error:  # the hub client raises some twenty kinds; all mean: not reachable
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{flag} {source}: no such directory, and the hub did not serve it: {reason}"
-        ) from error
-
-
-# ----------------------------------------------------------------------------- config.json
+        fault = f"no such directory, and the hub did not serve it: {reason}"
+        raise UserError(f"{flag} {source}: {fault}") from error
 
 
 class ConfigFields:
-    """A config.json that remembers what was read of it, so that nothing is passed over in silence.
-
-    raw: the parsed file; where: its name, for error messages.
-    """
+    """A config.json that notes what was read of it, so that nothing is passed over in silence."""
 
     # fields that change no logits of ours: bookkeeping, initialisation, dropout, generation
     HARMLESS = re.compile(
@@ -115,8 +105,7 @@ class ConfigFields:
         new, old = self.get("rope_parameters"), self.get("rope_scaling")
         rope = {"rope_theta": self.get(theta, 10000.0), "partial_rotary_factor": share}
         rope |= new or old or {}
-        kind = rope.pop("type", "default")  # the older name of rope_type
-        kind = rope.setdefault("rope_type", kind)
+        kind = rope.setdefault("rope_type", rope.pop("type", "default"))  # type: its older name
         if kind not in self.ROPE:
             self.refuse("rope_type", kind)
         if missing := [name for name in self.ROPE[kind] if name not in rope]:
@@ -137,23 +126,25 @@ class ConfigFields:
                 self.refuse(name, value, cure)
 
 
-# ----------------------------------------------------------------------------- weights in
-
-
 class Weights:
     """The safetensors files of a directory, read tensor by tensor or by slices of their rows."""
 
     FLOATS = ("F64", "F32", "F16", "BF16")  # what a weight may be stored as
+    PICKLE = "is a pickle, which can run code when it is loaded. If you trust it: "
+    PICKLE += "transformers' from_pretrained, then save_pretrained"
 
     def __init__(self, directory):
-        self.directory = Path(directory)
-        index = self.directory / "model.safetensors.index.json"
+        self.directory = directory = Path(directory)
+        index = directory / "model.safetensors.index.json"
         where = _weight_map(index) if index.exists() else {}
         names = sorted(set(where.values())) or ["model.safetensors"]
-        self.files, self._open = [self.directory / name for name in names], {}
+        self.files, self._open = [directory / name for name in names], {}
         for file in self.files:
             if not file.exists():
-                raise UserError(f"{self.directory}: no {file.name}; {_no_weights(self.directory)}")
+                cure = "weights must be safetensors files"
+                if pickles := sorted([*directory.glob("*.bin"), *directory.glob("*.pt*")]):
+                    cure += f", and {pickles[0].name} {self.PICKLE}"
+                raise UserError(f"{directory}: no {file.name}; {cure}")
             try:
                 opened = safe_open(file, framework="pt")
             except SafetensorError as error:
@@ -188,10 +179,9 @@ class Weights:
         """UserError for tensors that are not used, as of another architecture."""
         rest = sorted(n for n in self._open.keys() - set(used) if not self.BUFFERS.fullmatch(n))
         if rest:
-            raise UserError(
-                f"{self.directory}: {len(rest)} tensors too many for its config.json, {rest[0]} "
-                "for one; is it of another architecture, or an adapter?"
-            )
+            fault = f"{len(rest)} tensors too many for its config.json, {rest[0]} for one"
+            cure = "is it of another architecture, or an adapter?"
+            raise UserError(f"{self.directory}: {fault}; {cure}")
 
     def digest(self):
         """sha256 over the content of all files."""
@@ -214,27 +204,12 @@ def _weight_map(index):
     return where
 
 
-def _no_weights(directory):
-    """What to do about a directory without its safetensors files."""
-    if not (pickles := sorted([*directory.glob("*.bin"), *directory.glob("*.pt*")])):
-        return "weights must be safetensors files"
-    return (
-        f"weights must be safetensors files, and {pickles[0].name} is a pickle, which can run code "
-        "when it is loaded. If you trust it: transformers' from_pretrained, then save_pretrained"
-    )
-
-
-# ----------------------------------------------------------------------------- and out
-
 # what travels with the weights, unchanged
-SIDE_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
-SIDE_FILES += ["special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"]
-SIDE_FILES += ["generation_config.json"]
+SIDE_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "added_tokens.json"]
+SIDE_FILES += ["special_tokens_map.json", "vocab.json", "merges.txt", "generation_config.json"]
 
 
-def write_directory(
-    directory, source, tensors, dtype, template=None, fields=(), shard_bytes=5 * 10**9
-):
+def write_directory(directory, source, tensors, dtype, template=None, fields=(), shard_bytes=5e9):
     """Writes a HF directory.
 
     source: the HF directory it came from, whose config.json, tokenizer and generation files are

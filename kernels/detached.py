@@ -20,7 +20,10 @@ def states(model, row):
     """(S, D) residual stream at row.source, whose gradient takes contexts as constants."""
     if not torch.is_grad_enabled():
         return scored_states(model, row)
-    predicts, context, needed = split(row)
+    predicts = torch.zeros_like(row.tokens, dtype=torch.bool)
+    predicts[row.source if len(row.source) else 0] = True  # an empty row must reach all weights
+    context = ~predicts & _above(predicts, row.until)  # what these see besides
+    needed = context | _above(context, row.until)  # all that the context itself sees
     with torch.no_grad():
         rules = chains.attend(row, model.config, needed)
         recorded = [Recording(rule, context[needed]) for rule in rules]
@@ -29,15 +32,6 @@ def states(model, row):
     rules = [Behind(rule, kept) for rule, kept in zip(rules, recorded, strict=True)]
     x = model.hidden(row.tokens[None, predicts], row.positions[None, predicts], rules)[0]
     return x[(predicts.cumsum(0) - 1)[row.source]]  # where each source lies among `predicts`
-
-
-def split(row):
-    """(T,) bools: tokens that predict a scored one; tokens that are only context to these; and all
-    that the context itself sees. Tokens that nothing scored depends on are in none of them."""
-    predicts = torch.zeros_like(row.tokens, dtype=torch.bool)
-    predicts[row.source if len(row.source) else 0] = True  # an empty row must reach all weights
-    context = ~predicts & _above(predicts, row.until)
-    return predicts, context, context | _above(context, row.until)
 
 
 def _above(flags, until):
@@ -68,5 +62,5 @@ class Behind:
 
     @torch.compiler.disable
     def __call__(self, q, k, v):
-        keys, values = ((self.recorded.keys, k), (self.recorded.values, v))
-        return self.rule(q, torch.cat(keys, 2), torch.cat(values, 2))
+        k, v = torch.cat([self.recorded.keys, k], 2), torch.cat([self.recorded.values, v], 2)
+        return self.rule(q, k, v)

@@ -13,7 +13,7 @@ import model as model_file
 from conftest import write_model
 from data import build_row, lay_out
 from jobs.cli import UserError
-from model import Config, ScoredLogps, hf_name, load
+from model import ScoredLogps, config_of, hf_name, load
 
 
 def new_spelling(config):
@@ -93,7 +93,7 @@ UNSUPPORTED = [
 @pytest.mark.parametrize("changes, named", UNSUPPORTED)
 def test_what_is_not_supported_is_named_in_one_line(changes, named, tmp_path):
     with pytest.raises(UserError, match=named) as caught:
-        Config.from_hf(tiny.LLAMA | changes, str(tmp_path / "config.json"))
+        config_of(tiny.LLAMA | changes, str(tmp_path / "config.json"))
     assert "config.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -101,7 +101,7 @@ def test_what_is_not_supported_is_named_in_one_line(changes, named, tmp_path):
 def test_an_unknown_model_type_is_told_with_the_known_ones(kind):
     """A name that is a path is never imported."""
     with pytest.raises(UserError, match="is not supported") as caught:
-        Config.from_hf(tiny.LLAMA | {"model_type": kind})
+        config_of(tiny.LLAMA | {"model_type": kind})
     known = "gemma2, gpt_neox, gpt_neox_reward_model, llama, mistral, qwen2, qwen3"
     assert str(caught.value).endswith(f"model_type {kind!r} is not supported (known: {known})")
 

@@ -10,7 +10,7 @@ import torch
 
 from evals import plan
 from jobs.cli import UserError
-from model import Config, Transformer, read_config
+from model import Transformer, config_of, read_config
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ROOT / "bench" / "shapes"
@@ -35,7 +35,7 @@ def test_every_shape_has_its_published_number_of_parameters():
 
 @pytest.mark.parametrize("name", ["Llama 3", "Qwen3", "Gemma 2", "Pythia"])
 def test_activations_on_meta_are_those_of_real_tensors(name):
-    config = Config.from_hf(parity.CONFIGS[name])
+    config = config_of(parity.CONFIGS[name])
     block = Transformer(config).blocks[0]
     real = plan.saved_bytes(block, config, 50, torch.float32, "cpu")
     sizes = plan.measure(config, 50, torch.float32)
@@ -54,7 +54,7 @@ def test_activations_of_a_linear_layer_by_hand():
         def body(self, x, cos, sin, attend):
             return self.linear(x).relu()
 
-    config = Config.from_hf(parity.CONFIGS["Llama 3"] | {"hidden_size": 3, "head_dim": 2})
+    config = config_of(parity.CONFIGS["Llama 3"] | {"hidden_size": 3, "head_dim": 2})
     assert plan.saved_bytes(Toy(), config, 5, torch.float32, "cpu") == 4 * (15 + 10)
 
 

@@ -18,7 +18,7 @@ from families import armo as armo_file
 from hub.template import Template
 from jobs.cli import UserError
 from jobs.files import write_json
-from model import Config, Transformer, hf_name, load, load_weights, read_config
+from model import Transformer, config_of, hf_name, load, load_weights, read_config
 
 END = list(armo_file.PROMPT_END)
 ARMO = tiny.LLAMA | {
@@ -177,7 +177,7 @@ def test_an_exported_reward_model_loads_in_transformers(name, tmp_path):
     """As --loss reward makes it: a language model's body under a new head, trained here."""
     pytest.importorskip("transformers")
     source = write_model(tmp_path / "lm", parity.CONFIGS[name] | {"dtype": "float32"})
-    model = Transformer(Config.from_hf(parity.as_reward(parity.CONFIGS[name])))
+    model = Transformer(config_of(parity.as_reward(parity.CONFIGS[name])))
     load_weights(model, source)
     assert not model.score.weight.any()
     torch.nn.init.normal_(model.score.weight)

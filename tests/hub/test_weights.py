@@ -15,7 +15,7 @@ from data import build_row, lay_out
 from hub import weights
 from jobs.cli import UserError
 from jobs.files import write_json
-from model import Config, Transformer, load, load_weights, read_config
+from model import Transformer, config_of, load, load_weights, read_config
 
 FP32 = tiny.LLAMA | {"dtype": "float32"}
 
@@ -36,7 +36,7 @@ def tensors_of(directory):
 def as_reward_model(directory):
     """The language model in `directory` with a random scalar head on top, unsaved."""
     raw, _ = read_config(directory)
-    model = Transformer(Config.from_hf(raw | {"architectures": ["LlamaForSequenceClassification"]}))
+    model = Transformer(config_of(raw | {"architectures": ["LlamaForSequenceClassification"]}))
     load_weights(model, directory)
     assert not model.score.weight.any(), "a new head starts at reward 0"
     torch.nn.init.normal_(model.score.weight)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from model import Config, Transformer, hf_name
+from model import Transformer, config_of, hf_name
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
@@ -83,7 +83,7 @@ def build(directory, config=LLAMA, seed=0, template=CHATML):
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
     torch.manual_seed(seed)
-    model = Transformer(Config.from_hf(config))
+    model = Transformer(config_of(config))
     names = {n: hf_name(model.config.family, n) for n, _ in model.named_parameters()}
     weights = {names[n]: p.detach().contiguous() for n, p in model.named_parameters()}
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
