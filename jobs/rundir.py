@@ -143,8 +143,8 @@ class Metrics:
         if self.active:
             with open(self.file, "a", encoding="utf-8") as f:
                 f.write(json.dumps(metrics) + "\n")
-            for logger in self.loggers:
-                logger.write(metrics)
+            for write, _ in self.loggers:
+                write(metrics)
 
     def flush(self):
         """To disk, before a checkpoint claims that these steps are done."""
@@ -154,8 +154,8 @@ class Metrics:
 
     def close(self):
         self.plot()
-        for logger in self.loggers:
-            logger.close()
+        for _, close in self.loggers:
+            close()
 
     def plot(self):
         """Loss, accuracy and margin over steps (InSPO Figure 2). A picture never ends a run."""
@@ -209,49 +209,38 @@ def draw(runs, file):
     figure.savefig(file, dpi=120)
 
 
-class TensorBoard:
-    """--log tensorboard: event files in OUT/tensorboard."""
+def tensorboard(s, step):
+    """--log tensorboard: event files in OUT/tensorboard -> (write, close)."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--log tensorboard: pip install tensorboard") from error
+    writer = SummaryWriter(Path(s.out) / "tensorboard", purge_step=step + 1)
 
-    def __init__(self, s, step):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError("--log tensorboard: pip install tensorboard") from error
-        self.writer = SummaryWriter(Path(s.out) / "tensorboard", purge_step=step + 1)
+    def write(metrics):
+        for name in metrics.keys() - {"step"}:
+            writer.add_scalar(name, metrics[name], metrics.get("step", 0))
 
-    def write(self, metrics):
-        for name, value in metrics.items():
-            if name != "step":
-                self.writer.add_scalar(name, value, metrics.get("step", 0))
-
-    def close(self):
-        self.writer.close()
+    return write, writer.close
 
 
-class Wandb:
-    """--log wandb: one wandb run per OUT, gone on with by --resume; WANDB_* variables apply."""
-
-    def __init__(self, s, step):
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError("--log wandb: pip install wandb") from error
-        name, file = Path(s.out).resolve().name, Path(s.out) / ".run-id"
-        if not file.exists():  # it stays with the run directory, so that --resume goes on with it
-            file.write_text(os.urandom(4).hex(), encoding="utf-8")
-        where = {"project": "nanopo", "name": name, "id": file.read_text(), "dir": s.out}
-        self.run = wandb.init(**where, config=vars(s), resume="allow")
-        # wandb's own count of steps never goes back, as a run that is resumed does
-        self.run.define_metric("*", step_metric="step")
-
-    def write(self, metrics):
-        self.run.log(metrics)
-
-    def close(self):
-        self.run.finish()
+def wandb(s, step):
+    """--log wandb: one run per OUT, gone on with by --resume; WANDB_* apply -> (write, close)."""
+    try:
+        import wandb as client
+    except ImportError as error:
+        raise UserError("--log wandb: pip install wandb") from error
+    name, file = Path(s.out).resolve().name, Path(s.out) / ".run-id"
+    if not file.exists():  # it stays with the run directory, so that --resume goes on with it
+        file.write_text(os.urandom(4).hex(), encoding="utf-8")
+    where = {"project": "nanopo", "name": name, "id": file.read_text(), "dir": s.out}
+    run = client.init(**where, config=vars(s), resume="allow")
+    # wandb's own count of steps never goes back, as a run that is resumed does
+    run.define_metric("*", step_metric="step")
+    return run.log, run.finish
 
 
-LOGGERS = {"tensorboard": TensorBoard, "wandb": Wandb}
+LOGGERS = {"tensorboard": tensorboard, "wandb": wandb}
 
 
 def logger_names(log):
