@@ -400,8 +400,7 @@ def layer_windows(raw, slides):
     """Windows of all layers: by `layer_types` if it is there, else where slides(layer) says so."""
     window, kinds = raw.get("sliding_window", 4096), raw.get("layer_types")
     if kinds is None:
-        layers = range(raw.need("num_hidden_layers"))
-        return tuple(window if slides(layer) else None for layer in layers)
+        return tuple(window if slides(i) else None for i in range(raw.need("num_hidden_layers")))
     known = {"sliding_attention": window, "full_attention": None}
     return tuple(known[k] if k in known else raw.refuse("layer_types", k) for k in kinds)
 
@@ -540,7 +539,7 @@ def load_weights(model, directory, local=lambda parameter: (parameter, slice(Non
     (_, stored), weights, c = read_config(directory), Weights(directory), model.config
     names = {name: hf_name(c.family, name) for name, _ in model.named_parameters()}
     head = hf_name(c.family, "head.weight")  # may be in the files, and not be used
-    weights.refuse_rest({*names.values(), *([head] if c.tied or c.head == "reward" else [])})
+    weights.refuse_rest({*names.values(), head})
     for name, parameter in model.named_parameters():
         tensor, rows = local(parameter)
         if name == "score.weight" and stored.head != "reward":

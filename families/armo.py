@@ -46,13 +46,11 @@ class GatedHead(nn.Module):
 
 def prompt_end(row, source):
     """Row index at which the last PROMPT_END on the path to `source` begins."""
-    index = torch.arange(source + 1, device=row.tokens.device)
-    path = index[row.until[: source + 1] > source]  # the ancestors of `source`, and itself
-    if len(path) >= len(PROMPT_END):
-        windows = row.tokens[path].unfold(0, len(PROMPT_END), 1)
-        found = (windows == windows.new_tensor(PROMPT_END)).all(-1).nonzero()
-        if len(found):
-            return int(path[found[-1]])
+    path = (row.until[: source + 1] > source).nonzero()[:, 0]  # its ancestors, and itself
+    tokens = tuple(row.tokens[path].tolist())
+    for start in reversed(range(len(tokens))):
+        if tokens[start : start + len(PROMPT_END)] == PROMPT_END:
+            return int(path[start])
     cure = "its directory needs the Llama 3 tokenizer and chat template"
     raise UserError(f"ArmoRM finds no assistant's header of Llama 3 in a prompt; {cure}")
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from jobs.cli import UserError
-from jobs.files import parse_json, read_json, write_json
+from jobs.files import checksum, parse_json, read_json, write_json
 
 
 def pinned(s):
@@ -130,6 +130,8 @@ class Weights:
     """The safetensors files of a directory, read tensor by tensor or by slices of their rows."""
 
     FLOATS = ("F64", "F32", "F16", "BF16")  # what a weight may be stored as
+    # buffers of old checkpoints, which config.json implies
+    BUFFERS = re.compile(r".*\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)")
     PICKLE = "is a pickle, which can run code when it is loaded. If you trust it: "
     PICKLE += "transformers' from_pretrained, then save_pretrained"
 
@@ -172,9 +174,6 @@ class Weights:
             raise UserError(f"{self.directory}: {name} is stored as {kinds}; use plain weights")
         return tensor[rows]
 
-    # buffers of old checkpoints, which config.json implies
-    BUFFERS = re.compile(r".*\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)")
-
     def refuse_rest(self, used):
         """UserError for tensors that are not used, as of another architecture."""
         rest = sorted(n for n in self._open.keys() - set(used) if not self.BUFFERS.fullmatch(n))
@@ -185,11 +184,8 @@ class Weights:
 
     def digest(self):
         """sha256 over the content of all files."""
-        sha = hashlib.sha256()
-        for file in self.files:
-            with open(file, "rb") as f:
-                sha.update(hashlib.file_digest(f, "sha256").digest())
-        return sha.hexdigest()
+        sums = (bytes.fromhex(checksum(file)) for file in self.files)
+        return hashlib.sha256(b"".join(sums)).hexdigest()
 
 
 def _weight_map(index):

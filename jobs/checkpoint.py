@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from jobs.cli import UserError
-from jobs.files import flush, publish, remove, write_json, written_whole
+from jobs.files import checksum, flush, publish, remove, write_json, written_whole
 from jobs.processes import local_part, rows_of_shard, shard_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per parameter
@@ -135,11 +135,6 @@ def write_flushed(tensors, file):
     save_file({n: t.contiguous() for n, t in tensors.items()}, file)
     flush(file)
     return checksum(file)
-
-
-def checksum(file):
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def saved(directory):

@@ -7,6 +7,7 @@ each its own, and the first joins them.
 
 import contextlib
 import glob
+import hashlib
 import json
 import os
 import shutil
@@ -66,6 +67,12 @@ def remove(path):
         shutil.rmtree(path, ignore_errors=True)
     else:
         Path(path).unlink(missing_ok=True)
+
+
+def checksum(file):
+    """sha256 of a file's content."""
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def replace(file, chunks):

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from jobs.files import publish, remove
+from jobs.files import checksum, publish, remove
 
 
 def cache_folder(kind):
@@ -33,16 +33,11 @@ def cache_key(files, template, choices):
     """
     root = Path(__file__).parents[1]
     code = [root / "data.py", root / "hub/template.py", *sorted((root / "pairs").glob("*.py"))]
-    data = [(str(file), digest_of(file)) for file in files]  # rows are told by their file's name
-    rest = [digest_of(file) for file in (template.directory / "tokenizer.json", *code)]
+    data = [(str(file), checksum(file)) for file in files]  # rows are told by their file's name
+    rest = [checksum(file) for file in (template.directory / "tokenizer.json", *code)]
     decides = [data, rest, template.source, template.special, tokenizers.__version__, choices]
     text = json.dumps(decides, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def digest_of(file):
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def cached(key, make, share=lambda work: work()):
@@ -85,7 +80,7 @@ def write(place, sets, lines):
         for name, (arrays, _) in sets.items():
             for part, array in arrays.items():
                 np.save(aside / f"{name}.{part}.npy", array)
-        sums = {file.name: digest_of(file) for file in aside.iterdir()}
+        sums = {file.name: checksum(file) for file in aside.iterdir()}
         facts = {name: facts for name, (_, facts) in sets.items()}
         meta = json.dumps({"lines": lines, "sums": sums, "sets": facts})
         (aside / "meta.json").write_text(meta, encoding="utf-8")
@@ -102,7 +97,7 @@ def read(place, check=True):
     """
     try:
         meta = json.loads((place / "meta.json").read_text(encoding="utf-8"))
-        if check and any(digest_of(place / name) != s for name, s in meta["sums"].items()):
+        if check and any(checksum(place / name) != s for name, s in meta["sums"].items()):
             return None
         sets = {name: ({}, facts) for name, facts in meta["sets"].items()}
         for file in meta["sums"]:
