@@ -19,7 +19,7 @@ C head width, U slots in use, D width, V vocabulary, N candidates.
 
 import os
 import sys
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -168,6 +168,7 @@ class Sequence:
         return self.finished or len(self.answer) == sampling.max_new_tokens
 
 
+@torch.no_grad()
 def complete(model, queue, sampling, batch=16):
     """Yields the Sequences of a deque as they end; the caller may append to it meanwhile.
 
@@ -180,7 +181,12 @@ def complete(model, queue, sampling, batch=16):
             active.append(queue.popleft())
             if ids := active[-1].prompt[:-1]:  # the last token is the next step's
                 feed(model, cache, len(active) - 1, [ids], [list(range(len(ids)))])
-        tokens = next_tokens(model, cache, active, sampling)
+        # every sequence is fed its last token, and draws the next
+        last = [[(seq.answer or seq.prompt)[-1]] for seq in active]  # (B, 1)
+        places = [[len(seq.prompt) + len(seq.answer) - 1] for seq in active]  # (B, 1)
+        logits = model.to_logits(feed(model, cache, 0, last, places)[:, 0])  # (B, V)
+        uniforms = torch.tensor([seq.rng.random() for seq in active], device=logits.device)
+        tokens = draw_tokens(logits, uniforms, sampling).tolist()  # the step's one wait for a GPU
         ended = [row for row, seq in enumerate(active) if seq.take(tokens[row], sampling)]
         # The last row moves into each gap, so that rows 0 to B - 1 stay those in use. From the end,
         # so that the row that moves is one that goes on.
@@ -192,24 +198,12 @@ def complete(model, queue, sampling, batch=16):
             active.pop()
 
 
-@torch.no_grad()
 def feed(model, cache, first, ids, positions):
     """Puts (B, T) ids at (B, T) positions into rows `first` on -> (B, T, D) states."""
     used = 1 + max(map(max, positions))
     ids, positions = torch.tensor([ids, positions], device=model.embed.weight.device)
     rules = cache.attend(slice(first, first + len(ids)), positions, used)
     return model.hidden(ids, positions, rules)
-
-
-@torch.no_grad()
-def next_tokens(model, cache, active, sampling):
-    """Feeds every sequence its last token and draws the next -> list of B ids."""
-    last = [[(seq.answer or seq.prompt)[-1]] for seq in active]  # (B, 1)
-    places = [[len(seq.prompt) + len(seq.answer) - 1] for seq in active]  # (B, 1)
-    states = feed(model, cache, 0, last, places)[:, 0]  # (B, D)
-    uniforms = torch.tensor([seq.rng.random() for seq in active], device=states.device)
-    # the step's one wait for the device
-    return draw_tokens(model.to_logits(states), uniforms, sampling).tolist()
 
 
 def sample(model, prompts, sampling, seed=0, batch=16):
@@ -426,8 +420,11 @@ def open_rows(s, asks, rank, world):
     settings = recorded(s)
 
     def check(where, n, row):
-        row = row if isinstance(row, dict) else {}
-        faults = [] if asks[n].is_of(row) else ["prompt"]
+        row, ask = row if isinstance(row, dict) else {}, asks[n]
+        said, first = row.get("prompt"), len(ask.prompt)  # behind these, every other turn is ours
+        users = ask.prompt + [{"role": "user", "content": turn} for turn in ask.turns]
+        same = isinstance(said, list) and said[:first] + said[first + 1 :: 2] == users
+        faults = [] if same else ["prompt"]
         faults += [name for name, value in settings.items() if row.get(name) != value]
         if row.get("endpoint") and "endpoint" in faults:  # a server may have moved since
             faults.remove("endpoint")
@@ -484,15 +481,16 @@ def produce(s, asks, numbers, store):
     settings, one, answers, stream = recorded(s), s.prompt is not None, answerer(s), None
     if one and not s.endpoint:
         answers.on_token = stream = Stream(answers.template)
-    instruction = INSTRUCTIONS.get(s.instruction, s.instruction)
-    numbered = answers(Dialogue(asks[n], n, s.mode, instruction, s.seed) for n in numbers)
+    how = (s.mode, settings.get("instruction"), s.seed)
+    numbered = answers(Dialogue(asks[n], n, *how) for n in numbers)
     if store is None:
         numbered = enumerate(in_order(numbered, numbers))
-    hidden, done, cut, empty = one or (store and store.rank), len(asks) - len(numbers), 0, 0
+    hidden, done, faults = one or (store and store.rank), len(asks) - len(numbers), Counter()
     with progress("generate", len(asks), "answer", hidden, initial=done) as bar:
         for n, row in numbered:
             bar.update()
-            cut, empty = cut + (not row["finished"]), empty + (not row["answer"])
+            faults["were cut at --max_new_tokens"] += not row["finished"]
+            faults["are empty"] += not row["answer"]
             if store:
                 store.append(n, row | settings)
             elif not one:
@@ -502,7 +500,7 @@ def produce(s, asks, numbers, store):
                 print(row["answer"])
     if stream:
         stream.close()
-    for count, fault in ((cut, "were cut at --max_new_tokens"), (empty, "are empty")):
+    for fault, count in faults.items():
         if count:
             print(f"{count} answers {fault}", file=sys.stderr)
     if s.endpoint and answers.refused:

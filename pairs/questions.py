@@ -1,11 +1,11 @@
 """Reads prompts and benchmark questions, as they lie in files or on the hub.
 
-A row is a preference pair in any layout, a `prompt` (text or messages), an `instruction`, or a
-question of a published benchmark, which may have several turns.
+A row is a preference pair in any layout that pairs.read_pairs takes, or has a `prompt` (text or
+messages) or an `instruction` (text) alone, or is a question of a published benchmark (`turns`).
 """
 
 import sys
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from jobs.cli import UserError
 from pairs.layouts import as_messages, to_pair
@@ -16,28 +16,19 @@ from pairs.sources import data_files, records
 KEPT = ("uid", "question_id", "prompt_id", "subset", "category", "dataset", "reference")
 
 
-@dataclass
-class Ask:
+class Ask(NamedTuple):
     """What is asked: a dialogue that ends with a user turn, and what else is known of it."""
 
     prompt: list
     draft: str | None = None  # to refine, where it is known
-    turns: list = field(default_factory=list)  # further user turns, each behind an answer
-    about: dict = field(default_factory=dict)  # the question's KEPT columns, for the answer's row
-
-    def is_of(self, row):
-        """Whether a row answers this Ask: the turns are the same, but for answers between them."""
-        asked, n = row.get("prompt"), len(self.prompt)
-        users = [{"role": "user", "content": turn} for turn in self.turns]
-        return isinstance(asked, list) and asked[:n] + asked[n + 1 :: 2] == self.prompt + users
+    turns: list = []  # further user turns, each behind an answer; never written to
+    about: dict = {}  # the question's KEPT columns, for the answer's row; never written to
 
 
 def read_asks(source, limit=None):
     """Prompts of a file, glob or hub id -> list of Ask, one per row, in file order.
 
-    A row is anything that pairs.read_pairs takes, or has a `prompt` (text or messages) or an
-    `instruction` (text) alone, or is a question of a benchmark (`turns`); `draft` is taken where it
-    is there. Rows that are no usable pair are left out, and reported.
+    A `draft` is taken where it is there. Rows that are no usable pair are left out, and reported.
     """
     drops, asks = Drops(), []
     for where, record in (row for file in data_files(source) for row in records(file)):
