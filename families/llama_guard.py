@@ -2,7 +2,7 @@
 
 Such a model is a language model whose chat template wraps a dialogue in its policy and asks for
 "safe" or "unsafe". Nothing is sampled: the verdict is the softmax over the log-probabilities of
-these answers (arXiv 2312.06674). pairs/guard.py keeps verdicts and filters by them.
+these answers (arXiv 2312.06674). pairs/cleaning.py keeps verdicts and filters by them.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """Turns a record of published preference data into a pair; its layout is known by its columns.
 
-`LAYOUTS` is the table: the first row whose columns a record has. Its `read` gives the fields of a
+`LAYOUTS` is the table: the first row whose columns a record has. Its `read` gives the parts of a
 pair as they lie, raises `Dropped` with the reason where there is no pair, and UserError where a
-value is not what the layout says. What fields may hold (text, messages, hh-rlhf transcripts, whole
+value is not what the layout says. What the parts may be (text, messages, hh-rlhf transcripts, whole
 dialogues) is worked out once, in `make_pair`. Two layouts look at all records of a source before
 they know their pairs: SHP (a cap per prompt) and oasst1 (trees). docs/data.md has the rules.
 """
@@ -28,22 +28,17 @@ BROKEN = re.compile(f"[\0\ud800-\udfff{SHIELD}]")
 
 
 class Pair(NamedTuple):
-    """A prompt and two answers to it, of which `chosen` is preferred."""
+    """A prompt and two answers to it, of which `chosen` is preferred.
+
+    A layout's `read` gives a raw one: prompt and answers as they lie, prompt None where it stands
+    inside the answers.
+    """
 
     prompt: list  # messages up to the answer
     chosen: str
     rejected: str | None  # None in supervised data
     where: str  # "file:row", for errors
     margin: float | None = None  # score of chosen minus that of rejected, if there are any
-
-
-class Fields(NamedTuple):
-    """The parts of a pair as they lie. prompt None: it stands inside the answers."""
-
-    prompt: object
-    chosen: object
-    rejected: object
-    margin: float | None = None
 
 
 class Dropped(Exception):
@@ -64,7 +59,7 @@ def plain(record, where, end=""):
         turns = (("system", record["system"]), ("user", prompt))
         prompt = [{"role": role, "content": text} for role, text in turns]
     answers = record[f"chosen{end}"], record.get(f"rejected{end}")
-    return Fields(prompt, *answers, score_margin(record, where))
+    return Pair(prompt, *answers, where, score_margin(record, where))
 
 
 def openbmb(record, where):
@@ -84,7 +79,7 @@ def openbmb(record, where):
         raise Dropped("no lower-rated completion")
     digest = hashlib.sha256(instruction.encode("utf-8", "replace")).digest()
     worse = lower[int.from_bytes(digest[:8]) % len(lower)]
-    return Fields(instruction, best[1], worse[1], best[0] - worse[0])
+    return Pair(instruction, best[1], worse[1], where, best[0] - worse[0])
 
 
 def rating(completion):
@@ -147,7 +142,7 @@ def shp(record, where):
         if ratio < 2:
             raise Dropped("score ratio under 2")
     answers = record["human_ref_A"], record["human_ref_B"]
-    return Fields(record["history"], *(answers if record["labels"] == 1 else answers[::-1]))
+    return Pair(record["history"], *(answers if record["labels"] == 1 else answers[::-1]), where)
 
 
 def for_training(where):
@@ -157,16 +152,19 @@ def for_training(where):
     return not other and os.path.basename(folder) not in ("test", "validation")
 
 
-def at_most_five(rows):
+def at_most_five(pairs, drops):
     """Keeps 5 training pairs of each prompt, drawn at random (after HALOs)."""
     places = defaultdict(list)
-    for where, fields in rows:
-        if for_training(where):
-            places[str(fields.prompt)].append(where)
+    for pair in pairs:
+        if for_training(pair.where):
+            places[str(pair.prompt)].append(pair.where)
     taken = [random.Random(0).sample(g, min(5, len(g))) for g in places.values()]
     surplus = set().union(*places.values()).difference(*taken)
-    for where, fields in rows:
-        yield where, Dropped("over 5 pairs of a prompt") if where in surplus else fields
+    for pair in pairs:
+        if pair.where in surplus:
+            drops.add("over 5 pairs of a prompt", pair.where)
+        else:
+            yield pair
 
 
 class Message(NamedTuple):
@@ -178,6 +176,7 @@ class Message(NamedTuple):
     text: str
     lang: str
     rank: float | None
+    where: str
 
 
 def oasst(record, where):
@@ -191,20 +190,20 @@ def oasst(record, where):
         raise UserError(f"{where}: unknown role {record['role']!r:.40}")
     rank = record.get("rank")
     missing = isinstance(rank, float) and math.isnan(rank)  # so pandas writes a null
-    return Message(*values, None if missing else score(rank, "rank", where))
+    return Message(*values, None if missing else score(rank, "rank", where), where)
 
 
-def ranked_siblings(rows):
+def ranked_siblings(messages, drops):
     """Makes pairs of OpenAssistant's trees: an answer loses against the sibling one rank above it.
 
     After HALOs: English only; the prompt is the path from the root; ranked user turns give no pair.
     """
     by_id, by_rank = {}, {}
-    for _, m in rows:
+    for m in messages:
         if m.lang == "en":
             by_id.setdefault(m.id, m)
             by_rank.setdefault((m.parent, m.role, m.rank), m)
-    for where, m in rows:
+    for m in messages:
         better = m.rank and by_rank.get((m.parent, m.role, m.rank - 1))
         path = path_to_root(by_id, m)
         reasons = {
@@ -215,8 +214,10 @@ def ranked_siblings(rows):
             "no sibling a rank above": not better,
             "its parent is missing": not path,
         }
-        reason = next((name for name, holds in reasons.items() if holds), None)
-        yield where, Dropped(reason) if reason else Fields(path, better.text, m.text)
+        if any(reasons.values()):
+            drops.add(next(name for name, holds in reasons.items() if holds), m.where)
+        else:
+            yield Pair(path, better.text, m.text, m.where)
 
 
 def path_to_root(by_id, m):
@@ -235,10 +236,8 @@ class Layout(NamedTuple):
 
     name: str
     columns: tuple  # what a record must have
-    read: Callable  # (record, where) -> Fields
-    # where pairs depend on other records: all (where, what read gave) -> (where, Fields or Dropped)
-    gather: Callable | None = None
-    pairs: bool = True  # False: there need be no rejected answer (supervised training)
+    read: Callable  # (record, where) -> raw Pair, or what `gather` takes
+    gather: Callable | None = None  # (what `read` gave for all records, drops) -> yields raw Pairs
 
 
 argilla = partial(plain, end="_response")
@@ -248,10 +247,10 @@ LAYOUTS = (
     Layout("UltraFeedback", ("instruction", "completions"), openbmb),
     Layout("argilla", ("instruction", "chosen_response", "rejected_response"), argilla),
     Layout("chosen, rejected", ("chosen", "rejected"), plain),
-    Layout("chosen", ("chosen",), plain, pairs=False),
-    Layout(
-        "messages", ("messages",), lambda row, _: Fields(None, row["messages"], None), pairs=False
-    ),
+)
+SUPERVISED = (  # where there need be no rejected answer
+    Layout("chosen", ("chosen",), plain),
+    Layout("messages", ("messages",), lambda row, where: Pair(None, row["messages"], None, where)),
 )
 
 
@@ -259,8 +258,8 @@ def recognise(record, where, need_rejected=True):
     """The layout of a record by its columns; UserError where none fits."""
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected an object with named columns")
-    for layout in LAYOUTS:
-        if all(c in record for c in layout.columns) and (layout.pairs or not need_rejected):
+    for layout in LAYOUTS if need_rejected else (*LAYOUTS, *SUPERVISED):
+        if all(column in record for column in layout.columns):
             return layout
     cure = "chosen and rejected, with or without prompt, or another layout of docs/data.md"
     raise UserError(f"{where}: columns {sorted(record)}; expected {cure}")
@@ -272,14 +271,17 @@ def to_pair(record, where, drops, need_rejected=True):
     if layout.gather:
         raise UserError(f"{where}: {layout.name} is read as a whole file, not by the row")
     try:
-        return make_pair(layout.read(record, where), where, need_rejected)
+        return make_pair(layout.read(record, where), need_rejected)
     except Dropped as reason:
         return drops.add(str(reason), where)
 
 
-def make_pair(fields, where, need_rejected=True):
-    """Makes the Pair of Fields as they lie; raises Dropped, or UserError for wrong types."""
-    prompt, chosen, rejected, margin = fields
+def make_pair(raw, need_rejected=True, ties=True):
+    """Makes the Pair of a raw one; raises Dropped, or UserError for wrong types.
+
+    ties: whether identical answers will do. They prefer nothing, but an evaluation counts them.
+    """
+    prompt, chosen, rejected, where, margin = raw
     if chosen is None or (rejected is None and need_rejected):
         raise Dropped("empty answer")
     if isinstance(chosen, str) and prompt is None and not chosen.startswith(HH):
@@ -298,6 +300,8 @@ def make_pair(fields, where, need_rejected=True):
         raise Dropped("empty answer")
     if any(map(BROKEN.search, [*(m["content"] for m in x_w), chosen, rejected or ""])):
         raise Dropped("broken text")
+    if chosen == rejected and not ties:
+        raise Dropped("identical answers")
     return Pair(x_w, chosen, rejected, where, margin)
 
 

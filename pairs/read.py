@@ -73,14 +73,7 @@ def pairs_of(files, limit, drops, need_rejected, bad_rows):
 
     Layouts whose pairs depend on other rows come last, in one piece.
     """
-    pairs, gathered = [], defaultdict(list)  # gathered: layout -> (where, what its `read` gave)
-
-    def take(found, where):
-        """Adds the pair of Fields that were found."""
-        pair = make_pair(found, where, need_rejected)
-        if pair.chosen == pair.rejected:  # prefers nothing; an evaluation may still count the tie
-            raise Dropped("identical answers")
-        pairs.append(pair)
+    pairs, gathered = [], defaultdict(list)  # gathered: layout -> what its `read` gave
 
     @contextlib.contextmanager
     def counted(where):
@@ -104,15 +97,13 @@ def pairs_of(files, limit, drops, need_rejected, bad_rows):
             layout = recognise(record, where, need_rejected)
             found = layout.read(record, where)
             if layout.gather:
-                gathered[layout].append((where, found))
+                gathered[layout].append(found)
             else:
-                take(found, where)
+                pairs.append(make_pair(found, need_rejected, ties=False))
     for layout, group in gathered.items():
-        for where, found in layout.gather(group):
-            with counted(where):
-                if isinstance(found, Dropped):
-                    raise found
-                take(found, where)
+        for raw in layout.gather(group, drops):
+            with counted(raw.where):
+                pairs.append(make_pair(raw, need_rejected, ties=False))
     for pair in pairs[limit:]:
         drops.add("beyond --limit", pair.where)
     return pairs[:limit]

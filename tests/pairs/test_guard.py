@@ -13,7 +13,7 @@ from families.llama_guard import Guard
 from hub.template import Template
 from jobs.cli import parse
 from losses import recipe
-from pairs.guard import dialogue_key, dialogues, without_unsafe
+from pairs.cleaning import dialogue_key, dialogues, without_unsafe
 from pairs.layouts import Pair
 from pairs.read import Drops, read_pairs
 from train import TrainFlags, load_data
