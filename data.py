@@ -508,8 +508,7 @@ def scored_rows(model, trie, sizes, n_paths, row_tokens=None, label="score"):
 # ----------------------------------------------------------------------------- the batch plan
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """Which pairs make up step t: a pure function of (n_pairs, batch, seed, t).
 
     The stream of pairs is one random permutation of the dataset per epoch, end to end; step t

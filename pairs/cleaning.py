@@ -87,19 +87,7 @@ def without_unsafe(pairs, guard, threshold, drops):
     guard: guard.identity is a digest of all that decides its verdicts; guard(dialogues, label)
     takes {key: messages} and yields (key, probability of unsafe). The others go to `drops`.
     """
-    verdicts, reasons = judged(pairs, guard), []
-    for pair in pairs:
-        unsafe = [verdicts[dialogue_key(messages)] for messages in dialogues(pair)]
-        if any(map(math.isnan, unsafe)):
-            reasons.append("the guard's template refuses the dialogue")
-        else:
-            reasons.append("unsafe" if max(unsafe) > threshold else None)
-    return drops.sift(pairs, reasons)
-
-
-def judged(pairs, guard):
-    """{key of a dialogue: probability of unsafe}; the guard is asked where one is not known."""
-    verdicts, files = {}, defaultdict(dict)
+    files, verdicts, reasons = defaultdict(dict), {}, []
     for pair in pairs:
         file = pair.where.rpartition(":")[0]
         files[file] |= {dialogue_key(messages): messages for messages in dialogues(pair)}
@@ -109,7 +97,13 @@ def judged(pairs, guard):
         for key, unsafe in guard(missing, f"guard {os.path.basename(file)}"):
             store[key] = unsafe  # as they come, so that a stopped run goes on
         verdicts |= store
-    return verdicts
+    for pair in pairs:
+        unsafe = [verdicts[dialogue_key(messages)] for messages in dialogues(pair)]
+        if any(map(math.isnan, unsafe)):
+            reasons.append("the guard's template refuses the dialogue")
+        else:
+            reasons.append("unsafe" if max(unsafe) > threshold else None)
+    return drops.sift(pairs, reasons)
 
 
 def dialogues(pair):

@@ -32,17 +32,14 @@ def parse_sources(text, revision=None):
 
     revision: branch, tag or commit on the hub.
     """
-    if os.path.exists(text):  # a file name may hold a comma or an @
-        return [(data_files(text), 1.0)]
     sources = []
-    for part in text.split(","):
+    for part in [text] if os.path.exists(text) else text.split(","):
         name, at, weight = part.rpartition("@")
-        if not at or os.path.exists(part):
-            sources.append((data_files(part, revision), 1.0))
-        elif re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight) and float(weight) > 0:
-            sources.append((data_files(name, revision), float(weight)))
-        else:
+        if not at or os.path.exists(part):  # a file name may hold a comma or an @
+            name, weight = part, "1"
+        if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight) or float(weight) == 0:
             raise UserError(f"--data {part}: the weight behind @ must be a number above 0")
+        sources.append((data_files(name, revision), float(weight)))
     return sources
 
 
