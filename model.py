@@ -146,18 +146,6 @@ def soft_cap(x, cap):
 # ----------------------------------------------------------------------------- the layers
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight: LayerNorm without its mean and bias."""
-
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)  # inside in fp32, also for bf16
-
-
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023); who sees whom is the `rule`'s, handed in."""
 
@@ -201,7 +189,9 @@ class Block(nn.Module):
     recompute: keep only the block's input for backward, and compute the rest again there.
     """
 
-    Norm, Attention, MLP, Embedding = RMSNorm, Attention, MLP, nn.Embedding  # a family swaps these
+    # a family swaps these. RMSNorm: x / sqrt(mean(x^2) + eps) * weight, inside in fp32 also for
+    # bf16: LayerNorm without its mean and bias (Zhang and Sennrich 2019)
+    Norm, Attention, MLP, Embedding = nn.RMSNorm, Attention, MLP, nn.Embedding
 
     def __init__(self, c):
         super().__init__()

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import FAMILIES, LLAMA_NAMES, MLP, Block, Family, RMSNorm, layer_windows, read_llama
+from model import FAMILIES, LLAMA_NAMES, MLP, Block, Family, layer_windows, read_llama
 
 
-class Gemma2Norm(RMSNorm):
+class Gemma2Norm(nn.RMSNorm):
     """RMSNorm whose weight is a distance from 1, computed in fp32."""
 
     def forward(self, x):

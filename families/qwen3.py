@@ -1,12 +1,14 @@
 """Qwen3: queries and keys are normalised per head before they rotate."""
 
-from model import FAMILIES, LLAMA_NAMES, Attention, Block, Family, RMSNorm, biases, read_qwen
+from torch import nn
+
+from model import FAMILIES, LLAMA_NAMES, Attention, Block, Family, biases, read_qwen
 
 
 class Qwen3Attention(Attention):
     def __init__(self, c):
         super().__init__(c)
-        self.q_norm, self.k_norm = (RMSNorm(c.head_width, c.eps) for _ in range(2))
+        self.q_norm, self.k_norm = (nn.RMSNorm(c.head_width, c.eps) for _ in range(2))
 
     def project(self, x):
         q, k, v = super().project(x)

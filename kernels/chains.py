@@ -21,14 +21,13 @@ from model import masked_attention, sees
 SHORT = 256  # tokens; a shorter trie is computed whole, which costs less than several small calls
 
 
-def attend(row, config, asking=None, stored=None):
+def attend(row, config, *kinds):
     """One attention rule per layer; layers of the same window share their masks.
 
-    asking: (T,) bool, the tokens of the row whose queries come (default: all); their keys and
-    values lie behind those of the `stored` tokens, if there are any (kernels/detached.py).
+    kinds: (T,) bools, the tokens of the row whose keys and values come, one kind behind the other;
+    queries come of the last (kernels/detached.py). Default: one kind, which is all tokens.
     """
-    asking = torch.ones_like(row.tokens, dtype=torch.bool) if asking is None else asking
-    kinds = [asking] if stored is None else [stored, asking]
+    kinds = kinds or [torch.ones_like(row.tokens, dtype=torch.bool)]
     found = {window: _pieces(row, window, kinds) for window in set(config.windows)}
     return [Chains(*found[window], config.scale, config.attn_cap) for window in config.windows]
 
@@ -75,7 +74,7 @@ def fast_attention(q, k, v, mask, scale=None, cap=None):
 
 
 def _pieces(row, window, kinds):
-    """The `pieces` and `sizes` of Chains. kinds: [asking] or [stored, asking], (T,) bools.
+    """The `pieces` and `sizes` of Chains. kinds: as of `attend`; queries are of the last.
 
     Of keys there is one part per kind and chain, kind by kind, and last the padding. While they
     are put together a part is its places in the row, (tokens of the part,).
@@ -85,13 +84,13 @@ def _pieces(row, window, kinds):
         places = kind.nonzero()[:, 0]
         before = F.pad(kind.cumsum(0), (1, 0)).tolist()  # how many of this kind before a token
         parts += [places[before[start] : before[end]] for start, end in chains]
-    padding = places[before[row.spans[-1][1]] :]  # asking, behind the last trie
+    padding = places[before[row.spans[-1][1]] :]  # of the last kind, behind the last trie
     until, n, pieces = row.until.tolist(), len(chains), []
     for i, (first, _) in enumerate(chains):
-        if len(queries := parts[i - n]):  # the last n are of the asking tokens
+        if len(queries := parts[i - n]):  # the last n are of the last kind
             above = [j for j in range(i + 1) if until[chains[j][0]] > first]  # and itself
             path = [j + n * kind for kind in range(len(kinds)) for j in above]
-            path = [j for j in path if len(parts[j])]
+            path = [part for part in path if len(parts[part])]
             keys = torch.cat([parts[j] for j in path])
             pieces.append((path, sees(queries[:, None], keys, row.until, row.positions, window)))
     return pieces, [len(part) for part in (*parts, padding)]

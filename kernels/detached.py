@@ -20,6 +20,7 @@ def states(model, row):
     """(S, D) residual stream at row.source, whose gradient takes contexts as constants."""
     if not torch.is_grad_enabled():
         return scored_states(model, row)
+    # (T,) bools; tokens on which nothing scored depends are in none of them
     predicts = torch.zeros_like(row.tokens, dtype=torch.bool)
     predicts[row.source if len(row.source) else 0] = True  # an empty row must reach all weights
     context = ~predicts & _above(predicts, row.until)  # what these see besides
@@ -28,7 +29,7 @@ def states(model, row):
         rules = chains.attend(row, model.config, needed)
         recorded = [Recording(rule, context[needed]) for rule in rules]
         model.hidden(row.tokens[None, needed], row.positions[None, needed], recorded)
-    rules = chains.attend(row, model.config, predicts, context)
+    rules = chains.attend(row, model.config, context, predicts)
     rules = [Behind(rule, kept) for rule, kept in zip(rules, recorded, strict=True)]
     x = model.hidden(row.tokens[None, predicts], row.positions[None, predicts], rules)[0]
     return x[(predicts.cumsum(0) - 1)[row.source]]  # where each source lies among `predicts`

@@ -14,21 +14,17 @@ from model import sees, soft_cap
 
 def attend(row, config):
     """One attention rule per layer; layers of the same window share their block mask."""
-    kernel = _compiled() if row.tokens.is_cuda else flex_attention
-    known = {"scale": config.scale, "score_mod": _capped(config.attn_cap), "enable_gqa": True}
+    kernel = _kernel(row.tokens.is_cuda, config.attn_cap)
     masks = {window: _block_mask(row, window) for window in set(config.windows)}
-    return [partial(kernel, block_mask=masks[window], **known) for window in config.windows]
+    return [partial(kernel, block_mask=masks[w], scale=config.scale) for w in config.windows]
 
 
 @cache
-def _compiled():
-    return torch.compile(flex_attention, dynamic=False)
-
-
-@cache
-def _capped(cap):
-    """FlexAttention's score_mod for a soft cap: one function per cap, so one compilation."""
-    return None if cap is None else lambda score, b, h, q, k: soft_cap(score, cap)
+def _kernel(cuda, cap):
+    """FlexAttention under a soft cap: one function per cap, so one compilation."""
+    kernel = torch.compile(flex_attention, dynamic=False) if cuda else flex_attention
+    capped = None if cap is None else lambda score, b, h, q, k: soft_cap(score, cap)
+    return partial(kernel, score_mod=capped, enable_gqa=True)
 
 
 def _block_mask(row, window):
