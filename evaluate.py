@@ -65,9 +65,7 @@ class RewardFlags(ModelFlags, VerdictFlags):
     against: str | None = flag(None, "answers to the same prompts, or pairs: the chosen answers")
     pairs: str | None = flag(None, "instead of answers: how often the chosen beats the rejected")
     pool: str = flag(
-        "last",
-        "read the score at the last token, or as transformers at the last that is no padding id",
-        ("last", "not_pad"),
+        "last", "score at the last token, or at the last that is no padding", ("last", "not_pad")
     )
     limit: int | None = flag(None, "only the first N answers")
     row_tokens: int | None = flag(None, "tokens per row; default: 8192 on CUDA, else 2048")
@@ -158,11 +156,11 @@ def by_subset(ours, theirs, names, fine, seed):
             n, mean = int(part.sum()), float(ours[part].mean())
             rate, ties = win_rate(ours[part], theirs[part], seed)
             parts[name] = {"n": n, "win_rate": rate, "ties": ties, "reward": mean}
-            rows.append({"subset": name, "n": n, "win rate": f"{rate:.1%}", "ties": ties,
-                         "reward": f"{mean:.4f}"})  # fmt: skip
+            rows.append({"subset": name, "n": n, "win rate": rate, "ties": ties, "reward": mean})
     if parts:  # every subset weighs the same, however many questions it has
         mean = np.mean([part["win_rate"].mean for part in parts.values()])
-        print(table([*rows, {"subset": "mean of the subsets", "win rate": f"{mean:.1%}"}]))
+        rows.append({"subset": "mean of the subsets", "win rate": mean})
+        print(table(rows, {"win rate": ".1%", "reward": ".4f"}))
     return parts
 
 

@@ -351,14 +351,13 @@ class RemoteAnswers:
             options = {"temperature": sampling.temperature, "top_p": sampling.top_p}
             options |= {"max_tokens": sampling.max_new_tokens, "seed": seed}
             try:
-                reply = self.endpoint.chat(messages, **options)
+                text, finished, *told = self.endpoint.chat(messages, **options)
             except RequestRefused as refusal:
                 return str(refusal)
-            told = (reply.tokens_in, reply.tokens_out)
             if None not in told:  # a server may leave its counts out
                 before = dialogue.row.get("usage", (0, 0))
                 dialogue.row["usage"] = [a + b for a, b in zip(before, told, strict=True)]
-            ended = dialogue.take(reply.text, reply.finished)
+            ended = dialogue.take(text, finished)
 
 
 # ----------------------------------------------------------------------------- the command line

@@ -64,7 +64,7 @@ def read_games(row):
 
 
 def judged_games(pattern, category):
-    """What results.gather takes, of all files."""
+    """What results.gather takes."""
     for where, row in rows_of(pattern, "--judgments"):
         question = row.get("uid", row.get("question_id"))
         if question is None or not isinstance(row.get("model"), str):
@@ -177,8 +177,7 @@ def arena(s):
     """Print Arena-Hard scores of every model in --judgments, and style-controlled ones."""
     require(s, "judgments", *(["answers", "baseline"] if s.control != "none" else []))
     only = "" if s.category is None else f" of category {s.category}"
-    none = f"--judgments {s.judgments}: no judgments{only}"
-    models = collect(judged_games(s.judgments, s.category), s.max_missing, none, "verdict")
+    models = collect(judged_games(s.judgments, s.category), s, "verdict", only)
     results = {
         model: {
             "n": sum(games is not None for games in questions.values()),

@@ -48,66 +48,51 @@ class Prompt:
         self.parts = parts or [("user", text)]
         if self.parts[-1][0] != "user":
             raise UserError(f"{where}: the template must end with a user turn")
-        found = {known(name) for _, part in self.parts for name in re.findall(r"\{(\w+)\}", part)}
+        found = {named(name) for _, part in self.parts for name in re.findall(r"\{(\w+)\}", part)}
         if missing := [name for name in needs if name not in found]:
             raise UserError(f"{where}: the template lacks {{{missing[0]}}}")
 
     def __call__(self, **values):
         def fill(match):
-            return str(values.get(known(match[1]), match[0]))
+            return str(values.get(named(match[1]), match[0]))
 
         filled = ((role, re.sub(r"\{(\w+)\}", fill, text)) for role, text in self.parts)
         return [{"role": role, "content": text} for role, text in filled]
 
 
-def known(name):
+def named(name):
     return NAMES.get(name.lower(), name.lower())
 
 
-class Judge:
-    """What a judge says to prompts. What it has said already is kept, by content, and not asked.
+def ask_judge(s, prompts):
+    """Dialogues -> the judge's text on each, None where the server refuses; asked; refused.
 
-    asked: [tokens in, tokens out] of what was asked now, or None where they are not known.
+    What it has said already is kept, by content, and not asked. asked: [tokens in, tokens out] of
+    what was asked now, None where a server does not tell; refused: (number, what a server said).
     """
-
-    def __init__(self, s):
-        self.s, self.asked, self.refused = s, [], []
-        file = s.cache or f"{s.out}.cache.jsonl"
-        self.known = Store(file, ("key", "text", "tokens"), "--cache")
-        model = s.model if s.endpoint else Weights(resolve(s.model)).digest()
-        self.identity = [model, s.temperature, s.top_p, s.max_new_tokens, s.seed]
-
-    def __call__(self, prompts):
-        """Dialogues -> the judge's text on each, None where the server refuses."""
-        keys = [json_digest([self.identity, prompt]) for prompt in prompts]
-        new = {key: n for n, key in enumerate(keys) if key not in self.known}
-        if new:
-            answers = answerer(self.s)
-            dialogues = [Dialogue(Ask(prompts[n]), n, seed=self.s.seed) for n in new.values()]
-            with progress("judge", len(keys), "verdict", initial=len(keys) - len(new)) as bar:
-                for n, row in answers(dialogues):
-                    self.asked.append(self._tokens(answers, row))
-                    self.known[keys[n]] = (row["answer"], self.asked[-1])
-                    bar.update()
-            self.refused = getattr(answers, "refused", [])
-        return [self.known[key][0] if key in self.known else None for key in keys]
-
-    def _tokens(self, answers, row):
-        """[in, out] as a server told, or None; of a local judge by its own tokenizer."""
-        if self.s.endpoint:
-            return row.get("usage")
-        texts = [answers.template.render(row["prompt"], generation=True), row["answer"]]
-        return [len(ids) for ids in answers.template.encode(texts)]
-
-
-def wins_of_b(game):
-    """1, 1/2 or 0 for who is shown as B, a strong verdict as any; None where none was read."""
-    label = game and game["score"]
-    return 1 - VERDICTS[label][0] if label else None
+    known = Store(s.cache or f"{s.out}.cache.jsonl", ("key", "text", "tokens"), "--cache")
+    model = s.model if s.endpoint else Weights(resolve(s.model)).digest()
+    identity, asked, refused = [model, s.temperature, s.top_p, s.max_new_tokens, s.seed], [], []
+    keys = [json_digest([identity, prompt]) for prompt in prompts]
+    new = {key: n for n, key in enumerate(keys) if key not in known}
+    if new:
+        answers = answerer(s)
+        dialogues = [Dialogue(Ask(prompts[n]), n, seed=s.seed) for n in new.values()]
+        with progress("judge", len(keys), "verdict", initial=len(keys) - len(new)) as bar:
+            for n, row in answers(dialogues):
+                tokens = row.get("usage")
+                if not s.endpoint:  # by the local judge's own tokenizer
+                    texts = [answers.template.render(row["prompt"], generation=True), row["answer"]]
+                    tokens = [len(ids) for ids in answers.template.encode(texts)]
+                asked.append(tokens)
+                known[keys[n]] = (row["answer"], tokens)
+                bar.update()
+        refused = getattr(answers, "refused", [])
+    return [known[key][0] if key in known else None for key in keys], asked, refused
 
 
 def verdict_row(s, ours, theirs, games, wins):
-    """Two games of a question, and their wins_of_b, as a row of the file of s.format."""
+    """Two games of a question as a row of the file of s.format; wins: of who is shown as B."""
     models = s.against_name or theirs.name or s.against, s.name or ours.name or s.answers
     if s.format == "alpaca_eval":
         return {
@@ -172,33 +157,32 @@ def judge(s):
     needs = ("question", "answer") if single else ("question", "answer_a", "answer_b")
     prompt = Prompt(text, needs, f"--template {where}")
     answers = read_answers(s.answers, "--answers", s.questions)[: s.limit]
-    work, items = grade, answers
     if s.format == "arena_hard":
         refuse_twins(answers, s.answers)
-    if not single:
+    if single:
+        prompts = [grading(prompt, answer) for answer in answers]
+    else:
         others = read_answers(s.against, "--against", s.questions)
-        others = align(answers, others, f"--against {s.against}")
-        work, items = compare_answers, list(zip(answers, others, strict=True))
-    ask = Judge(s)
-    rows = work(s, prompt, items, ask)
+        sides = list(zip(answers, align(answers, others, f"--against {s.against}"), strict=True))
+        prompts = [  # two games per question, --against first as A and then as B
+            prompt(question=transcript(ours.question), answer_a=a.said, answer_b=b.said)
+            for ours, theirs in sides
+            for a, b in ((theirs, ours), (ours, theirs))
+        ]
+    texts, *spent = ask_judge(s, prompts)
+    rows = graded(s, answers, prompts, texts) if single else compared(s, sides, prompts, texts)
     write_rows(s.out, rows, lines=s.format != "alpaca_eval")
-    report_cost(s, ask, len(answers) * (1 if single else 2))
+    report_cost(s, *spent, len(prompts))
 
 
-def compare_answers(s, prompt, sides, ask):
-    """Two games per question, --against first as A and then as B -> rows of the file."""
-    prompts = []
-    for ours, theirs in sides:
-        question = transcript(ours.question)
-        for a, b in ((theirs, ours), (ours, theirs)):
-            prompts.append(prompt(question=question, answer_a=a.said, answer_b=b.said))
-    games = [
-        None
-        if text is None
-        else {"score": read_verdict(text), "judgment": {"answer": text}, "prompt": asked}
-        for text, asked in zip(ask(prompts), prompts, strict=True)
-    ]
-    wins, rows = [wins_of_b(game) for game in games], []
+def compared(s, sides, prompts, texts):
+    """The judge's texts on two games per question -> rows of the file."""
+    games, wins, rows = [], [], []
+    for text, asked in zip(texts, prompts, strict=True):
+        label = read_verdict(text or "")
+        game = {"score": label, "judgment": {"answer": text}, "prompt": asked}
+        games.append(None if text is None else game)
+        wins.append(1 - VERDICTS[label][0] if label else None)  # of B, a strong verdict as any
     report_games(s, wins)
     for n, (ours, theirs) in enumerate(sides):
         both = slice(2 * n, 2 * n + 2)  # games of this question
@@ -206,15 +190,15 @@ def compare_answers(s, prompt, sides, ask):
     return rows
 
 
-def grade(s, prompt, answers, ask):
-    """One grade per answer -> rows as FastChat's single-answer judgments."""
-    prompts = []
-    for row in answers:
-        reference, turn = row.about.get("reference") or [], row.about["turn"]
-        told = reference[turn - 1] if turn <= len(reference) else "(none)"
-        question = transcript(row.prompt)
-        prompts.append(prompt(question=question, answer=row.text, reference=told))
-    texts = ask(prompts)
+def grading(prompt, row):
+    """What the judge is asked about one answer."""
+    reference, turn = row.about.get("reference") or [], row.about["turn"]
+    told = reference[turn - 1] if turn <= len(reference) else "(none)"
+    return prompt(question=transcript(row.prompt), answer=row.text, reference=told)
+
+
+def graded(s, answers, prompts, texts):
+    """The judge's text on each answer -> rows as FastChat's single-answer judgments."""
     grades = [read_grade(text or "") for text in texts]
     read = [score for score in grades if score is not None]
     print(f"{s.answers}: {len(grades)} answers, {len(grades) - len(read)} unread")
@@ -250,12 +234,11 @@ def report_games(s, wins):
     print(f"both orders agree on {agree:.1%}; the answer shown last won {wins.mean():.1%}")
 
 
-def report_cost(s, judge, n):
+def report_cost(s, asked, refused, n):
     """Prints tokens and dollars of this run; what came from the cache costs nothing."""
-    told = [tokens for tokens in judge.asked if tokens is not None]
+    told = [tokens for tokens in asked if tokens is not None]
     tokens_in, tokens_out = (sum(column) for column in zip(*told, strict=True)) if told else (0, 0)
     dollars = (tokens_in * s.price_in + tokens_out * s.price_out) / 1e6
-    asked, refused = judge.asked, judge.refused
     print(f"{n} judgments: {len(asked)} asked now, {len(refused)} refused, others known")
     untold = f", {len(asked) - len(told)} untold" if len(told) < len(asked) else ""
     print(f"tokens: {tokens_in} in, {tokens_out} out{untold}; cost ${dollars:.4f}")

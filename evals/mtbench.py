@@ -49,7 +49,7 @@ def score_of(row):
 
 
 def judged_turns(pattern):
-    """What results.gather takes, of all files."""
+    """What results.gather takes."""
     for where, row in rows_of(pattern, "--judgments"):
         names = [row.get(name) for name in (PAIR if "g1_winner" in row else ("model",))]
         if not {"question_id", "turn"} <= row.keys() or not all(isinstance(n, str) for n in names):
@@ -75,59 +75,48 @@ def category_of(questions):
     return {str(row.get("question_id")): str(row.get("category", "-")) for _, row in rows}
 
 
-def mean_score(scores, seed, resamples):
-    """{(question, turn): score} -> Estimate of the mean over turns, questions resampled whole."""
-    by_question = {}
-    for (question, _), score in scores.items():
-        if score is not None:
-            by_question.setdefault(question, []).append(score)
-    sums = [(sum(given), len(given)) for given in by_question.values()]
-    return ratio_of_sums(*zip(*sums, strict=True), seed, resamples) if sums else None
-
-
 def mean_scores(scores, categories, seed, resamples):
-    """Everything the tables show of one model -> dict."""
-    turns, parts, by_question = {}, {}, {}
+    """{(question, turn): score} of one model -> everything the tables show of it, a dict."""
+    every, turns, parts, unread = {}, {}, {}, set()  # the first three: {question: its scores}
     for (question, turn), score in scores.items():
-        turns.setdefault(turn, {})[question, turn] = score
-        parts.setdefault(categories.get(question, "other"), {})[question, turn] = score
-        by_question.setdefault(question, []).append(score)
+        part = parts.setdefault(categories.get(question, "other"), {})
+        for group in (every, turns.setdefault(turn, {}), part):
+            if score is None:
+                unread.add(question)
+            else:
+                group.setdefault(question, []).append(score)
     order = [*CATEGORIES, *(name for name in parts if name not in CATEGORIES)]
 
-    def means(parts):
-        return {name: mean_score(part, seed, resamples) for name, part in parts.items()}
+    def mean(group):  # over turns, questions resampled whole
+        sums = [(sum(given), len(given)) for given in group.values()]
+        return ratio_of_sums(*zip(*sums, strict=True), seed, resamples) if sums else None
 
     return {
-        "n": sum(score is not None for score in scores.values()),
-        "score": mean_score(scores, seed, resamples),
-        "turns": {str(turn): mean for turn, mean in sorted(means(turns).items())},
-        "categories": means({name: parts[name] for name in order if name in parts}),
-        "values": {
-            question: None if None in given else float(np.mean(given))
-            for question, given in by_question.items()
-        },
+        "n": sum(map(len, every.values())),
+        "score": mean(every),
+        "turns": {str(turn): mean(turns[turn]) for turn in sorted(turns)},
+        "categories": {name: mean(parts[name]) for name in order if name in parts},
+        "values": {q: None if q in unread else float(np.mean(every[q])) for q, _ in scores},
     }
 
 
 def mtbench(s):
     """Print MT-Bench scores of every model in --judgments: overall, by turn, by category."""
     require(s, "judgments")
-    none = f"--judgments {s.judgments}: no judgments"
-    models = collect(judged_turns(s.judgments), s.max_missing, none, "score")
+    models = collect(judged_turns(s.judgments), s, "score")
     categories = category_of(s.questions)
     results = {
         model: mean_scores(scores, categories, s.seed, s.resamples)
         for model, scores in models.items()
     }
     order = sorted(results, key=lambda model: -results[model]["score"].mean)
-    print(table([
-        {"model": m, "n": results[m]["n"], "score": f"{results[m]['score']:.2f}"}
-        | {f"turn {t}": f"{v.mean:.2f}" if v else "-" for t, v in results[m]["turns"].items()}
-        for m in order
-    ]))  # fmt: skip
-    print(table([
-        {"model": m}
-        | {c: f"{v.mean:.2f}" if v else "-" for c, v in results[m]["categories"].items()}
-        for m in order
-    ]))  # fmt: skip
+    for parts, prefix in (("turns", "turn "), ("categories", "")):
+        rows = []
+        for model in order:
+            found, row = results[model], {"model": model}
+            if parts == "turns":
+                row |= {"n": found["n"], "score": f"{found['score']:.2f}"}
+            means = {f"{prefix}{name}": mean for name, mean in found[parts].items()}
+            rows.append(row | {name: f"{v.mean:.2f}" if v else "-" for name, v in means.items()})
+        print(table(rows))
     save_results(s.out, {"command": "mtbench", "seed": s.seed, "models": results})

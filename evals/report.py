@@ -13,7 +13,7 @@ from pathlib import Path
 import jinja2
 
 from evals.answers import question_ids, read_answers
-from evals.results import columns_in, draw_lengths, files_of, out_file, read_results
+from evals.results import draw_lengths, files_of, out_file, read_results
 from jobs.cli import UserError, flag, require
 from jobs.files import ASSETS
 from jobs.rundir import draw, read_metrics
@@ -59,7 +59,7 @@ def tables_of(file, results):
     for name, parts in (("model", results["models"]), ("subset", results.get("subsets") or {})):
         found[f"{file}: {name}s"] = [{name: part} | flatten(r) for part, r in parts.items()]
     for title, rows in found.items():
-        if columns := columns_in(rows):
+        if columns := list(dict.fromkeys(name for row in rows for name in row)):
             yield title, columns, [[row.get(name, "") for name in columns] for row in rows]
 
 

@@ -71,14 +71,14 @@ def gather(verdicts, none):
     return models, drops
 
 
-def collect(verdicts, max_missing, none, what):
-    """As `gather`, without the Drops: what is missing is printed.
+def collect(verdicts, s, what, only=""):
+    """As `gather`, of --judgments, without the Drops: what is missing is printed.
 
     UserError where it is too much, and for a model without any `what`.
     """
-    models, drops = gather(verdicts, none)
+    models, drops = gather(verdicts, f"--judgments {s.judgments}: no judgments{only}")
     for model, values in models.items():
-        refuse(drops[model], len(values), max_missing, model)
+        refuse(drops[model], len(values), s.max_missing, model)
         if all(value is None for value in values.values()):
             raise UserError(f"{model}: not one {what}")
     return models
@@ -97,17 +97,12 @@ def refuse(drops, expected, max_missing, what):
         raise UserError(f"{fault}; mend them or raise --max_missing {max_missing}")
 
 
-def columns_in(rows):
-    """The keys of all these dicts, in the order in which they first come."""
-    return list(dict.fromkeys(name for row in rows for name in row))
-
-
 def table(rows, forms=None):
     """[{column: text, number or Estimate}] -> aligned lines, the first column on the left.
 
     forms: {column: how its numbers are formatted, as ".1%"}.
     """
-    columns, forms = columns_in(rows), forms or {}
+    columns, forms = list(dict.fromkeys(name for row in rows for name in row)), forms or {}
     cells = [columns] + [
         [format(row[name], forms.get(name, "")) if name in row else "" for name in columns]
         for row in rows

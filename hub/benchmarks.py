@@ -20,7 +20,7 @@ from pathlib import Path
 
 from hub.template import Template
 from jobs.cli import UserError
-from jobs.files import out_file, read_lines, replace, to_line
+from jobs.files import out_file, read_lines, replace, to_line, write_json
 
 
 def transcript(messages):
@@ -84,9 +84,8 @@ def write_answers(file, form, rows_file, name, tokens=None):
 
 def write_rows(file, rows, lines):
     """Rows as jsonl, or else as one JSON list, written aside and renamed."""
-    whole = [json.dumps(rows, indent=2, ensure_ascii=False).encode() + b"\n"]
     with out_file(file):
-        replace(file, map(to_line, rows) if lines else whole)
+        replace(file, map(to_line, rows)) if lines else write_json(file, rows)
 
 
 def question_id(prompt, about):
