@@ -141,19 +141,15 @@ class Objective:
     head: str = "logps"  # values are token log-probabilities, or one scalar "reward" per answer
 
     @cached_property
-    def _parameters(self):
-        return inspect.signature(self.loss).parameters.values()
-
-    @cached_property
     def inputs(self):
         """Names of the (B,) arguments that the function takes."""
         # what stands before the `*` of the signature
-        return tuple(p.name for p in self._parameters if p.kind is not p.KEYWORD_ONLY)
+        return tuple(inspect.getfullargspec(self.loss).args)
 
     @cached_property
     def defaults(self):
         """Hyperparameters and their default values."""
-        return {p.name: p.default for p in self._parameters if p.kind is p.KEYWORD_ONLY}
+        return inspect.getfullargspec(self.loss).kwonlydefaults or {}
 
     @property
     def uses_reference(self):
@@ -254,8 +250,8 @@ class Recipe:
     def views(self):
         """One dict {answer: Path} per view of the condition."""
         contexts = CONDITIONS[self.condition]  # ((context of chosen, context of rejected), …)
-        pairs = [dict(zip(("chosen", "rejected"), view, strict=True)) for view in contexts]
-        return [{a: Path(view[a], a) for a in self.objective.answers} for view in pairs]
+        answers = self.objective.answers  # where chosen stands alone, zip ends behind it
+        return [{a: Path(c, a) for c, a in zip(view, answers, strict=False)} for view in contexts]
 
     @property
     def paths(self):
@@ -301,10 +297,8 @@ class Recipe:
         """
         per_view = [self._view(view, sums, counts, reference, kl) for view in self.views]
         losses = sum(losses for losses, _ in per_view)  # (B,)
-        rewards = {
-            answer: sum(rewards[answer] for _, rewards in per_view) / len(per_view)
-            for answer in self.objective.answers
-        }
+        answers, n = self.objective.answers, len(per_view)
+        rewards = {answer: sum(found[answer] for _, found in per_view) / n for answer in answers}
         # likelihood counts every target token alike, however they fall on pairs and views
         if self.objective.per == "token":
             units = sum(counts[path] for view in self.views for path in view.values())
@@ -351,7 +345,8 @@ def recipe(name, condition=None, bridge=None, reference=None, **hyper):
     """
     if name not in PRESETS:
         raise ValueError(f"--loss {name}: unknown objective; choose from {', '.join(PRESETS)}")
-    preset = PRESETS[name]
+    overrides = {"condition": condition, "bridge": bridge, "reference": reference}
+    preset = PRESETS[name]._replace(**{key: value for key, value in overrides.items() if value})
     objective = OBJECTIVES[preset.objective]
     # None: the flag was not given, so the table's default holds
     given = {key: value for key, value in hyper.items() if value is not None}
@@ -359,11 +354,4 @@ def recipe(name, condition=None, bridge=None, reference=None, **hyper):
         if key not in objective.defaults:
             known = ", ".join(f"--{k}" for k in objective.defaults) or "none"
             raise ValueError(f"--{key} does not apply to --loss {name}; its flags are: {known}")
-    return Recipe(
-        name,
-        objective,
-        condition or preset.condition,
-        bridge or preset.bridge,
-        reference or preset.reference,
-        objective.defaults | given,
-    )
+    return Recipe(name, objective, *preset[1:], objective.defaults | given)

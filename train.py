@@ -331,7 +331,7 @@ class Run:
                     bar.update(len(row.pairs) * self.ranks.world)
                 processes.reshard(model)
                 parts.append(self.ranks.sum(out))  # a pair is 0 on every rank but one
-                if label and self.ranks.agree_to_stop():
+                if label and self.ranks.most(self.ranks.stopping):
                     raise Stopped
         return torch.cat(parts)
 

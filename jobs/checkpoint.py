@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from jobs.cli import UserError
 from jobs.files import checksum, flush, publish, remove, write_json, written_whole
-from jobs.processes import local_part, rows_of_shard, shard_of
+from jobs.processes import local_part, on_all, rows_of_shard, shard_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per parameter
 
@@ -55,7 +55,8 @@ class Saver:
 
         state: JSON-able dict with `step` (optimizer steps done) and whatever else must survive.
         """
-        self._join()
+        if self.thread:
+            self.thread.join()
         tensors = _tensors(model, optimizer)
         part, parts = shard_of(next(model.parameters()))
         copy = {n: local_part(t)[0].to("cpu", copy=True) for n, t in tensors.items()}
@@ -67,7 +68,8 @@ class Saver:
 
     def wait(self):
         """Return when the last checkpoint is published; UserError if it could not be written."""
-        self._join()
+        if self.thread:
+            self.thread.join()
         if self.fault:
             raise UserError(f"{self.fault}; free some space, then --resume")
 
@@ -82,43 +84,23 @@ class Saver:
         self.say(f"resuming from {path}")
         return state
 
-    def _join(self):
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
-
     def _write(self, tensors, part, state):
         """The thread: every rank writes its part, and rank 0 publishes when all are whole."""
         step, first = state["step"], dist.get_rank() == 0
         aside = self.directory / f".step-{step}"
         try:
-            self._agree(lambda: first and (remove(aside), aside.mkdir(parents=True)))
+            on_all(lambda: first and (remove(aside), aside.mkdir(parents=True)), self.group)
             file = aside / f"rank-{part}.safetensors"
-            checksums = self._agree(lambda: tensors and write_flushed(tensors, file))
+            checksums = on_all(lambda: tensors and write_flushed(tensors, file), self.group)
             whole = state | {"sha256": [c for c in checksums if c]}
-            self._agree(lambda: first and self._publish(aside, whole))
+            on_all(lambda: first and self._publish(aside, whole), self.group)
             self.fault = None
-        except UserError as error:
+        except (UserError, RuntimeError) as error:
             self.fault = f"checkpoint step-{step} was not written: {error}"
-            if first:
+            # a RuntimeError is a rank that is gone: the training loop will tell
+            if first and isinstance(error, UserError):
                 remove(aside)
                 self.say(f"{self.fault}; training goes on, the next save tries again")
-        except RuntimeError as error:  # another rank is gone: the training loop will tell
-            self.fault = f"checkpoint step-{step} was not written: {error}"
-
-    def _agree(self, make):
-        """[make() of every rank]; the fault of any rank is raised on all of them."""
-        box = [None, None]
-        try:
-            box[0] = make()
-        except (OSError, SafetensorError) as error:
-            box[1] = str(error)
-        boxes = [None] * dist.get_world_size()
-        dist.all_gather_object(boxes, box, self.group)
-        for _, fault in boxes:
-            if fault:
-                raise UserError(fault)
-        return [made for made, _ in boxes]
 
     def _publish(self, aside, state):
         """Rename what is whole to its name; then, and only then, remove what is too old."""
@@ -149,41 +131,36 @@ def newest(directory, owner=None, say=print):
     Says in one line each why it passes over another.
     """
     for path in saved(directory):
-        fault, state = _read_state(path, owner)
-        if fault is None:
-            return path, state
-        say(f"{path}: {fault}; trying the one before")
+        try:
+            return path, on_all(lambda path=path: _read_state(path, owner or {}))[0]
+        except UserError as fault:
+            say(f"{path}: {fault}; trying the one before")
     return None
 
 
 def _read_state(path, owner):
-    """(what is wrong with a checkpoint as every rank agrees, or None; its state)."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    fault = state = None
+    """The state of a checkpoint; UserError for damage to this rank's share of it, or its owner."""
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        for name, value in (owner or {}).items():
+        for name, value in owner.items():
             if (found := state["owner"].get(name)) != value:
-                fault = f"belongs to another {name} ({found}, not {value})"
-        for r in range(rank, state["world"] if fault is None else 0, world):  # a share each
-            fault = fault or _damage(path / f"rank-{r}.safetensors", state["sha256"][r])
+                raise UserError(f"belongs to another {name} ({found}, not {value})")
+        for r in range(dist.get_rank(), state["world"], dist.get_world_size()):
+            _check(path / f"rank-{r}.safetensors", state["sha256"][r])
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        fault = f"state.json is not readable ({error})"
-    faults = [None] * world
-    dist.all_gather_object(faults, fault)
-    return next((f for f in faults if f), None), state
+        raise UserError(f"state.json is not readable ({error})") from error
+    return state
 
 
-def _damage(file, expected):
-    """What is wrong with one file, or None."""
+def _check(file, expected):
     if file.is_symlink() or not file.exists():
-        return f"{file.name} is {'a link' if file.is_symlink() else 'missing'}"
+        raise UserError(f"{file.name} is {'a link' if file.is_symlink() else 'missing'}")
     try:
-        with safe_open(file, "pt"):
-            pass
-    except SafetensorError:
-        return f"{file.name} is truncated or no safetensors file"
-    return None if checksum(file) == expected else f"{file.name} does not match its checksum"
+        safe_open(file, "pt")
+    except SafetensorError as error:
+        raise UserError(f"{file.name} is truncated or no safetensors file") from error
+    if checksum(file) != expected:
+        raise UserError(f"{file.name} does not match its checksum")
 
 
 def restore(path, state, model, optimizer):
@@ -234,16 +211,13 @@ def read_keyed(file, key, say):
     """{name: tensor} of a file of this key, or None; says so when it belongs to something else."""
     if not file.exists():
         return None
-    fault = "belongs to other weights, data or settings"
-    try:
-        with safe_open(file, "pt") as cached:
-            known = cached.metadata() or {}
-            if known.get("key") == key:
-                tensors = {name: cached.get_tensor(name) for name in sorted(cached.keys())}
-                if known.get("sha256") == content_digest(tensors):
-                    return tensors
-                fault = "is damaged"
-    except SafetensorError:
-        fault = "is damaged"
+    fault = "is damaged"
+    with contextlib.suppress(SafetensorError), safe_open(file, "pt") as cached:
+        known = cached.metadata() or {}
+        tensors = {name: cached.get_tensor(name) for name in sorted(cached.keys())}
+        if known.get("key") != key:
+            fault = "belongs to other weights, data or settings"
+        elif known.get("sha256") == content_digest(tensors):
+            return tensors
     say(f"{file} {fault}; computing it again")
     return None

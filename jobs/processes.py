@@ -16,6 +16,7 @@ import time
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -57,7 +58,7 @@ class Ranks:
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self.store = dist.PrefixStore(f"attempt-{attempt}", store)
         dist.init_process_group(backend, store=self.store, rank=rank, world_size=world)
-        self.rank, self.world, self.node_first = rank, world, local == 0
+        self.rank, self.world, self.first, self.node_first = rank, world, rank == 0, local == 0
         self.stopping, self.deferred, self.ending = False, False, threading.Event()
 
     def __enter__(self):
@@ -85,10 +86,6 @@ class Ranks:
         self.stopping = True
         if not self.deferred:
             raise Stopped
-
-    def agree_to_stop(self):
-        """Whether any rank caught a signal; the same answer on all of them."""
-        return self.sum(torch.tensor(float(self.stopping), device=self.device)).item() > 0
 
     def _tell(self, error):
         """Leave this rank's message in the store, unless another failed before it."""
@@ -129,10 +126,6 @@ class Ranks:
 
     # -- what they say and share
 
-    @property
-    def first(self):
-        return self.rank == 0
-
     def say(self, text):
         """Print once, above the progress bar."""
         if self.first:
@@ -140,16 +133,7 @@ class Ranks:
 
     def share(self, make):
         """What rank 0 makes, on every rank; an error of rank 0 is raised on every rank."""
-        box = [None, None]
-        if self.first:
-            try:
-                box[0] = make()
-            except (UserError, OSError) as error:
-                box[1] = str(error)
-        dist.broadcast_object_list(box)
-        if box[1] is not None:
-            raise UserError(box[1])
-        return box[0]
+        return on_all(lambda: make() if self.first else None)[0]
 
     def sum(self, tensor):
         """Sum over ranks, in place."""
@@ -170,6 +154,21 @@ class Ranks:
             raise UserError(f"--shard_group {shard_group} does not divide {self.world} processes")
         shape, names = (self.world // shard_group, shard_group), ("copy", "shard")
         return init_device_mesh(self.kind, shape, mesh_dim_names=names)
+
+
+def on_all(make, group=None):
+    """Computes [make() of every rank] on every rank; an error of any is raised on all of them."""
+    made = fault = None
+    try:
+        made = make()
+    except (UserError, OSError, SafetensorError) as error:
+        fault = str(error)
+    boxes = [None] * dist.get_world_size()
+    dist.all_gather_object(boxes, (made, fault), group)
+    for _, fault in boxes:
+        if fault is not None:
+            raise UserError(fault)
+    return [made for made, _ in boxes]
 
 
 def keep_freed_memory():
@@ -203,8 +202,7 @@ def by_device(s, kind):
         if attention == "flex":
             raise UserError("--context_grad false does not go with --attention flex")
         if s.loss == "reward":
-            fault = "--loss reward has no context; it scores dialogues"
-            raise UserError(f"--context_grad false: {fault}")
+            raise UserError("--context_grad false: --loss reward scores dialogues, not contexts")
         attention = "sdpa"  # computed piece by piece, since lengths vary
     if attention == "auto":
         attention = "flex" if kind == "cuda" else "sdpa"
