@@ -73,9 +73,7 @@ class TrainFlags(HyperFlags, RunFlags, CleaningFlags, PathFlags, DataFlags, Mode
     seed: int = flag(0, "order of the pairs and hold-out")
     eval_pairs: int | None = flag(None, "validation pairs; default: 1000, at most a tenth")
     eval_every: int | None = flag(None, "steps between validations; default: a tenth of the run")
-    context_grad: bool = flag(
-        True, "false: prompts and context answers run forward only (cheaper, not exact)"
-    )
+    context_grad: bool = flag(True, "false: contexts only run forward (cheaper, but not exact)")
 
 
 def resolve_flags(s, kind):
@@ -214,26 +212,25 @@ def fit(s, ranks, recipe):
 
     # the data: read, cleaned, held out, tokenised; and which pairs make up which step
     sets, lines = load_data(s, template, recipe, ranks)
-    for line in lines:
-        ranks.say(line)
+    ranks.say("\n".join(lines))
     plan = Plan(len(sets["train"]), s.batch, s.seed, s.epochs or 0.0, s.steps)
     s = fit_to_data(s, ranks, recipe, sets, plan)
     rundir.show(s, ranks, recipe, plan)
-    rundir.check_config(s, ranks)
+    ranks.share(lambda: rundir.check_config(s))
 
     # the model, and the reference's log-probabilities, computed once
     model = build_model(s, ranks, source, recipe.objective.head)
-    digest = ref_digest = ranks.share(lambda: weights.Weights(source).digest())
-    if s.ref_model:
-        ref_digest = ranks.share(lambda: weights.Weights(reference_source).digest())
-    job = Run(s, ranks, recipe, model, digest, sets, plan)
+    sources = {source, reference_source}  # one, where the policy is its own reference
+    digests = ranks.share(lambda: {x: weights.Weights(x).digest() for x in sources})
+    job = Run(s, ranks, recipe, model, digests[source], sets, plan)
     ranks.deferred = True  # from here on a signal waits for the next place to save or stop
-    reference = job.score_reference(reference_source, ref_digest)
+    reference = job.score_reference(reference_source, digests[reference_source])
     first = job.resume() if s.resume else 0
     if first == 0:
         job.check_start()
     # OUT holds a run from here on
-    rundir.write_config(s, ranks, {"hyper": recipe.hyper, "steps": plan.steps})
+    facts = {"ranks": ranks.world, "hyper": recipe.hyper, "steps": plan.steps}
+    ranks.share(lambda: rundir.write_config(s, **facts))
     metrics = Metrics(s, ranks, first)
     if reference:
         metrics.write(reference)
@@ -422,8 +419,10 @@ class Run:
     def step(self, step, stopping):
         """One optimizer step on the plan's pairs. Returns (metrics, whether any rank must stop)."""
         start = time.monotonic()
-        pairs, paths = self.plan.pairs(step), self.recipe.paths
-        kl = self.kl_of_step(pairs)
+        pairs, paths, kl = self.plan.pairs(step), self.recipe.paths, None
+        if kl_paths := self.recipe.kl_paths:  # KTO's z: over all pairs, by a pass without gradient
+            sums = by_path(self.score(self.model, self.train, pairs, kl_paths), kl_paths)
+            kl = self.recipe.kl(sums, self.reference_of("train", pairs))
         units = len(pairs)  # what the step's loss is divided by: pairs, or target tokens
         if self.recipe.objective.per == "token":
             units = self.counts(self.train, pairs, paths).sum()
@@ -453,13 +452,6 @@ class Run:
         memory = self.ranks.most(processes.peak_memory(self.ranks.kind))  # of the fullest process
         return line | {"memory_gib": round(memory, 3)}, stop > 0
 
-    def kl_of_step(self, pairs):
-        """KTO's z over the pairs of this step, by a pass without gradient; else None."""
-        if not (paths := self.recipe.kl_paths):
-            return None
-        sums = by_path(self.score(self.model, self.train, pairs, paths), paths)
-        return self.recipe.kl(sums, self.reference_of("train", pairs))
-
     def backward(self, row, pairs, paths, kl, units):
         """Forward and backward of one row -> (5,) loss, accuracy, rewards, tokens, summed."""
         numbers = [pairs[j] for j in row.pairs]  # the row counts within the step
@@ -468,12 +460,11 @@ class Run:
         out = self.recipe(sums, counts, self.reference_of("train", numbers), kl)
         loss = out.losses.sum() / units  # this row's share of the step's loss
         (loss * self.ranks.world).backward()  # FSDP averages over ranks; a step's loss is a sum
-        chosen, rejected = out.rewards["chosen"], out.rewards.get("rejected")
-        wins = torch.zeros_like(chosen) if rejected is None else (chosen > rejected).float()
-        lost = torch.zeros_like(chosen) if rejected is None else rejected
-        tokens = torch.tensor(float(sum(b - a for a, b in row.spans if row.pairs)))
-        totals = (loss.detach(), wins.sum(), chosen.sum(), lost.sum(), tokens.to(loss.device))
-        return torch.stack(totals)
+        chosen = out.rewards["chosen"]  # (B,), as are wins
+        rejected = out.rewards.get("rejected", chosen)  # where there is none, it is not shown
+        wins, tokens = (chosen > rejected).float(), sum(b - a for a, b in row.spans if row.pairs)
+        tokens = torch.tensor(float(tokens), device=loss.device)
+        return torch.stack((loss.detach(), wins.sum(), chosen.sum(), rejected.sum(), tokens))
 
     def update(self, step, loss):
         """Clip and apply the gradient; refuse a non-finite one before it touches the weights."""

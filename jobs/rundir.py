@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from jobs.cli import UserError
-from jobs.files import parse_json, replace, to_line, write_json
+from jobs.files import flush, read_json, replace, to_line, write_json
 
 # what a resumed run may change: where and how it runs, not what it computes
 MAY_CHANGE = ("out", "resume", "save_every", "keep", "device", "offload", "checkpoint_activations",
@@ -59,18 +59,17 @@ def hold(file, say, patience=60):
     It is waited for, since a run whose launcher was killed may still be saving.
     """
     with open(file, "w", encoding="utf-8") as f:
-        until, said = time.monotonic() + patience, False
-        while True:
+        tries = 5 * patience
+        for n in range(tries + 1):
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 fault = f"{file.parent}: another run is writing to it"
-                if time.monotonic() > until:
+                if n == tries:
                     raise UserError(f"--out {fault}") from None
-                if not said:
+                if n == 0:
                     say(f"{fault}; waiting")
-                said = True
                 time.sleep(0.2)
             except OSError as error:
                 say(f"{file}: this file system keeps no locks ({error.strerror}); going on without")
@@ -90,40 +89,29 @@ def show(s, ranks, recipe, plan):
     )
 
 
-def check_config(s, ranks):
+def check_config(s):
     """A resumed run must agree with OUT/config.json; UserError names the flag that does not."""
-    file, now = Path(s.out) / "config.json", dataclasses.asdict(s)
-
-    def check():
-        if not file.exists():
-            return
-        content = parse_json(file.read_text(encoding="utf-8"), str(file))
-        then = content.get("settings") if isinstance(content, dict) else None
-        if not isinstance(then, dict):
-            raise UserError(f"{file}: holds no settings; not the config.json of a run")
-        for name, value in now.items():
-            if name not in MAY_CHANGE and then.get(name) != value:
-                was = then.get(name)
-                raise UserError(f"--resume: --{name} is {value}, but {file} has {was}")
-
-    ranks.share(check)
+    file = Path(s.out) / "config.json"
+    if not file.exists():
+        return
+    content = read_json(file)
+    then = content.get("settings") if isinstance(content, dict) else None
+    if not isinstance(then, dict):
+        raise UserError(f"{file}: holds no settings; not the config.json of a run")
+    for name, value in dataclasses.asdict(s).items():
+        if name not in MAY_CHANGE and (was := then.get(name)) != value:
+            raise UserError(f"--resume: --{name} is {value}, but {file} has {was}")
 
 
-def write_config(s, ranks, extra):
+def write_config(s, **extra):
     """Writes OUT/config.json: the resolved settings and versions, once nothing stands in the way.
 
     Before it is there, a start that failed can be corrected and tried again in the same OUT.
     """
     file = Path(s.out) / "config.json"
-
-    def write():
-        if file.exists():
-            return
+    if not file.exists():
         versions = {"python": platform.python_version(), "torch": torch.__version__}
-        content = {"settings": dataclasses.asdict(s), "versions": versions, "ranks": ranks.world}
-        write_json(file, content | extra)
-
-    ranks.share(write)
+        write_json(file, {"settings": dataclasses.asdict(s), "versions": versions} | extra)
 
 
 class Metrics:
@@ -133,10 +121,15 @@ class Metrics:
         self.file, self.active, self.loggers = Path(s.out) / "metrics.jsonl", ranks.first, []
         self.say = ranks.say
         if self.active:
-            if self.file.exists():  # keep what precedes the resumed step
+            if self.file.exists():  # what follows `step` is repeated, its own validation included
                 rows = read_metrics(self.file, self.say)
-                replace(self.file, [to_line(row) for row in rows if precedes(row, step)])
-            self.loggers = [LOGGERS[name](s, step) for name in logger_names(s.log)]
+                kept = [row for row in rows if row.get("step", -1) < step + ("loss" in row)]
+                replace(self.file, map(to_line, kept))
+            for name in logger_names(s.log):
+                try:
+                    self.loggers.append(LOGGERS[name](s, step))
+                except ImportError as error:
+                    raise UserError(f"--log {name}: pip install {name}") from error
 
     def write(self, metrics):
         """One line of numbers; every logger gets the same names."""
@@ -149,8 +142,7 @@ class Metrics:
     def flush(self):
         """To disk, before a checkpoint claims that these steps are done."""
         if self.active and self.file.exists():
-            with open(self.file, "rb") as f:
-                os.fsync(f.fileno())
+            flush(self.file)
 
     def close(self):
         self.plot()
@@ -166,11 +158,6 @@ class Metrics:
             draw({None: read_metrics(self.file)}, figure)
         except Exception as error:  # a full disk, or one of matplotlib's own: fonts, caches, …
             self.say(f"{figure} could not be drawn: {error}")
-
-
-def precedes(line, step):
-    """A run that resumes after `step` repeats what came later, its validation included."""
-    return line.get("step", -1) < step or (line["step"] == step and "loss" in line)
 
 
 def read_metrics(file, say=print):
@@ -211,10 +198,8 @@ def draw(runs, file):
 
 def tensorboard(s, step):
     """--log tensorboard: event files in OUT/tensorboard -> (write, close)."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("--log tensorboard: pip install tensorboard") from error
+    from torch.utils.tensorboard import SummaryWriter
+
     writer = SummaryWriter(Path(s.out) / "tensorboard", purge_step=step + 1)
 
     def write(metrics):
@@ -226,10 +211,8 @@ def tensorboard(s, step):
 
 def wandb(s, step):
     """--log wandb: one run per OUT, gone on with by --resume; WANDB_* apply -> (write, close)."""
-    try:
-        import wandb as client
-    except ImportError as error:
-        raise UserError("--log wandb: pip install wandb") from error
+    import wandb as client
+
     name, file = Path(s.out).resolve().name, Path(s.out) / ".run-id"
     if not file.exists():  # it stays with the run directory, so that --resume goes on with it
         file.write_text(os.urandom(4).hex(), encoding="utf-8")
