@@ -225,7 +225,9 @@ def fit(s, ranks, recipe):
     job = Run(s, ranks, recipe, model, digests[source], sets, plan)
     ranks.deferred = True  # from here on a signal waits for the next place to save or stop
     reference = job.score_reference(reference_source, digests[reference_source])
-    first = job.resume() if s.resume else 0
+    if s.resume:
+        job.state |= job.saver.resume(model, job.optimizer)
+    first = job.state["step"]
     if first == 0:
         job.check_start()
     # OUT holds a run from here on
@@ -528,12 +530,6 @@ class Run:
         """OUT/checkpoints/step-N, written in the background from a copy made here."""
         self.state["step"] = step
         self.saver.save(self.model, self.optimizer, self.state)
-
-    def resume(self):
-        """Step to go on from: that of the newest whole checkpoint, or 0."""
-        found = self.saver.resume(self.model, self.optimizer)
-        self.state |= {name: found[name] for name in self.state if name in found}
-        return self.state["step"]
 
 
 # ----------------------------------------------------------------------------- the loop

@@ -106,9 +106,8 @@ class Saver:
         """Rename what is whole to its name; then, and only then, remove what is too old."""
         write_json(aside / "state.json", state)
         publish(aside, aside.with_name(aside.name.removeprefix(".")))
-        best = f"step-{state.get('best_step')}"
         for old in saved(self.directory)[self.keep :]:
-            if old.name != best:
+            if old.name != f"step-{state.get('best_step')}":
                 remove(old)
 
 
@@ -166,12 +165,10 @@ def _check(file, expected):
 def restore(path, state, model, optimizer):
     """Fill weights and optimizer state from a checkpoint of any number of ranks."""
     files = [safe_open(path / f"rank-{r}.safetensors", "pt") for r in range(state["world"])]
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(state["step"]), device=parameter.device),
-                **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
-            }
+    for parameter in model.parameters():
+        step = torch.tensor(float(state["step"]), device=parameter.device)
+        moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+        optimizer.state[parameter] = {"step": step, **moments}
     with torch.no_grad():
         for name, tensor in _tensors(model, optimizer).items():
             part, rows = local_part(tensor)  # our rows, of which each file may hold some

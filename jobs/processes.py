@@ -198,14 +198,12 @@ def by_device(s, kind):
     UserError for flags that contradict each other or the device.
     """
     attention = s.attention
-    if not s.context_grad:
-        if attention == "flex":
-            raise UserError("--context_grad false does not go with --attention flex")
-        if s.loss == "reward":
-            raise UserError("--context_grad false: --loss reward scores dialogues, not contexts")
-        attention = "sdpa"  # computed piece by piece, since lengths vary
-    if attention == "auto":
-        attention = "flex" if kind == "cuda" else "sdpa"
+    if not s.context_grad and attention == "flex":
+        raise UserError("--context_grad false does not go with --attention flex")
+    if not s.context_grad and s.loss == "reward":
+        raise UserError("--context_grad false: --loss reward scores dialogues, not contexts")
+    if attention == "auto":  # detached contexts are computed piece by piece: their lengths vary
+        attention = "flex" if kind == "cuda" and s.context_grad else "sdpa"
     if attention == "flex" and kind != "cuda":
         raise UserError("--attention flex: FlexAttention trains on CUDA only; use sdpa")
     compiled = kind == "cuda" if s.compile is None else s.compile

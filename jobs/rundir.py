@@ -52,29 +52,25 @@ def open_out(s, ranks):
         yield ranks.share(choose)
 
 
-@contextlib.contextmanager
 def hold(file, say, patience=60):
-    """Holds a lock file; UserError if another process still has it after `patience` seconds.
+    """Opens and locks a file; UserError if another process has it still after `patience` seconds.
 
     It is waited for, since a run whose launcher was killed may still be saving.
     """
-    with open(file, "w", encoding="utf-8") as f:
-        tries = 5 * patience
-        for n in range(tries + 1):
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                fault = f"{file.parent}: another run is writing to it"
-                if n == tries:
-                    raise UserError(f"--out {fault}") from None
-                if n == 0:
-                    say(f"{fault}; waiting")
-                time.sleep(0.2)
-            except OSError as error:
-                say(f"{file}: this file system keeps no locks ({error.strerror}); going on without")
-                break
-        yield
+    opened = open(file, "w", encoding="utf-8")  # noqa: SIM115
+    fault = f"{file.parent}: another run is writing to it"
+    for n in range(5 * patience):
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return opened
+        except BlockingIOError:
+            if n == 0:
+                say(f"{fault}; waiting")
+            time.sleep(0.2)
+        except OSError as error:
+            say(f"{file}: this file system keeps no locks ({error.strerror}); going on without")
+            return opened
+    raise UserError(f"--out {fault}")
 
 
 def show(s, ranks, recipe, plan):
