@@ -332,7 +332,7 @@ class Run:
                 parts.append(self.ranks.sum(out))  # a pair is 0 on every rank but one
                 if label and self.ranks.most(self.ranks.stopping):
                     raise Stopped
-        return torch.cat(parts)
+        return torch.cat(parts)  # (len(pairs), P)
 
     def counts(self, dataset, pairs, paths):
         """(len(pairs), P) number of scored tokens."""
@@ -353,8 +353,8 @@ class Run:
             return None
         ranks, file, start = self.ranks, self.reference_file, time.monotonic()
         key = ranks.share(lambda: self.reference_key(digest))
-        tensors = found = ranks.share(lambda: checkpoint.read_keyed(file, key, ranks.say))
-        if not found:
+        tensors, metrics = ranks.share(lambda: checkpoint.read_keyed(file, key, ranks.say)), None
+        if not tensors:
             model, tensors = self.model, {}
             if self.s.ref_model is not None:
                 model = build_model(self.s, ranks, source, "logps")
@@ -366,12 +366,11 @@ class Run:
                     raise UserError(f"{where}: its reference log-probability is not finite")
                 tensors[name] = values.cpu()
             ranks.share(lambda: checkpoint.write_keyed(tensors, file, key))
+            seconds, n = time.monotonic() - start, sum(map(len, tensors.values()))
+            metrics = {"reference_seconds": round(seconds, 3), "reference_pairs": n}
         for name, paths in self.wanted.items():
             self.reference[name] = by_path(tensors[name].to(ranks.device), paths)
-        if found:
-            return None
-        n = sum(len(self.sets[name]) for name in self.wanted)
-        return {"reference_seconds": round(time.monotonic() - start, 3), "reference_pairs": n}
+        return metrics
 
     def reference_key(self, digest):
         """sha256 of all that the reference log-probabilities depend on."""
@@ -398,8 +397,9 @@ class Run:
         if "train" not in self.wanted or self.s.ref_model is not None:
             return
         pairs = self.plan.pairs(0)
-        sums = self.score(self.model, self.train, pairs, paths)
-        reference = torch.stack([self.reference_of("train", pairs)[p] for p in paths], 1)
+        sums = self.score(self.model, self.train, pairs, paths)  # (batch, P)
+        known = self.reference_of("train", pairs)  # {path: (batch,)}
+        reference = torch.stack([known[path] for path in paths], 1)  # (batch, P)
         counts = self.counts(self.train, pairs, paths).clamp(min=1)  # (batch, P)
         gap = ((sums - reference).abs() / counts).max().item()
         if not gap <= (5e-2 if self.s.dtype == "bf16" else 1e-3):
@@ -415,7 +415,7 @@ class Run:
         s, warm = self.s, max(1, round(self.s.warmup * self.plan.steps))
         if step < warm:
             return 1e-8 + (s.lr - 1e-8) * step / warm
-        done = (step - warm) / max(1, self.plan.steps - warm)
+        done = (step - warm) / max(1, self.plan.steps - warm)  # share of the cosine, 0 to 1
         return s.lr * (s.final_lr + (1 - s.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
 
     def step(self, step, stopping):
@@ -458,8 +458,8 @@ class Run:
         """Forward and backward of one row -> (5,) loss, accuracy, rewards, tokens, summed."""
         numbers = [pairs[j] for j in row.pairs]  # the row counts within the step
         sums = by_path(row.sums(self.model(row)), paths)  # {path: (B,)}
-        counts = by_path(row.counts(), paths)
-        out = self.recipe(sums, counts, self.reference_of("train", numbers), kl)
+        counts = by_path(row.counts(), paths)  # {path: (B,)}
+        out = self.recipe(sums, counts, self.reference_of("train", numbers), kl)  # of B pairs
         loss = out.losses.sum() / units  # this row's share of the step's loss
         (loss * self.ranks.world).backward()  # FSDP averages over ranks; a step's loss is a sum
         chosen = out.rewards["chosen"]  # (B,), as are wins
@@ -493,13 +493,13 @@ class Run:
         start, dataset, recipe = time.monotonic(), self.validation, self.recipe
         pairs, paths = range(len(dataset)), self.validation_paths
         sums = by_path(self.score(self.model, dataset, pairs, paths, "validate"), paths)
-        counts = by_path(self.counts(dataset, pairs, paths), paths)
+        counts = by_path(self.counts(dataset, pairs, paths), paths)  # {path: (N,)}
         reference = self.reference_of("validation")
         # z over all validation pairs at once, where a step has that of its batch
-        out = recipe(sums, counts, reference, recipe.kl(sums, reference))
+        out = recipe(sums, counts, reference, recipe.kl(sums, reference))  # of N pairs
         line = {"step": step, "eval_loss": (out.losses.sum() / out.units.sum()).item()}
         if "rejected" in recipe.objective.answers:
-            margin = out.rewards["chosen"] - out.rewards["rejected"]
+            margin = out.rewards["chosen"] - out.rewards["rejected"]  # (N,)
             line |= {"eval_accuracy": (margin > 0).float().mean().item()}
             line |= {"eval_margin": margin.mean().item()}
             # the plain policy, prompt only, is what gets deployed: does training carry over to it?

@@ -179,9 +179,8 @@ def keep_freed_memory():
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        trim_threshold, mmap_max = -1, -4  # their numbers in malloc.h
-        libc.mallopt(trim_threshold, -1)  # the heap never shrinks
-        libc.mallopt(mmap_max, 0)  # and large tensors are part of it
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD of malloc.h: the heap never shrinks
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: and large tensors are part of it
 
 
 def lost_contact(error):
