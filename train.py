@@ -33,9 +33,8 @@ from jobs.cli import UserError, as_user_error, flag, parse, progress, run
 from jobs.files import ASSETS, written_whole
 from jobs.flags import HYPER, DataFlags, HyperFlags, ModelFlags, PathFlags, RunFlags
 from jobs.processes import Ranks, Stopped
-from jobs.rundir import Metrics
 from kernels import chains, detached, flex
-from losses import CONDITIONS, unique
+from losses import unique
 from model import Transformer, export, load_weights, read_config
 from pairs.cleaning import CleaningFlags, clean
 from pairs.read import Drops, hold_out, read_pairs
@@ -58,7 +57,7 @@ class TrainFlags(HyperFlags, RunFlags, CleaningFlags, PathFlags, DataFlags, Mode
     eval_data: str | None = flag(None, "validation pairs; default: --eval_pairs held out of --data")
     eval_revision: str | None = flag(None, "as --data_revision, of --eval_data; default: the same")
     ref_model: str | None = flag(None, "reference model; default: --model")
-    condition: str | None = flag(None, "what each answer is conditioned on", tuple(CONDITIONS))
+    condition: str | None = flag(None, "what answers are conditioned on", tuple(losses.CONDITIONS))
     reference: str | None = flag(None, "paths of the reference", ("plain", "conditioned"))
     score_eos: bool = flag(True, "score the end token too")
     steps: int | None = flag(None, "optimizer steps; default: by --epochs")
@@ -233,7 +232,7 @@ def fit(s, ranks, recipe):
     # OUT holds a run from here on
     facts = {"ranks": ranks.world, "hyper": recipe.hyper, "steps": plan.steps}
     ranks.share(lambda: rundir.write_config(s, **facts))
-    metrics = Metrics(s, ranks, first)
+    metrics = rundir.Metrics(s, ranks, first)
     if reference:
         metrics.write(reference)
 
@@ -328,7 +327,8 @@ class Run:
                 for row in self.rows(dataset, block, paths):
                     out[row.pairs] = row.sums(model(row))  # (B, P)
                     bar.update(len(row.pairs) * self.ranks.world)
-                processes.reshard(model)
+                for unit in (*model.blocks, model):  # as no backward does after this forward
+                    unit.reshard()
                 parts.append(self.ranks.sum(out))  # a pair is 0 on every rank but one
                 if label and self.ranks.most(self.ranks.stopping):
                     raise Stopped
@@ -526,8 +526,9 @@ class Run:
             list(tensors)  # sends its rows
         dist.barrier()
 
-    def save(self, step):
+    def save(self, step, metrics):
         """OUT/checkpoints/step-N, written in the background from a copy made here."""
+        metrics.flush()  # a checkpoint says that the lines of its steps are there
         self.state["step"] = step
         self.saver.save(self.model, self.optimizer, self.state)
 
@@ -553,14 +554,12 @@ def loop(job, metrics, template, first):
                 if stop and done < plan.steps:
                     raise Stopped
                 if done % s.save_every == 0 or done == plan.steps:
-                    metrics.flush()
-                    job.save(done)
+                    job.save(done, metrics)
             validate(job, metrics, template, plan.steps)
             job.saver.wait()
         except Stopped:  # a signal: save what is done, say so, end well
-            metrics.flush()
             if job.state["step"] != done:
-                job.save(done)
+                job.save(done, metrics)
             job.saver.wait()
             ranks.say(f"stopped by a signal after step {done}; --resume goes on from here")
             dist.barrier()

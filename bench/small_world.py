@@ -264,7 +264,7 @@ def run_all(jobs, file, known, workers):
 def quiet(log):
     """A worker: one thread, no curves drawn, and its runs' own progress goes into a log."""
     torch.set_num_threads(1)
-    train.Metrics.plot = lambda metrics: None  # a tenth of a run's time, for nobody to look at
+    train.rundir.Metrics.plot = lambda metrics: None  # a tenth of a run's time, looked at by nobody
     out = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(out, 1), os.dup2(out, 2)
 

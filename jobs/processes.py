@@ -244,13 +244,6 @@ def shard(model, s, ranks):
     model.to_empty(device="cpu" if s.offload else ranks.device)
 
 
-def reshard(model):
-    """Give the gathered parameters back, after forward passes that no backward followed."""
-    for module in model.modules():
-        if isinstance(module, fsdp.FSDPModule):
-            module.reshard()
-
-
 def rows_of_shard(n, rank, world):
     """Rows of an n-row tensor that FSDP2 gives to a rank: equal chunks, the last ones shorter."""
     chunk = -(-n // world)

@@ -136,7 +136,7 @@ class Metrics:
                 write(metrics)
 
     def flush(self):
-        """To disk, before a checkpoint claims that these steps are done."""
+        """Writes the lines through to disk."""
         if self.active and self.file.exists():
             flush(self.file)
 
