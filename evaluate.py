@@ -36,10 +36,7 @@ from pairs.read import Drops, read_pairs
 
 
 def path_sums(model, trie, sizes, n_paths, row_tokens=None, label="score"):
-    """Sums over each path's scored values, and how many there are: (N, P) and (N, P), on CPU.
-
-    The arguments are those of data.scored_rows.
-    """
+    """Sums over each path's values of data.scored_rows, and their numbers: (N, P) each, on CPU."""
     sums = torch.zeros(len(sizes), n_paths)  # (N, P)
     counts = torch.zeros_like(sums)
     for items, row, values in scored_rows(model, trie, sizes, n_paths, row_tokens, label):
@@ -64,9 +61,7 @@ class RewardFlags(ModelFlags, VerdictFlags):
     answers: str | None = flag(None, "rows of prompt, answer (or instruction, output)")
     against: str | None = flag(None, "answers to the same prompts, or pairs: the chosen answers")
     pairs: str | None = flag(None, "instead of answers: how often the chosen beats the rejected")
-    pool: str = flag(
-        "last", "score at the last token, or at the last that is no padding", ("last", "not_pad")
-    )
+    pool: str = flag("last", "token of the score; not_pad: last no padding", ("last", "not_pad"))
     limit: int | None = flag(None, "only the first N answers")
     row_tokens: int | None = flag(None, "tokens per row; default: 8192 on CUDA, else 2048")
     cache: str | None = flag(None, "directory of scores to keep, by model and tokens")
@@ -83,10 +78,10 @@ def evaluate_reward(s):
     # its score might differ in the last bit, and count as a win.
     every = [answer for _, rows in sides for answer in rows]
     scores = reward_scores(model, template, every, s.pool, s.row_tokens, cache)  # (sides x N,)
-    scores = np.split(scores, len(sides))  # of (N,)
+    scores = np.split(scores, len(sides))  # (N,) each
     found = [side_results(*side, own, s) for side, own in zip(sides, scores, strict=True)]
     results = {"command": "reward", "model": s.model, "seed": s.seed}
-    results |= dict(zip(("answers", "against"), found, strict=False))
+    results |= zip(("answers", "against"), found, strict=False)
     # what `evaluate.py compare` pairs, question by question
     shared = ("n", "reward", "std", "values")
     results["models"] = {side["file"]: {key: side[key] for key in shared} for side in found}
@@ -165,10 +160,7 @@ def by_subset(ours, theirs, names, fine, seed):
 
 
 def open_scores(folder, model, source):
-    """Store of FOLDER/<digest of the model>.jsonl: {digest of an answer's tokens: score}.
-
-    The model's digest covers weights, config, dtype and device type.
-    """
+    """Store of FOLDER/<digest of the model>.jsonl: {digest of an answer's tokens: score}."""
     weight = model.embed.weight  # bf16, or another device, gives slightly other scores
     identity = Weights(source).digest().encode() + (source / "config.json").read_bytes()
     identity += f"{weight.dtype} {weight.device.type}".encode()

@@ -33,9 +33,7 @@ GAMED_WEIGHT = 0.1  # lambda 0.2 over two baselines
 
 @dataclass(frozen=True)
 class AlpacaFlags(VerdictFlags):
-    annotations: str | None = flag(
-        None, "annotations.json of alpaca_eval, or csv of model,index,preference,len_model,…"
-    )
+    annotations: str | None = flag(None, "annotations.json of alpaca_eval, or csv of model,index,…")
     difficulty: str = flag("hub", "csv of index,instruction_difficulty; or hub, or none")
     gamed: str = flag("hub", "csv with the rows of the gamed baselines; or hub, or none")
     model: str | None = flag(None, "only this model of the file")

@@ -160,11 +160,8 @@ def bradley_terry(battles, names, style, equal, seed=0, resamples=0):
         return w, np.stack([sigmoid(skill), sigmoid(skill + equal @ pull)])  # (2, M)
 
     w, scores = fit(np.ones(len(questions)))
-    refits = []
-    with progress("Bradley-Terry", resamples, "fit", leave=False) as bar:
-        for counts in resample(len(questions), seed, resamples):
-            refits.append(fit(counts, w)[1])
-            bar.update()
+    bar = {"iterable": resample(len(questions), seed, resamples), "leave": False}
+    refits = [fit(counts, w)[1] for counts in progress("Bradley-Terry", resamples, "fit", **bar)]
     spans = np.stack(refits or [scores])  # (R, 2, M)
     views = {
         view: {name: interval(scores[v, m], spans[:, v, m]) for m, name in enumerate(names)}
@@ -178,18 +175,12 @@ def arena(s):
     require(s, "judgments", *(["answers", "baseline"] if s.control != "none" else []))
     only = "" if s.category is None else f" of category {s.category}"
     models = collect(judged_games(s.judgments, s.category), s, "verdict", only)
-    results = {
-        model: {
-            "n": sum(games is not None for games in questions.values()),
-            "score": raw_score(questions, s.seed, s.resamples),
-            # the weighted mean of a question's games; None where there is no verdict
-            "values": {
-                q: g and sum(x * w for x, w in g) / sum(w for _, w in g)
-                for q, g in questions.items()
-            },
-        }
-        for model, questions in models.items()
-    }
+    results = {}
+    for model, rows in models.items():
+        n, score = sum(map(bool, rows.values())), raw_score(rows, s.seed, s.resamples)
+        # the weighted mean of a question's games; None where there is no verdict
+        means = {q: g and sum(x * w for x, w in g) / sum(w for _, w in g) for q, g in rows.items()}
+        results[model] = {"n": n, "score": score, "values": means}
     if s.control != "none":
         battles = game_columns(models)
         columns = style_of_games(battles, s)

@@ -112,15 +112,14 @@ def verdict_row(s, ours, theirs, games, wins):
         category = ours.about.get("category", "custom")
         row = {"uid": question, "category": category, "judge": s.model}
         return row | {"model": models[1], "baseline": models[0], "games": games}
-    turn, row = ours.about["turn"], {"question_id": question}
-    row |= {"model_1": models[0], "model_2": models[1]}
+    row = {"question_id": question, "model_1": models[0], "model_2": models[1]}
     for n, (a, b) in enumerate((("model_1", "model_2"), ("model_2", "model_1"))):
         row[f"g{n + 1}_winner"] = {None: "error", 0.0: a, 0.5: "tie", 1.0: b}[wins[n]]
-    row["judge"] = [s.model, "pair-v2" if turn == 1 else "pair-v2-multi-turn"]
+    row["judge"] = [s.model, "pair-v2" if ours.about["turn"] == 1 else "pair-v2-multi-turn"]
     for n, game in enumerate(games, 1):
         row[f"g{n}_user_prompt"] = game and game["prompt"][-1]["content"]
         row[f"g{n}_judgment"] = game and game["judgment"]["answer"]
-    return row | {"turn": turn, "tstamp": time.time()}
+    return row | {"turn": ours.about["turn"], "tstamp": time.time()}
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,11 @@ def judge(s):
     if s.format == "arena_hard":
         refuse_twins(answers, s.answers)
     if single:
-        prompts = [grading(prompt, answer) for answer in answers]
+        prompts = []
+        for row in answers:
+            told = dict(enumerate(row.about.get("reference") or [], 1))  # by turn
+            told = told.get(row.about["turn"], "(none)")
+            prompts.append(prompt(question=transcript(row.prompt), answer=row.text, reference=told))
     else:
         others = read_answers(s.against, "--against", s.questions)
         sides = list(zip(answers, align(answers, others, f"--against {s.against}"), strict=True))
@@ -188,13 +191,6 @@ def compared(s, sides, prompts, texts):
         both = slice(2 * n, 2 * n + 2)  # games of this question
         rows.append(verdict_row(s, ours, theirs, games[both], wins[both]))
     return rows
-
-
-def grading(prompt, row):
-    """What the judge is asked about one answer."""
-    reference, turn = row.about.get("reference") or [], row.about["turn"]
-    told = reference[turn - 1] if turn <= len(reference) else "(none)"
-    return prompt(question=transcript(row.prompt), answer=row.text, reference=told)
 
 
 def graded(s, answers, prompts, texts):

@@ -31,9 +31,7 @@ FIRST = 81  # ten questions per category, 81 to 160
 @dataclass(frozen=True)
 class MtbenchFlags(VerdictFlags):
     judgments: str | None = flag(None, "judgment files, a path or glob: jsonl of turns' scores")
-    questions: str | None = flag(
-        None, "question file with categories; default: MT-Bench's 81 to 160"
-    )
+    questions: str | None = flag(None, "file with categories; default: MT-Bench's 81 to 160")
     resamples: int = flag(10_000, "of the bootstrap over questions")
 
 
@@ -104,11 +102,8 @@ def mtbench(s):
     """Print MT-Bench scores of every model in --judgments: overall, by turn, by category."""
     require(s, "judgments")
     models = collect(judged_turns(s.judgments), s, "score")
-    categories = category_of(s.questions)
-    results = {
-        model: mean_scores(scores, categories, s.seed, s.resamples)
-        for model, scores in models.items()
-    }
+    how = (category_of(s.questions), s.seed, s.resamples)
+    results = {model: mean_scores(scores, *how) for model, scores in models.items()}
     order = sorted(results, key=lambda model: -results[model]["score"].mean)
     for parts, prefix in (("turns", "turn "), ("categories", "")):
         rows = []

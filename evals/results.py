@@ -103,15 +103,14 @@ def table(rows, forms=None):
     forms: {column: how its numbers are formatted, as ".1%"}.
     """
     columns, forms = list(dict.fromkeys(name for row in rows for name in row)), forms or {}
-    cells = [columns] + [
-        [format(row[name], forms.get(name, "")) if name in row else "" for name in columns]
-        for row in rows
-    ]
+    cells, lines = [columns], []
+    for row in rows:
+        cells.append([format(row[c], forms.get(c, "")) if c in row else "" for c in columns])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-        for row in cells
-    )
+    for first, *others in cells:
+        line = "  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])])
+        lines.append(line.rstrip())
+    return "\n".join(lines)
 
 
 def markdown_table(columns, rows):

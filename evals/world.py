@@ -24,9 +24,7 @@ from pairs.layouts import Pair
 @dataclass(frozen=True)
 class WorldFlags(CheckpointFlags, InstructionFlags):
     start: str = flag(str(ASSETS / "start"), "the opponent: HF directory")
-    shown: str | None = flag(
-        None, "also show the policy the opponent's answer first, behind this bridge", tuple(BRIDGES)
-    )
+    shown: str | None = flag(None, "also show the opponent's answer by this bridge", tuple(BRIDGES))
     out: str | None = flag(None, "json file for the numbers and all probabilities")
 
 

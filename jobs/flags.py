@@ -52,9 +52,7 @@ class RunFlags:
     resume: bool = flag(False, "go on from the newest whole checkpoint in --out")
     log: str | None = flag(None, "also report to: tensorboard, wandb, or both with a comma")
     attention: str = flag("auto", "attention kernel; auto: flex on CUDA", ("auto", "sdpa", "flex"))
-    compile: bool | None = flag(
-        None, "compile the blocks (faster, for some ten seconds once); default: on CUDA"
-    )
+    compile: bool | None = flag(None, "compile the blocks (some ten seconds); default: on CUDA")
     checkpoint_activations: bool = flag(False, "recompute blocks in backward, to save memory")
     offload: bool = flag(False, "keep parameters and optimizer state in CPU memory")
     shard_group: int | None = flag(None, "shard over groups of N processes; default: over all")
