@@ -37,8 +37,7 @@ from kernels import chains, detached, flex
 from losses import unique
 from model import Transformer, export, load_weights, read_config
 from pairs.cleaning import CleaningFlags, clean
-from pairs.read import Drops, hold_out, read_pairs
-from pairs.sources import parse_sources
+from pairs.read import Drops, hold_out, parse_sources, read_pairs
 from pairs.token_cache import cache_key, cached
 
 # ----------------------------------------------------------------------------- flags

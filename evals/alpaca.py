@@ -25,7 +25,7 @@ from evals.stats import estimate, interval, logistic, sigmoid
 from jobs.cli import UserError, flag, progress, require
 from jobs.flags import VerdictFlags
 from pairs.layouts import number
-from pairs.sources import records
+from pairs.read import records
 
 PENALTIES = 1 / np.logspace(-4, 4, 10)  # scikit-learn's C, as the weight of the L1 norm
 GAMED_WEIGHT = 0.1  # lambda 0.2 over two baselines

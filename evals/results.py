@@ -12,8 +12,7 @@ import numpy as np
 
 from jobs.cli import UserError
 from jobs.files import out_file, parse_json, write_json
-from pairs.read import Drops
-from pairs.sources import records
+from pairs.read import Drops, records
 
 
 def files_of(text, name):

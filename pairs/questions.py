@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 from jobs.cli import UserError
 from pairs.layouts import as_messages, to_pair
-from pairs.read import Drops
-from pairs.sources import data_files, records
+from pairs.read import Drops, data_files, records
 
 # what an answer's row keeps of its question
 KEPT = ("uid", "question_id", "prompt_id", "subset", "category", "dataset", "reference")

@@ -9,8 +9,7 @@ from dialogues import GOOD, write_rows
 from published import TREE
 
 from jobs.cli import UserError
-from pairs.read import Drops, hold_out, read_pairs
-from pairs.sources import data_files, of_split, parse_sources, records
+from pairs.read import Drops, data_files, hold_out, of_split, parse_sources, read_pairs, records
 
 
 def names(directory, files):
