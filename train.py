@@ -85,9 +85,8 @@ def resolve_flags(s, kind):
     world = ASSETS / "world"
     defaults = {"model": str(ASSETS / "start"), "data": str(world / "pairs.jsonl")}
     defaults |= EMBEDDED | {"eval_data": str(world / "test.jsonl")} if embedded else PAPER
-    if s.steps is not None or s.epochs is not None:  # the length of the run is given
-        defaults = {k: v for k, v in defaults.items() if k not in ("steps", "epochs")}
-    defaults = {name: value for name, value in defaults.items() if getattr(s, name) is None}
+    length = ("steps", "epochs") if s.steps is not None or s.epochs is not None else ()  # is given
+    defaults = {k: v for k, v in defaults.items() if getattr(s, k) is None and k not in length}
     defaults |= {"eval_revision": s.eval_revision or s.data_revision} | processes.by_device(s, kind)
     return dataclasses.replace(s, **defaults), embedded
 
