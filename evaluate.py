@@ -25,9 +25,9 @@ from evals.rewardbench import sections
 from evals.stats import estimate, win_rate
 from generate import load_model
 from hub.weights import Weights, pinned
+from jobs import cli
 from jobs.cli import UserError, as_user_error, flag, parse, require, run
 from jobs.files import Store, read_json
-from jobs.flags import ModelFlags, PathFlags, ResultFlags, VerdictFlags
 from losses import recipe
 from pairs.layouts import number
 from pairs.read import Drops, read_pairs
@@ -56,7 +56,7 @@ def pair_logps(model, dataset, paths, row_tokens=None, label="score"):
 
 
 @dataclass(frozen=True)
-class RewardFlags(ModelFlags, VerdictFlags):
+class RewardFlags(cli.ModelFlags, cli.VerdictFlags):
     model: str | None = flag(None, "reward model: HF directory or hub id")
     answers: str | None = flag(None, "rows of prompt, answer (or instruction, output)")
     against: str | None = flag(None, "answers to the same prompts, or pairs: the chosen answers")
@@ -203,7 +203,7 @@ def reward_scores(model, template, answers, pool="last", row_tokens=None, cache=
 
 
 @dataclass(frozen=True)
-class PairsFlags(ModelFlags, PathFlags, ResultFlags):
+class PairsFlags(cli.ModelFlags, cli.PathFlags, cli.ResultFlags):
     model: str | None = flag(None, "the policy: HF directory or hub id")
     ref: str | None = flag(None, "the reference, if the objective has one: where training started")
     data: str | None = flag(None, "jsonl, json, parquet, glob or hub dataset id[:split]")

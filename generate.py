@@ -32,9 +32,9 @@ from hub.benchmarks import ANSWER_FORMATS, refuse_twins, token_counter, write_an
 from hub.endpoint import Endpoint, RequestRefused, public, together
 from hub.template import INSTRUCTIONS, Template, open_template, with_suffix
 from hub.weights import pinned
+from jobs import cli
 from jobs.cli import UserError, flag, parse, progress, run
 from jobs.files import Shared, read_json, to_line
-from jobs.flags import EndpointFlags, InstructionFlags, ModelFlags, SamplingFlags
 from kernels import chains
 from model import load
 from pairs.questions import Ask, read_asks
@@ -364,7 +364,7 @@ class RemoteAnswers:
 
 
 @dataclass(frozen=True)
-class GenerateFlags(ModelFlags, InstructionFlags, SamplingFlags, EndpointFlags):
+class GenerateFlags(cli.ModelFlags, cli.InstructionFlags, cli.SamplingFlags, cli.EndpointFlags):
     model: str | None = flag(None, "HF directory or hub id, or the --endpoint's name for it")
     prompt: str | None = flag(None, "one question; its answer streams to the terminal")
     data: str | None = flag(None, "questions, prompts or pairs: a file, a glob or a hub id")

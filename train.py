@@ -28,10 +28,9 @@ import losses
 from data import Dataset, Limits, Plan, build_row, pack, plain_paths
 from hub import weights
 from hub.template import Template
-from jobs import checkpoint, processes, rundir
+from jobs import checkpoint, cli, processes, rundir
 from jobs.cli import UserError, as_user_error, flag, parse, progress, run
 from jobs.files import ASSETS, written_whole
-from jobs.flags import HYPER, DataFlags, HyperFlags, ModelFlags, PathFlags, RunFlags
 from jobs.processes import Ranks, Stopped
 from kernels import chains, detached, flex
 from losses import unique
@@ -48,7 +47,7 @@ EMBEDDED = {"lr": 3e-4, "batch": 32, "steps": 60, "max_len": 256}
 
 
 @dataclass(frozen=True)
-class TrainFlags(HyperFlags, RunFlags, CleaningFlags, PathFlags, DataFlags, ModelFlags):
+class TrainFlags(cli.RunFlags, CleaningFlags, cli.PathFlags, cli.DataFlags, cli.ModelFlags):
     """Every flag. None: decided by the objective, the data or the device, and then printed."""
 
     loss: str = flag("ins_dpo", "objective; the README has the table")
@@ -120,7 +119,7 @@ def data_key(s, template, recipe, guard):
     sources = parse_sources(s.data, s.data_revision)
     sources += parse_sources(s.eval_data, s.eval_revision) if s.eval_data else []
     names = ["eval_data", "eval_pairs", "max_len", "draft_cap", "score_eos", "instruction", "sep"]
-    names += [f.name for flags in (CleaningFlags, DataFlags) for f in dataclasses.fields(flags)]
+    names += [f.name for flags in (CleaningFlags, cli.DataFlags) for f in dataclasses.fields(flags)]
     choices = {name: getattr(s, name) for name in (*names, "seed")}
     decides = [recipe.paths, recipe.bridge, recipe.objective.head, recipe.objective.answers]
     choices |= {"guard": guard and guard.identity, "recipe": str(decides)}
@@ -184,7 +183,7 @@ def train(s, ranks):
     """One run, from its flags to OUT/final; UserError for what a user can put right."""
     s, embedded = resolve_flags(s, ranks.kind)
     with as_user_error():
-        hyper = {name: getattr(s, name) for name in HYPER}
+        hyper = {name: getattr(s, name) for name in cli.HYPER}
         recipe = losses.recipe(s.loss, s.condition, s.bridge, s.reference, **hyper)
     try:
         with rundir.open_out(s, ranks) as out:

@@ -22,8 +22,7 @@ import numpy as np
 
 from evals.results import gather, refuse, save_results, table
 from evals.stats import estimate, interval, logistic, sigmoid
-from jobs.cli import UserError, flag, progress, require
-from jobs.flags import VerdictFlags
+from jobs.cli import UserError, VerdictFlags, flag, progress, require
 from pairs.layouts import number
 from pairs.read import records
 

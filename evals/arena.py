@@ -25,8 +25,7 @@ import numpy as np
 from evals.results import collect, rows_of, save_results, table
 from evals.stats import Estimate, interval, logistic, ratio_of_sums, resample, sigmoid
 from evals.verdicts import VERDICTS, read_verdict, to_label
-from jobs.cli import UserError, flag, progress, require
-from jobs.flags import VerdictFlags
+from jobs.cli import UserError, VerdictFlags, flag, progress, require
 from pairs.layouts import number
 
 STYLE = ("token_len", "header_count", "list_count", "bold_count")

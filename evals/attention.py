@@ -22,8 +22,7 @@ from evals.context import AnalysisFlags, Context, open_views
 from evals.results import figure_file, out_file, save_results, table
 from evals.stats import estimate
 from generate import load_model
-from jobs.cli import flag, progress, require
-from jobs.flags import InstructionFlags
+from jobs.cli import InstructionFlags, flag, progress, require
 from kernels import chains
 from model import visible
 

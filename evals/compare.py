@@ -12,8 +12,7 @@ import numpy as np
 
 from evals.results import files_of, read_results, refuse, save_results, table
 from evals.stats import estimate
-from jobs.cli import UserError, flag, require
-from jobs.flags import VerdictFlags
+from jobs.cli import UserError, VerdictFlags, flag, require
 from pairs.layouts import number
 from pairs.read import Drops
 

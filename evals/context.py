@@ -26,8 +26,7 @@ from data import Dataset, Limits, lay_out, scored_rows, trie_size
 from evals.results import save_results, table
 from evals.stats import estimate
 from generate import load_model
-from jobs.cli import UserError, flag, progress, require
-from jobs.flags import DataFlags, ModelFlags, ResultFlags
+from jobs.cli import DataFlags, ModelFlags, ResultFlags, UserError, flag, progress, require
 from pairs.read import Drops, read_pairs
 
 

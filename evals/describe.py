@@ -17,8 +17,7 @@ from evals.results import draw_lengths, figure_file, out_file, save_results, tab
 from families.llama_guard import Guard
 from hub.template import Template
 from hub.weights import resolve
-from jobs.cli import as_user_error, flag, require
-from jobs.flags import CheckpointFlags, DataFlags, PathFlags
+from jobs.cli import CheckpointFlags, DataFlags, PathFlags, as_user_error, flag, require
 from kernels import chains
 from losses import CONDITIONS, recipe
 from pairs.cleaning import CleaningFlags, clean

@@ -27,9 +27,8 @@ from evals.verdicts import VERDICTS, read_grade, read_verdict
 from generate import Dialogue, answerer
 from hub.benchmarks import json_digest, question_id, refuse_twins, transcript, write_rows
 from hub.weights import Weights, resolve
-from jobs.cli import UserError, flag, progress, require
+from jobs.cli import EndpointFlags, ModelFlags, SamplingFlags, UserError, flag, progress, require
 from jobs.files import ASSETS, Store
-from jobs.flags import EndpointFlags, ModelFlags, SamplingFlags
 from pairs.questions import Ask
 
 VERDICT_FORMATS = ("alpaca_eval", "arena_hard", "mt_bench", "mt_bench_pair")

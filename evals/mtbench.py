@@ -18,8 +18,7 @@ import numpy as np
 from evals.results import collect, rows_of, save_results, table
 from evals.stats import ratio_of_sums
 from evals.verdicts import read_grade
-from jobs.cli import UserError, flag, require
-from jobs.flags import VerdictFlags
+from jobs.cli import UserError, VerdictFlags, flag, require
 from pairs.layouts import number
 
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem",

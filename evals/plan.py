@@ -12,8 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from evals.results import markdown_table
 from hub.weights import resolve
-from jobs.cli import flag, require
-from jobs.flags import CheckpointFlags
+from jobs.cli import CheckpointFlags, flag, require
 from model import ScoredLogps, Transformer, read_config, rope_table
 
 GPUS = (1, 4, 8)

@@ -14,9 +14,8 @@ from assets import world as small_world
 from data import BRIDGES, Dataset, Limits, lay_out, scored_rows
 from evals.results import save_results
 from generate import load_model
-from jobs.cli import flag, require
+from jobs.cli import CheckpointFlags, InstructionFlags, flag, require
 from jobs.files import ASSETS
-from jobs.flags import CheckpointFlags, InstructionFlags
 from losses import Path, recipe
 from pairs.layouts import Pair
 
