@@ -203,13 +203,11 @@ def reward_scores(model, template, answers, pool="last", row_tokens=None, cache=
 
 
 @dataclass(frozen=True)
-class PairsFlags(cli.ModelFlags, cli.PathFlags, cli.ResultFlags):
+class PairsFlags(cli.ModelFlags, cli.DataFlags, cli.PathFlags, cli.ResultFlags):
     model: str | None = flag(None, "the policy: HF directory or hub id")
     ref: str | None = flag(None, "the reference, if the objective has one: where training started")
-    data: str | None = flag(None, "jsonl, json, parquet, glob or hub dataset id[:split]")
     loss: str = flag("ins_dpo", "objective whose implicit reward is read; the README has the table")
     beta: float | None = flag(None, "scale of the margins; default: the objective's")
-    limit: int | None = flag(None, "only the first N pairs")
 
 
 def readings(s):
@@ -241,7 +239,7 @@ def evaluate_pairs(s):
     require(s, "model", "data")
     rules, every = readings(s)
     drops = Drops()
-    rows = read_pairs(s.data, drops, s.limit)
+    rows = read_pairs(s.data, drops, s.limit, bad_rows=s.bad_rows, revision=s.data_revision)
     model, template = load_model(s.model, s.dtype, s.device)
     limits = Limits(s.max_len, s.draft_cap)
     dataset = Dataset(rows, template, every, limits, s.instruction, s.sep, shown=True)

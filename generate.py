@@ -20,8 +20,9 @@ C head width, U slots in use, D width, V vocabulary, N candidates.
 import os
 import sys
 from collections import Counter, deque
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,8 +43,7 @@ from pairs.questions import Ask, read_asks
 # ----------------------------------------------------------------------------- one token
 
 
-@dataclass(frozen=True)
-class Sampling:
+class Sampling(NamedTuple):
     """How tokens are drawn, and when a sequence ends."""
 
     max_new_tokens: int = 2048
@@ -204,13 +204,6 @@ def feed(model, cache, first, ids, positions):
     ids, positions = torch.tensor([ids, positions], device=model.embed.weight.device)
     rules = cache.attend(slice(first, first + len(ids)), positions, used)
     return model.hidden(ids, positions, rules)
-
-
-def sample(model, prompts, sampling, seed=0, batch=16):
-    """Lists of ids in, lists of ids out, in the same order; prompt i draws from (seed, i)."""
-    sequences = [Sequence(list(prompt), (seed, i)) for i, prompt in enumerate(prompts)]
-    deque(complete(model, deque(sequences), sampling, batch), maxlen=0)  # to the end
-    return [seq.answer for seq in sequences]
 
 
 # ----------------------------------------------------------------------------- the three ways
@@ -411,12 +404,11 @@ def stop_ids(template):
     return frozenset(int(i) for i in ids)
 
 
-def open_rows(s, asks, rank, world):
+def open_rows(s, asks, settings, rank, world):
     """The rows of --out, to go on with. UserError if it holds rows of another run.
 
     In any format but jsonl they lie in OUT.rows.jsonl, with seeds and settings, beside OUT itself.
     """
-    settings = recorded(s)
 
     def check(where, n, row):
         row, ask = row if isinstance(row, dict) else {}, asks[n]
@@ -460,24 +452,15 @@ def answerer(s):
         endpoint = Endpoint(s.endpoint, s.model, s.timeout, s.retries)
         return RemoteAnswers(endpoint, sampling, s.concurrency)
     model, template = load_model(s.model, s.dtype, s.device)
-    return Answers(model, template, replace(sampling, stop_ids=stop_ids(template)), s.batch)
+    return Answers(model, template, sampling._replace(stop_ids=stop_ids(template)), s.batch)
 
 
-def recorded(s):
-    """What a row says of how it came about."""
-    names = ("model", "mode", "seed", "temperature", "top_p", "max_new_tokens")
-    settings = {name: getattr(s, name) for name in names}
-    if s.mode != "plain":
-        settings["instruction"] = INSTRUCTIONS.get(s.instruction, s.instruction)
-    return settings | ({"endpoint": public(s.endpoint)} if s.endpoint else {})
-
-
-def produce(s, asks, numbers, store):
+def produce(s, asks, numbers, store, settings):
     """Answer these of the Asks: into the store, else to standard output in their order.
 
     An answer to --prompt streams to the terminal as well; a server's is printed when it is whole.
     """
-    settings, one, answers, stream = recorded(s), s.prompt is not None, answerer(s), None
+    one, answers, stream = s.prompt is not None, answerer(s), None
     if one and not s.endpoint:
         answers.on_token = stream = Stream(answers.template)
     how = (s.mode, settings.get("instruction"), s.seed)
@@ -517,10 +500,17 @@ def main():
     if s.format == "arena_hard":
         refuse_twins(asks, s.data or "--prompt")
         tokens = token_counter(s.model)
-    store = open_rows(s, asks, rank, world) if s.out else None
+    # what a row says of how it came about
+    names = ("model", "mode", "seed", "temperature", "top_p", "max_new_tokens")
+    settings = {name: getattr(s, name) for name in names}
+    if s.mode != "plain":
+        settings["instruction"] = INSTRUCTIONS.get(s.instruction, s.instruction)
+    if s.endpoint:
+        settings["endpoint"] = public(s.endpoint)
+    store = open_rows(s, asks, settings, rank, world) if s.out else None
     numbers = store.mine if store else list(range(len(asks)))
     if numbers:
-        produce(s, asks, numbers, store)
+        produce(s, asks, numbers, store, settings)
     if store and store.join() and s.format != "jsonl":
         write_answers(s.out, s.format, store.name, s.name or s.model, tokens)
 

@@ -45,11 +45,9 @@ class ArenaFlags(VerdictFlags):
 def read_games(row):
     """One judgment -> ([(score of the model, weight)] of two games, None), or (None, fault)."""
     games, read = row.get("games"), []
-    if not isinstance(games, list) or len(games) != 2:
+    if not isinstance(games, list) or [type(game) for game in games] != [dict, dict]:
         return None, "incomplete"
     for game in games:
-        if not isinstance(game, dict):
-            return None, "incomplete"
         label, text = game.get("score"), game.get("judgment")
         text = text.get("answer") if isinstance(text, dict) else text
         if label is None and not (isinstance(text, str) and text.strip()):

@@ -84,10 +84,7 @@ def collect(verdicts, s, what, only=""):
 
 
 def refuse(drops, expected, max_missing, what):
-    """Prints what is missing of `expected` verdicts or scores; UserError if the share is too large.
-
-    drops: pairs.read.Drops; max_missing: a share in [0, 1].
-    """
+    """Prints what is missing of `expected` values; UserError if its share is over max_missing."""
     if not drops.total:
         return
     print(f"{what}: {drops.total} of {expected} missing or faulty: {drops}")
