@@ -505,6 +505,15 @@ def scored_rows(model, trie, sizes, n_paths, row_tokens=None, label="score"):
             bar.update(len(items))
 
 
+def path_sums(model, trie, sizes, n_paths, row_tokens=None, label="score"):
+    """Sums over each path's values of scored_rows, and their numbers: (N, P) each, on CPU."""
+    sums = torch.zeros(len(sizes), n_paths)  # (N, P)
+    counts = torch.zeros_like(sums)
+    for items, row, values in scored_rows(model, trie, sizes, n_paths, row_tokens, label):
+        sums[items], counts[items] = row.sums(values).cpu(), row.counts().cpu()
+    return sums, counts
+
+
 # ----------------------------------------------------------------------------- the batch plan
 
 

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import torch
 
-from data import Dataset, Limits, lay_out, scored_rows
+from data import Dataset, Limits, lay_out, path_sums
 from evals.answers import align, question_ids, read_answers, read_both
 from evals.results import refuse, save_results, table
 from evals.rewardbench import sections
@@ -31,26 +30,6 @@ from jobs.files import Store, read_json
 from losses import recipe
 from pairs.layouts import number
 from pairs.read import Drops, read_pairs
-
-# ----------------------------------------------------------------------------- scores from rows
-
-
-def path_sums(model, trie, sizes, n_paths, row_tokens=None, label="score"):
-    """Sums over each path's values of data.scored_rows, and their numbers: (N, P) each, on CPU."""
-    sums = torch.zeros(len(sizes), n_paths)  # (N, P)
-    counts = torch.zeros_like(sums)
-    for items, row, values in scored_rows(model, trie, sizes, n_paths, row_tokens, label):
-        sums[items], counts[items] = row.sums(values).cpu(), row.counts().cpu()
-    return sums, counts
-
-
-def pair_logps(model, dataset, paths, row_tokens=None, label="score"):
-    """Log-probabilities of these paths of a data.Dataset: {Path: (N,)} sums and token counts."""
-    sizes = [dataset.size(i, paths) for i in range(len(dataset))]
-    trie = partial(dataset.trie, paths=paths)
-    columns = path_sums(model, trie, sizes, len(paths), row_tokens, label)  # two of (N, P)
-    return [dict(zip(paths, values.unbind(1), strict=True)) for values in columns]
-
 
 # ----------------------------------------------------------------------------- reward
 
@@ -232,6 +211,14 @@ def readings(s):
     for name, reference in cross.items():
         rules[name] = dataclasses.replace(every, condition="cross", reference=reference)
     return rules, every
+
+
+def pair_logps(model, dataset, paths, row_tokens=None, label="score"):
+    """Log-probabilities of these paths of a data.Dataset: {Path: (N,)} sums and token counts."""
+    sizes = [dataset.size(i, paths) for i in range(len(dataset))]
+    trie = partial(dataset.trie, paths=paths)
+    columns = path_sums(model, trie, sizes, len(paths), row_tokens, label)  # two of (N, P)
+    return [dict(zip(paths, values.unbind(1), strict=True)) for values in columns]
 
 
 def evaluate_pairs(s):

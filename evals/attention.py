@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from data import build_row, lay_out
-from evals.context import AnalysisFlags, Context, open_views
+from evals.context import PROMPT_PARTS, AnalysisFlags, Context, open_views
 from evals.results import figure_file, out_file, save_results, table
 from evals.stats import estimate
 from generate import load_model
@@ -27,7 +27,6 @@ from kernels import chains
 from model import visible
 
 MEASURES = ("mass", "variance", "skewness")
-PROMPT_PARTS = ("first", "x", "ỹ", "i", "y+")
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ The token sequences are those of training, and log-probabilities come from the s
 Legend: N pairs, P contexts, V vocabulary.
 """
 
-import functools
 from dataclasses import dataclass
+from itertools import pairwise
+from os.path import commonprefix
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +40,7 @@ class Context(NamedTuple):
     sep: str | None = None  # None: the tokenizer's own separator
 
 
+PROMPT_PARTS = ("first", "x", "ỹ", "i", "y+")
 INSTRUCTED = {  # IFSR Table 2
     "x": Context(None),
     "x,i↑": Context("instruct"),
@@ -57,65 +59,50 @@ class View(NamedTuple):
     spans: list  # {part: (start, end)} per context: tokens along the path
 
 
-class Views:
-    """A sequence of View: pairs, and the chosen answer of each as the paths of one trie.
+class Views(list):
+    """The View of each pair; `drops` counts those left out.
 
     Nothing is cut, so that the same tokens are compared everywhere: a pair with a path of more
-    than max_len tokens is left out, and counted.
+    than max_len tokens is left out.
     """
 
     def __init__(self, pairs, template, contexts, max_len):
-        @functools.cache
-        def dataset(*options):
-            """Serves all contexts that agree in these: nothing is cut, whatever they show."""
-            instruction, bridge, sep = options
+        self.contexts, self.drops, datasets = contexts, Drops(), {}
+        for options in dict.fromkeys(c[1:] for c in contexts.values()):
+            instruction, bridge, sep = options  # one Dataset serves all contexts that agree here
             rule, limits = losses.recipe("dpo", "instruct", bridge), Limits(10**9, 1.0)
-            return Dataset(pairs, template, rule, limits, instruction, sep, shown=True)
-
-        self.contexts, self.drops, kept = contexts, Drops(), []
-        self.datasets = [dataset(*c[1:]) for c in contexts.values()]
-        self.kept = range(len(self.datasets[0]))
-        for i, view in enumerate(self):
+            datasets[options] = Dataset(pairs, template, rule, limits, instruction, sep, shown=True)
+        columns = [(c.shows, datasets[c[1:]]) for c in contexts.values()]
+        for i in range(len(columns[0][1])):
+            view = view_of(columns, i)
             if max(sum(map(len, segments)) for segments, _ in view.paths) <= max_len:
-                kept.append(i)
+                self.append(view)
             else:
                 self.drops.add(f"over --max_len {max_len}", view.where)
-        if not kept:
+        if not self:
             raise UserError(f"no pair is left: {self.drops}")
-        self.kept = kept
-
-    def __len__(self):
-        return len(self.kept)
-
-    def __getitem__(self, n):
-        """The n-th pair that was kept.
-
-        Prompts are cut in two where the instruction sets in, so that a trie holds x once. The parts
-        are `first` (where attention that is not needed goes), x, ỹ and i if they are there, with
-        what the template writes around them, and y+.
-        """
-        examples = [dataset.examples[self.kept[n]] for dataset in self.datasets]
-        agree = [shared(example.prompt, example.instruct) for example in examples]
-        paths, spans, common = [], [], min(agree)
-        columns = zip(self.contexts.values(), self.datasets, examples, agree, strict=True)
-        for c, dataset, example, same in columns:
-            (prompt, *rest), scored = dataset.path(self.kept[n], losses.Path(c.shows, "chosen"))
-            segments = [prompt[:common], prompt[common:], *rest]
-            end = sum(map(len, segments))
-            start = end - len(segments[-1])
-            asked = {None: start, "instruct": same, "rejected": len(example.prompt)}[c.shows]
-            shown = asked + (len(example.rejected) if c.shows == "rejected" else 0)
-            bounds = {"first": 1, "x": asked, "ỹ": shown, "i": start, "y+": end}
-            edges = zip([0, *bounds.values()], bounds.items(), strict=False)
-            spans.append({part: (a, b) for a, (part, b) in edges if a < b})
-            paths.append((segments, scored))
-        return View(examples[0].where, paths, spans)
 
 
-def shared(a, b):
-    """Length of the common prefix of two arrays."""
-    n = min(len(a), len(b))
-    return int(np.append(a[:n] == b[:n], False).argmin())  # the first place where they differ
+def view_of(columns, i):
+    """Pair i under contexts, each given by what it shows and its data.Dataset -> View.
+
+    Prompts are cut in two where the instruction sets in, so that a trie holds x once. The parts
+    are `first` (where attention that is not needed goes), x, ỹ and i if they are there, with
+    what the template writes around them, and y+.
+    """
+    examples, paths, spans = [dataset.examples[i] for _, dataset in columns], [], []
+    agree = [len(commonprefix([e.prompt.tolist(), e.instruct.tolist()])) for e in examples]
+    for (shows, dataset), example, same in zip(columns, examples, agree, strict=True):
+        (prompt, *rest), scored = dataset.path(i, losses.Path(shows, "chosen"))
+        segments = [prompt[: min(agree)], prompt[min(agree) :], *rest]
+        end = sum(map(len, segments))
+        start = end - len(segments[-1])
+        asked = {None: start, "instruct": same, "rejected": len(example.prompt)}[shows]
+        shown = asked + (len(example.rejected) if shows == "rejected" else 0)
+        parts = zip(PROMPT_PARTS, pairwise((0, 1, asked, shown, start, end)), strict=True)
+        spans.append({part: (a, b) for part, (a, b) in parts if a < b})
+        paths.append((segments, scored))
+    return View(examples[0].where, paths, spans)
 
 
 @dataclass(frozen=True)
@@ -181,8 +168,7 @@ def token_statistics(model, views, row_tokens=None):
     sized = (lambda n: lay_out(views[n].paths), sizes, n_paths)  # a trie per pair
     for items, row, logps in scored_rows(model, *sized, row_tokens, "contexts"):
         logps, counts = logps.double(), row.counts().double()
-        values = (-logps, logps.exp(), (2 * logps).exp())
-        for mean, value in zip(means, values, strict=True):
+        for mean, value in zip(means, (-logps, logps.exp(), (2 * logps).exp()), strict=True):
             mean[items] = (row.sums(value) / counts).cpu()
     loss, p, p_squared = means.numpy()
     return loss, (p_squared - p**2).clip(min=0)

@@ -2,16 +2,14 @@
 
 The world (assets/world.py) has Q = 20 questions with A = 16 answers each, and preferences that are
 known in closed form. So a policy's win rate needs no judge and no sampling: it follows from the
-probabilities of the 16 answers, whose log-probabilities come from the same rows as in training.
+probabilities of the 16 answers.
 """
 
 import functools
 from dataclasses import dataclass
 
-import torch
-
 from assets import world as small_world
-from data import BRIDGES, Dataset, Limits, lay_out, scored_rows
+from data import BRIDGES, Dataset, Limits, lay_out, path_sums
 from evals.results import save_results
 from generate import load_model
 from jobs.cli import CheckpointFlags, InstructionFlags, flag, require
@@ -62,9 +60,7 @@ def world_probabilities(model, template, bridge=None, instruction="better"):
     With a bridge: (Q, A, A), entry [q, b, a] being the probability of a behind b.
     """
     n, tries = len(small_world.CHOICES), world_tries(template, bridge, instruction)
-    logps, sizes = torch.zeros(len(tries), n), list(map(len, tries))
-    for items, row, values in scored_rows(model, tries.__getitem__, sizes, n, label="world"):
-        logps[items] = row.sums(values).cpu()
+    logps, _ = path_sums(model, tries.__getitem__, list(map(len, tries)), n, label="world")
     return small_world.answer_probabilities(logps.view((-1, n, n) if bridge else (-1, n)).numpy())
 
 
