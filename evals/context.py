@@ -73,12 +73,10 @@ class Views(list):
             rule, limits = losses.recipe("dpo", "instruct", bridge), Limits(10**9, 1.0)
             datasets[options] = Dataset(pairs, template, rule, limits, instruction, sep, shown=True)
         columns = [(c.shows, datasets[c[1:]]) for c in contexts.values()]
-        for i in range(len(columns[0][1])):
-            view = view_of(columns, i)
-            if max(sum(map(len, segments)) for segments, _ in view.paths) <= max_len:
-                self.append(view)
-            else:
-                self.drops.add(f"over --max_len {max_len}", view.where)
+        views = [view_of(columns, i) for i in range(len(columns[0][1]))]
+        sizes = [max(sum(map(len, segments)) for segments, _ in view.paths) for view in views]
+        over = f"over --max_len {max_len}"
+        self += self.drops.sift(views, (over if size > max_len else None for size in sizes))
         if not self:
             raise UserError(f"no pair is left: {self.drops}")
 
@@ -201,20 +199,19 @@ def next_token(s):
         pairs.append({"pair": view.where, "top": tops})
         measures.append(spread(logps))
         if n < s.show:
-            words = {c: [f"{text!r} {p:.3f}" for text, p in top] for c, top in tops.items()}
-            ranks = enumerate(zip(*words.values(), strict=True), 1)
-            lines = table([{"": str(r)} | dict(zip(words, of, strict=True)) for r, of in ranks])
+            words = [[f"{text!r} {p:.3f}" for text, p in top] for top in tops.values()]
+            rows = zip(map(str, range(1, s.top + 1)), *words, strict=False)
+            lines = table([dict(zip(("", *tops), row, strict=True)) for row in rows])
             print(f"\n{view.where}\n{lines}")
-    results = {"model": s.model, "data": s.data, "n": len(views), "prefix": s.prefix}
-    entropy, distance = np.array(measures).transpose(1, 2, 0)  # (P, N) each
-    results["contexts"] = {
-        name: {"entropy": estimate(entropy[p], s.seed), "distance": estimate(distance[p], s.seed)}
-        for p, name in enumerate(contexts)
-    }
-    rows = [{"prompt": name} | numbers for name, numbers in results["contexts"].items()]
+    numbers = {}
+    for name, columns in zip(contexts, np.array(measures).transpose(2, 1, 0), strict=True):
+        both = [estimate(values, s.seed) for values in columns]  # (N,) values each
+        numbers[name] = dict(zip(("entropy", "distance"), both, strict=True))
+    rows = [{"prompt": name} | both for name, both in numbers.items()]
     lines = table(rows, {"entropy": ".3f", "distance": ".3f"})
     print(f"\nentropy in nats, total variation distance from x\n{lines}")
-    save_results(s.out, results | {"pairs": pairs})
+    results = {"model": s.model, "data": s.data, "n": len(views), "prefix": s.prefix}
+    save_results(s.out, results | {"contexts": numbers, "pairs": pairs})
 
 
 @torch.no_grad()

@@ -68,16 +68,16 @@ def figures_of(s):
         pairs = clean(pairs, rules, template, drops, guard)
     limits = Limits(s.max_len, s.draft_cap)
     data = Dataset(pairs, template, rule, limits, s.instruction, s.sep, shown=True)
-    whole = data  # lengths are those of the pairs as they lie, without the limits
-    if data.cuts:
-        whole = Dataset(pairs, template, rule, Limits(10**9, 1.0), s.instruction)
-    sizes = np.asarray(whole.examples.lengths)  # (N, parts)
-    lengths = {name: sizes[:, PARTS.index(name)] for name in ("prompt", "chosen", "rejected")}
-    tokens, marks = {}, ["mean", *(f"{q}%" for q in QUANTILES)]
+    # lengths are those of the pairs as they lie, without the limits
+    uncut = (pairs, template, rule, Limits(10**9, 1.0), s.instruction)
+    whole = Dataset(*uncut) if data.cuts else data
+    lengths = dict(zip(PARTS, np.asarray(whole.examples.lengths).T, strict=True))  # (N,) each
+    del lengths["instruct"]
+    dropped, tokens = drops.rules | data.drops.rules, {}
     for name, of in lengths.items():
-        spread = [of.mean(), *np.percentile(of, QUANTILES)]
-        tokens[name] = {mark: round(float(v), 1) for mark, v in zip(marks, spread, strict=True)}
-    dropped = drops.rules | data.drops.rules
+        spread = {"mean": of.mean()}
+        spread |= zip((f"{q}%" for q in QUANTILES), np.percentile(of, QUANTILES), strict=True)
+        tokens[name] = {mark: round(float(value), 1) for mark, value in spread.items()}
     figures = {
         "settings": dataclasses.asdict(s),
         "records_read": drops.read,

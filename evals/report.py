@@ -65,22 +65,23 @@ def tables_of(file, results):
 
 def pictures_of(run, sides):
     """Yields (title, about, PNG as data URI) of a run's curves and the lengths of answer files."""
-    found = []
     if run:
         file = Path(run) / "metrics.jsonl"
         if not file.exists():
             raise UserError(f"--run {run}: no metrics.jsonl; give the --out of a training run")
-        about = "loss, accuracy and margin over steps"
-        found.append(("Training", about, draw, {None: read_metrics(file)}))
+        picture = embedded(draw, {None: read_metrics(file)})
+        yield "Training", "loss, accuracy and margin over steps", picture
     if sides:
         lengths = {name: [len(answer.text) for answer in rows] for name, rows in sides.items()}
-        title = "Lengths of the answers, in characters"
         about = "histograms of " + ", ".join(f"{k} ({len(v)} answers)" for k, v in lengths.items())
-        found.append((title, about, draw_lengths, lengths, "characters", "answers"))
-    for title, about, drawing, content, *options in found:
-        png = io.BytesIO()
-        drawing(content, png, *options)
-        yield title, about, "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+        picture = embedded(draw_lengths, lengths, unit="characters", of="answers")
+        yield "Lengths of the answers, in characters", about, picture
+
+
+def embedded(drawing, content, **axes):
+    png = io.BytesIO()
+    drawing(content, png, **axes)
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
 
 
 def side_by_side(sides, results):
@@ -88,19 +89,16 @@ def side_by_side(sides, results):
 
     scores: of the result files whose model bears the answer file's name (evaluate.py reward).
     """
-    values = {
-        name: r.get("values", {}) for c in results.values() for name, r in c["models"].items()
-    }
-    rows = {}
+    rows, models, none = {}, {}, [None] * len(sides)
+    for content in results.values():
+        models |= content["models"]
     for k, (name, answers) in enumerate(sides.items()):
+        values = models.get(name, {}).get("values", {})
         for question, answer in zip(question_ids(answers), answers, strict=True):
-            row = rows.setdefault(question, {
-                "prompt": [[m["role"], m["content"]] for m in answer.question],
-                "subset": answer.subset,
-                "answers": [None] * len(sides), "scores": [None] * len(sides),
-            })  # fmt: skip
-            row["answers"][k] = answer.said
-            row["scores"][k] = values.get(name, {}).get(question)
+            prompt = [[m["role"], m["content"]] for m in answer.question]
+            new = {"prompt": prompt, "subset": "", "answers": [*none], "scores": [*none]}
+            row = rows.setdefault(question, new)
+            row["answers"][k], row["scores"][k] = answer.said, values.get(question)
             row["subset"] = row["subset"] or answer.subset
     return list(rows.values())
 
@@ -114,9 +112,8 @@ def report(s):
     files = files_of(s.answers, "--answers") if s.answers else []
     sides = {file: read_answers(file, "--answers")[: s.limit] for file in files}
     rows = side_by_side(sides, results)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string((ASSETS / "report.html").read_text(encoding="utf-8"))
-    page = template.render(
+    text, strict = (ASSETS / "report.html").read_text(encoding="utf-8"), jinja2.StrictUndefined
+    page = jinja2.Template(text, autoescape=True, undefined=strict).render(
         title=s.title,
         tables=[t for file, content in results.items() for t in tables_of(file, content)],
         pictures=list(pictures_of(s.run, sides)),
