@@ -85,9 +85,8 @@ class GenerationTag(jinja2.ext.Extension):
 class Template:
     """A checkpoint's tokenizer and chat template, with transformers' semantics (sandboxed jinja2).
 
-    Derived once, from a probe dialogue:
-        end    the end-of-turn text that closes an answer ("<|im_end|>", "<|eot_id|>", …)
-        fallback   True when the checkpoint has no template of its own
+    end: the end-of-turn text that closes an answer ("<|im_end|>", "<|eot_id|>", …), told by a probe
+    dialogue; fallback: True when the checkpoint has no template of its own.
     """
 
     def __init__(self, directory):
@@ -109,11 +108,10 @@ class Template:
         text = {k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items()}
         self.special = {k: v or "" for k, v in ({"bos_token": "", "eos_token": ""} | text).items()}
         source = self._find(settings)
-        self.fallback = source is None
-        self.source = source or FALLBACK_TEMPLATE
+        self.fallback, self.source = source is None, source or FALLBACK_TEMPLATE
         self._template = self._compile()
-        probe = self.render(PROBE_DIALOGUE)
-        self.end = probe.rpartition(PROBE)[2].strip() or self.special["eos_token"]
+        after = self.render(PROBE_DIALOGUE).rpartition(PROBE)[2]
+        self.end = after.strip() or self.special["eos_token"]
         if not self.end:
             cure = "name an eos_token in tokenizer_config.json"
             raise UserError(f"{directory}: no end of turn; {cure}")
@@ -139,12 +137,9 @@ class Template:
         def raise_exception(message):
             raise jinja2.TemplateError(message)
 
-        def tojson(x, **options):
-            return json.dumps(x, **{"ensure_ascii": False} | options)
-
         tags = [jinja2.ext.loopcontrols, GenerationTag]
         env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=tags)
-        env.filters["tojson"] = tojson
+        env.filters["tojson"] = lambda x, **o: json.dumps(x, **{"ensure_ascii": False} | o)
         env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         env.globals["raise_exception"] = raise_exception
         try:

@@ -176,16 +176,16 @@ class Weights:
 
     def refuse_rest(self, used):
         """UserError for tensors that are not used, as of another architecture."""
-        rest = sorted(n for n in self._open.keys() - set(used) if not self.BUFFERS.fullmatch(n))
-        if rest:
+        unused = self._open.keys() - set(used)
+        if rest := sorted(name for name in unused if not self.BUFFERS.fullmatch(name)):
             fault = f"{len(rest)} tensors too many for its config.json, {rest[0]} for one"
             cure = "is it of another architecture, or an adapter?"
             raise UserError(f"{self.directory}: {fault}; {cure}")
 
     def digest(self):
         """sha256 over the content of all files."""
-        sums = (bytes.fromhex(checksum(file)) for file in self.files)
-        return hashlib.sha256(b"".join(sums)).hexdigest()
+        sums = "".join(map(checksum, self.files))
+        return hashlib.sha256(bytes.fromhex(sums)).hexdigest()
 
 
 def _weight_map(index):
@@ -200,11 +200,6 @@ def _weight_map(index):
     return where
 
 
-# what travels with the weights, unchanged
-SIDE_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "added_tokens.json"]
-SIDE_FILES += ["special_tokens_map.json", "vocab.json", "merges.txt", "generation_config.json"]
-
-
 def write_directory(directory, source, tensors, dtype, template=None, fields=(), shard_bytes=5e9):
     """Writes a HF directory.
 
@@ -214,7 +209,9 @@ def write_directory(directory, source, tensors, dtype, template=None, fields=(),
     """
     directory, source = Path(directory), Path(source)
     directory.mkdir(parents=True, exist_ok=True)
-    for name in SIDE_FILES:
+    side = "tokenizer.json tokenizer.model tokenizer_config.json added_tokens.json vocab.json"
+    side += " merges.txt special_tokens_map.json generation_config.json"
+    for name in side.split():
         if (source / name).exists():
             shutil.copyfile(source / name, directory / name)
     if template is not None:

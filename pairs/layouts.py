@@ -1,10 +1,10 @@
 """Turns a record of published preference data into a pair; its layout is known by its columns.
 
 `LAYOUTS` is the table: the first row whose columns a record has. Its `read` gives the parts of a
-pair as they lie, raises `Dropped` with the reason where there is no pair, and UserError where a
-value is not what the layout says. What the parts may be (text, messages, hh-rlhf transcripts, whole
-dialogues) is worked out once, in `make_pair`. Two layouts look at all records of a source before
-they know their pairs: SHP (a cap per prompt) and oasst1 (trees). docs/data.md has the rules.
+pair as they lie, raises `Dropped` where there is no pair, and UserError where a value is not what
+the layout says. What the parts may be (text, messages, hh-rlhf transcripts, whole dialogues) is
+worked out once, in `make_pair`. Two layouts look at all records of a source before they know their
+pairs: SHP (a cap per prompt) and oasst1 (trees). docs/data.md has the rules.
 """
 
 import hashlib
@@ -13,7 +13,6 @@ import os
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -45,19 +44,16 @@ class Dropped(Exception):
     """This record gives no pair; the message is the reason, which is counted."""
 
 
-def plain(record, where, end=""):
-    """Reads prompt (or question, or instruction and input; with `system`), chosen, rejected.
-
-    end: of the names of the answers' columns.
-    """
+def plain(record, where, end=""):  # end: of the names of the answers' columns
+    """Reads prompt (or question, or instruction and input; with `system`), chosen, rejected."""
     names = ("prompt", "question", "instruction", "input")
     prompt = next((record[name] for name in names if record.get(name) is not None), None)
     task, details = record.get("instruction"), record.get("input")
     if prompt is task and isinstance(task, str) and isinstance(details, str) and details:
         prompt = f"{task}\n{details}"
     if isinstance(prompt, str) and isinstance(record.get("system"), str) and record["system"]:
-        turns = (("system", record["system"]), ("user", prompt))
-        prompt = [{"role": role, "content": text} for role, text in turns]
+        turns = {"system": record["system"], "user": prompt}
+        prompt = [{"role": role, "content": text} for role, text in turns.items()]
     answers = record[f"chosen{end}"], record.get(f"rejected{end}")
     return Pair(prompt, *answers, where, score_margin(record, where))
 
@@ -88,8 +84,8 @@ def rating(completion):
         return overall
     aspects = completion.get("annotations")
     aspects = aspects.values() if isinstance(aspects, dict) else ()
-    ratings = [number(a.get("Rating")) for a in aspects if isinstance(a, dict)]
-    ratings = [r for r in ratings if r is not None]
+    found = (number(aspect.get("Rating")) for aspect in aspects if isinstance(aspect, dict))
+    ratings = [rating for rating in found if rating is not None]
     return sum(ratings) / len(ratings) if ratings else None
 
 
@@ -182,7 +178,7 @@ class Message(NamedTuple):
 def oasst(record, where):
     """Reads a record of OpenAssistant's oasst1, a flat table of trees -> Message."""
     values = [record[name] for name in ("message_id", "parent_id", "role", "text")]
-    values.append(record.get("lang") or "en")
+    values += [record.get("lang") or "en"]
     for name, value in zip(Message._fields, values, strict=False):
         if not isinstance(value, str) and (name, value) != ("parent", None):
             raise UserError(f"{where}: the message's {name} is {value!r:.40}; expected text")
@@ -231,47 +227,41 @@ def path_to_root(by_id, m):
     return path[::-1]
 
 
-class Layout(NamedTuple):
-    """How records with certain columns become pairs."""
-
-    name: str
-    columns: tuple  # what a record must have
-    read: Callable  # (record, where) -> raw Pair, or what `gather` takes
-    gather: Callable | None = None  # (what `read` gave for all records, drops) -> yields raw Pairs
-
-
 argilla = partial(plain, end="_response")
+# (name, columns that a record must have, read, gather)
+# read: (record, where) -> raw Pair, or what `gather` takes
+# gather: (what `read` gave for all records, drops) -> yields raw Pairs; None where rows stand alone
 LAYOUTS = (
-    Layout("oasst1", ("message_id", "parent_id", "text", "role"), oasst, ranked_siblings),
-    Layout("SHP", ("history", "human_ref_A", "human_ref_B", "labels"), shp, at_most_five),
-    Layout("UltraFeedback", ("instruction", "completions"), openbmb),
-    Layout("argilla", ("instruction", "chosen_response", "rejected_response"), argilla),
-    Layout("chosen, rejected", ("chosen", "rejected"), plain),
+    ("oasst1", ("message_id", "parent_id", "text", "role"), oasst, ranked_siblings),
+    ("SHP", ("history", "human_ref_A", "human_ref_B", "labels"), shp, at_most_five),
+    ("UltraFeedback", ("instruction", "completions"), openbmb, None),
+    ("argilla", ("instruction", "chosen_response", "rejected_response"), argilla, None),
+    ("chosen, rejected", ("chosen", "rejected"), plain, None),
 )
 SUPERVISED = (  # where there need be no rejected answer
-    Layout("chosen", ("chosen",), plain),
-    Layout("messages", ("messages",), lambda row, where: Pair(None, row["messages"], None, where)),
+    ("chosen", ("chosen",), plain, None),
+    ("messages", ("messages",), lambda row, where: Pair(None, row["messages"], None, where), None),
 )
 
 
 def recognise(record, where, need_rejected=True):
-    """The layout of a record by its columns; UserError where none fits."""
+    """(name, read, gather) of a record's layout, by its columns; UserError where none fits."""
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected an object with named columns")
-    for layout in LAYOUTS if need_rejected else (*LAYOUTS, *SUPERVISED):
-        if all(column in record for column in layout.columns):
-            return layout
+    for name, columns, read, gather in LAYOUTS if need_rejected else LAYOUTS + SUPERVISED:
+        if all(column in record for column in columns):
+            return name, read, gather
     cure = "chosen and rejected, with or without prompt, or another layout of docs/data.md"
     raise UserError(f"{where}: columns {sorted(record)}; expected {cure}")
 
 
 def to_pair(record, where, drops, need_rejected=True):
     """Makes the Pair of one record; None where there is none, which is counted in `drops`."""
-    layout = recognise(record, where, need_rejected)
-    if layout.gather:
-        raise UserError(f"{where}: {layout.name} is read as a whole file, not by the row")
+    name, read, gather = recognise(record, where, need_rejected)
+    if gather:
+        raise UserError(f"{where}: {name} is read as a whole file, not by the row")
     try:
-        return make_pair(layout.read(record, where), need_rejected)
+        return make_pair(read(record, where), need_rejected)
     except Dropped as reason:
         return drops.add(str(reason), where)
 
@@ -332,8 +322,8 @@ def as_messages(value, where):
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise UserError(f"{where}: a message needs a role and a text content: {message!r:.80}")
-        if message.get("role") not in ("system", "user", "assistant"):
-            raise UserError(f"{where}: unknown role {message.get('role')!r}")
+        if (role := message.get("role")) not in ("system", "user", "assistant"):
+            raise UserError(f"{where}: unknown role {role!r}")
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 

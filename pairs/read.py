@@ -48,13 +48,11 @@ class Drops:
 
     def sift(self, pairs, reasons):
         """The pairs whose reason is None; the others are added by theirs."""
-        kept = []
-        for pair, reason in zip(pairs, reasons, strict=True):
-            if reason is None:
-                kept.append(pair)
-            else:
+        told = list(zip(pairs, reasons, strict=True))
+        for pair, reason in told:
+            if reason is not None:
                 self.add(reason, pair.where)
-        return kept
+        return [pair for pair, reason in told if reason is None]
 
     @property
     def total(self):
@@ -90,7 +88,7 @@ def pairs_of(files, limit, drops, need_rejected, bad_rows):
 
     Layouts whose pairs depend on other rows come last, in one piece.
     """
-    pairs, gathered = [], defaultdict(list)  # gathered: layout -> what its `read` gave
+    pairs, gathered = [], defaultdict(list)  # gathered: gather -> what `read` gave
 
     @contextlib.contextmanager
     def counted(where):
@@ -111,14 +109,13 @@ def pairs_of(files, limit, drops, need_rejected, bad_rows):
         with counted(where):
             if isinstance(record, UserError):  # a line that is no JSON
                 raise record
-            layout = recognise(record, where, need_rejected)
-            found = layout.read(record, where)
-            if layout.gather:
-                gathered[layout].append(found)
+            _, read, gather = recognise(record, where, need_rejected)
+            if gather:
+                gathered[gather].append(read(record, where))
             else:
-                pairs.append(make_pair(found, need_rejected, ties=False))
-    for layout, group in gathered.items():
-        for raw in layout.gather(group, drops):
+                pairs.append(make_pair(read(record, where), need_rejected, ties=False))
+    for gather, group in gathered.items():
+        for raw in gather(group, drops):
             with counted(raw.where):
                 pairs.append(make_pair(raw, need_rejected, ties=False))
     for pair in pairs[limit:]:
@@ -255,8 +252,7 @@ def cached_files(name, split, hub):
     except Exception:  # nothing of it was ever fetched
         return []
     found = of_split(folder_files(folder), split)
-    shards = [re.match(r"(.*)-\d+-of-(\d+)", f) for f in found]
-    present = Counter(shard.groups() for shard in shards if shard)
+    present = Counter(shard for f in found for shard in re.findall(r"^(.*)-\d+-of-(\d+)", f))
     whole = all(n == int(total) for (_, total), n in present.items())
     return [os.path.join(folder, f) for f in found] if whole else []
 

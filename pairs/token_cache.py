@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from jobs.files import checksum, publish, remove
+from jobs.files import checksum, publish
 
 
 def cache_folder(kind):
@@ -74,9 +74,9 @@ def cached(key, make, share=lambda work: work()):
 def write(place, sets, lines):
     """Writes a folder of the cache whole; where it cannot, raises OSError and leaves nothing."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    # a name of its own, as many runs on the same data may start at once
-    aside = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
-    try:
+    # a folder of its own, as many runs on the same data may start at once
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as folder:
+        (aside := Path(folder, "whole")).mkdir()
         for name, (arrays, _) in sets.items():
             for part, array in arrays.items():
                 np.save(aside / f"{name}.{part}.npy", array)
@@ -85,9 +85,6 @@ def write(place, sets, lines):
         meta = json.dumps({"lines": lines, "sums": sums, "sets": facts})
         (aside / "meta.json").write_text(meta, encoding="utf-8")
         publish(aside, place)
-    except OSError:
-        remove(aside)
-        raise
 
 
 def read(place, check=True):
