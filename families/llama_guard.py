@@ -18,14 +18,11 @@ ANSWERS = ("safe", "\n\nsafe", "unsafe", "\n\nunsafe")  # some guards open with 
 
 
 class Guard:
-    """A guard by its HF directory or hub id; weights are loaded when it is first asked.
-
-    attend: how its attention is computed, as in model.Transformer.
-    """
+    """A guard by its HF directory or hub id; weights are loaded when it is first asked."""
 
     def __init__(self, source, device="auto", attend=plain_attention):
         self.directory = resolve(source, "--guard")
-        self.device, self.attend = device, attend
+        self.device, self.attend = device, attend  # the latter as in model.Transformer
 
     @cached_property
     def template(self):
@@ -40,11 +37,9 @@ class Guard:
     @cached_property
     def identity(self):
         """sha256 of what decides the verdicts: weights, configuration, tokenizer and template."""
-        sha = hashlib.sha256(Weights(self.directory).digest().encode())
-        for name in ("config.json", "tokenizer.json"):
-            sha.update((self.directory / name).read_bytes())
-        sha.update(self.template.source.encode())
-        return sha.hexdigest()
+        files = [(self.directory / name).read_bytes() for name in ("config.json", "tokenizer.json")]
+        weights, template = Weights(self.directory).digest(), self.template.source
+        return hashlib.sha256(b"".join([weights.encode(), *files, template.encode()])).hexdigest()
 
     def __call__(self, dialogues, label="guard"):
         """{key: messages} -> yields (key, probability of unsafe), in no particular order.

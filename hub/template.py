@@ -118,10 +118,7 @@ class Template:
         self.end_ids = self.encode([self.end])[0]
 
     def _find(self, settings):
-        """chat_template.jinja wins over tokenizer_config.json, whose value may be a list.
-
-        None where the checkpoint has none and none is known of its kind.
-        """
+        """chat_template.jinja, else tokenizer_config.json's (maybe a list), its kind's, or None."""
         file = self.directory / "chat_template.jinja"
         if file.exists():
             return file.read_text(encoding="utf-8")

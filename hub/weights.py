@@ -22,8 +22,7 @@ from jobs.files import checksum, parse_json, read_json, write_json
 def pinned(s):
     """Settings in which --revision R with --model ID has become --model ID@R, the hub's notation.
 
-    So has --ref_model or --ref of the same id. Whatever is made of the model then also says which
-    one it was. UserError where --model is no hub id.
+    So has --ref_model or --ref of the same id: what is made of the model says which one it was.
     """
     if (revision := getattr(s, "revision", None)) is None:
         return s
@@ -35,10 +34,7 @@ def pinned(s):
 
 
 def resolve(source, flag="--model"):
-    """A local directory, or a hub id (downloaded: safetensors, tokenizer and configs) -> Path.
-
-    ID@REVISION: a branch, tag or commit on the hub, else its main branch.
-    """
+    """A local directory, or a hub id or ID@REVISION, which is downloaded -> Path."""
     if Path(source).is_dir():
         return Path(source)
     if not (found := re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(source))):
@@ -99,8 +95,7 @@ class ConfigFields:
     def rope(self, theta="rope_theta", share=1.0):
         """Rotary settings in both spellings: rope_theta + rope_scaling, or rope_parameters.
 
-        theta: the field that names the base; share: how much of a head rotates, if nothing else
-        says, and 1 where nothing else may.
+        theta: the field of the base; share: of a head that rotates, 1 where no other may be said.
         """
         new, old = self.get("rope_parameters"), self.get("rope_scaling")
         rope = {"rope_theta": self.get(theta, 10000.0), "partial_rotary_factor": share}
@@ -152,9 +147,8 @@ class Weights:
             except SafetensorError as error:
                 raise UserError(f"{file}: not readable as safetensors: {error}") from error
             for name in opened.keys():  # noqa: SIM118
-                if name in self._open:
+                if self._open.setdefault(name, opened) is not opened:
                     raise UserError(f"{file}: tensor {name} is in another file too")
-                self._open[name] = opened
         if absent := sorted(where.keys() - self._open.keys()):
             missing = f"{absent[0]} is missing from {where[absent[0]]}"
             raise UserError(f"{index}: tensor {missing}; download the files again")

@@ -73,12 +73,10 @@ def wrong_lengths(pairs, rules, template):
         block = pairs[start : start + 512]
         lengths = template.lengths(t for pair in block for t in (pair.chosen, pair.rejected or ""))
         for longer in map(max, lengths[::2], lengths[1::2]):
-            if rules.max_answer is not None and longer > rules.max_answer:
-                yield f"answer over {rules.max_answer} tokens"
-            elif rules.min_answer is not None and longer < rules.min_answer:
-                yield f"both answers under {rules.min_answer} tokens"
-            else:
-                yield None
+            long = rules.max_answer is not None and longer > rules.max_answer
+            short = longer < (rules.min_answer or 0)
+            reason = f"both answers under {rules.min_answer} tokens" if short else None
+            yield f"answer over {rules.max_answer} tokens" if long else reason
 
 
 def without_unsafe(pairs, guard, threshold, drops):

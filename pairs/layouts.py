@@ -27,13 +27,9 @@ BROKEN = re.compile(f"[\0\ud800-\udfff{SHIELD}]")
 
 
 class Pair(NamedTuple):
-    """A prompt and two answers to it, of which `chosen` is preferred.
+    """A prompt and two answers to it, of which `chosen` is preferred."""
 
-    A layout's `read` gives a raw one: prompt and answers as they lie, prompt None where it stands
-    inside the answers.
-    """
-
-    prompt: list  # messages up to the answer
+    prompt: list  # messages up to the answer; in a raw pair None where it stands in the answers
     chosen: str
     rejected: str | None  # None in supervised data
     where: str  # "file:row", for errors
@@ -59,10 +55,7 @@ def plain(record, where, end=""):  # end: of the names of the answers' columns
 
 
 def openbmb(record, where):
-    """Reads UltraFeedback: the best completion against a random one with a lower score.
-
-    The draw is a function of the instruction, so that it is the same wherever the record lies.
-    """
+    """Reads UltraFeedback: the best completion against a random one with a lower score."""
     instruction, completions = record["instruction"], record["completions"]
     if not isinstance(instruction, str):
         raise UserError(f"{where}: instruction is {instruction!r:.40}; expected text")
@@ -73,6 +66,7 @@ def openbmb(record, where):
     lower = [r for r in rated if r[0] < best[0]]
     if not lower:
         raise Dropped("no lower-rated completion")
+    # drawn by the instruction, so that it is the same wherever the record lies
     digest = hashlib.sha256(instruction.encode("utf-8", "replace")).digest()
     worse = lower[int.from_bytes(digest[:8]) % len(lower)]
     return Pair(instruction, best[1], worse[1], where, best[0] - worse[0])
@@ -99,12 +93,8 @@ def number(value):
 
 
 def score(value, name, where):
-    """The value of a score column -> float, or None for null.
-
-    UserError for all else, also NaN: its margin would pass every comparison.
-    """
-    found = number(value)
-    if value is not None and found is None:
+    """A score -> float, None for null; UserError also for NaN, which passes every comparison."""
+    if (found := number(value)) is None and value is not None:
         raise UserError(f"{where}: {name} is {value!r:.40}; expected a finite number or null")
     return found
 
@@ -151,9 +141,8 @@ def for_training(where):
 def at_most_five(pairs, drops):
     """Keeps 5 training pairs of each prompt, drawn at random (after HALOs)."""
     places = defaultdict(list)
-    for pair in pairs:
-        if for_training(pair.where):
-            places[str(pair.prompt)].append(pair.where)
+    for pair in (pair for pair in pairs if for_training(pair.where)):
+        places[str(pair.prompt)].append(pair.where)
     taken = [random.Random(0).sample(g, min(5, len(g))) for g in places.values()]
     surplus = set().union(*places.values()).difference(*taken)
     for pair in pairs:
@@ -210,8 +199,8 @@ def ranked_siblings(messages, drops):
             "no sibling a rank above": not better,
             "its parent is missing": not path,
         }
-        if any(reasons.values()):
-            drops.add(next(name for name, holds in reasons.items() if holds), m.where)
+        if reason := next((name for name, holds in reasons.items() if holds), None):
+            drops.add(reason, m.where)
         else:
             yield Pair(path, better.text, m.text, m.where)
 

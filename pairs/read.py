@@ -124,10 +124,7 @@ def pairs_of(files, limit, drops, need_rejected, bad_rows):
 
 
 def weighted(pairs, weight, drops):
-    """Takes each pair `weight` times: whole parts repeat all, the fraction adds a random share.
-
-    Pairs of which no copy is left are added to `drops`.
-    """
+    """Takes each pair `weight` times: whole parts repeat all, the fraction adds a random share."""
     whole, share = divmod(weight, 1)
     order = np.random.default_rng((0, len(pairs))).permutation(len(pairs)).tolist()
     drawn = set(order[: round(share * len(pairs))])
@@ -138,10 +135,7 @@ def weighted(pairs, weight, drops):
 
 
 def hold_out(pairs, n, seed):
-    """Splits off n random pairs for validation -> (train, held out); copies stay together.
-
-    Raises UserError where that would leave nothing to train on.
-    """
+    """Splits off n random pairs for validation -> (train, held out); copies stay together."""
     places = list(dict.fromkeys(pair.where for pair in pairs))
     if n >= len(places):
         raise UserError(f"--eval_pairs {n} leaves nothing of {len(places)} pairs to train on")
@@ -152,10 +146,7 @@ def hold_out(pairs, n, seed):
 
 
 def parse_sources(text, revision=None):
-    """The value of --data -> list of (local paths, copies of each pair).
-
-    revision: branch, tag or commit on the hub.
-    """
+    """The value of --data -> list of (local paths, copies of each pair)."""
     sources = []
     for part in [text] if os.path.exists(text) else text.split(","):
         name, at, weight = part.rpartition("@")
