@@ -162,20 +162,17 @@ def length_controlled(x, preference, gamed, penalty=None):
 
 def leaderboard_row(annotations, difficulty, gamed, resamples, seed):
     """A model's numbers as the leaderboard has them -> dict; intervals by resampling questions."""
-    index, rows = zip(*((i, row) for i, row in annotations.items() if row), strict=True)
-    p, *lengths = np.array(rows, dtype=np.float64).T
-    hard = np.array([difficulty[i] if difficulty else 0.0 for i in index])
-    known = ~np.isnan(p)
-    wins = 100 * p[known]
-    controlled, penalty = length_controlled(features(*lengths, hard), p, gamed)
-    rng, refits = np.random.default_rng(seed), []
-    for _ in range(resamples):  # the penalty stays: choosing it anew costs 50 times as much
-        n = rng.integers(len(p), size=len(p))
-        x = features(lengths[0][n], lengths[1][n], hard[n])
-        refits.append(length_controlled(x, p[n], gamed, penalty)[0])
-    values = zip(index, p.tolist(), strict=True)
+    rows = {i: row for i, row in annotations.items() if row}
+    p, *lengths = np.array(list(rows.values()), dtype=np.float64).T
+    about = np.array([*lengths, [difficulty[i] if difficulty else 0.0 for i in rows]])  # (3, N)
+    wins = 100 * p[~np.isnan(p)]
+    controlled, penalty = length_controlled(features(*about), p, gamed)
+    draws = np.random.default_rng(seed).integers(len(p), size=(resamples, len(p)))
+    refits = [  # the penalty stays: choosing it anew costs 50 times as much
+        length_controlled(features(*about[:, n]), p[n], gamed, penalty)[0] for n in draws
+    ]
     return {
-        "n": int(known.sum()),
+        "n": len(wins),
         "win_rate": estimate(wins, seed),
         "standard_error": float(wins.std(ddof=1) / len(wins) ** 0.5) if len(wins) > 1 else 0.0,
         "length_controlled_winrate": interval(controlled, refits) if refits else controlled,
@@ -184,7 +181,7 @@ def leaderboard_row(annotations, difficulty, gamed, resamples, seed):
         "n_draws": int((wins == 50).sum()),
         "n_losses": int((wins < 50).sum()),
         "avg_length": float(np.mean(lengths[0])),
-        "values": {str(i): None if np.isnan(v) else 100 * v for i, v in values},
+        "values": {str(i): number(100 * share) for i, (share, *_) in rows.items()},
     }
 
 

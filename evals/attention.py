@@ -1,9 +1,7 @@
 """Computes IFSR's Figure 4: how attention falls on the parts of a prompt while y+ is read.
 
-Mass, variance and skewness of the weights by layer, before and after training. y+ is the chosen
-answer; it stands behind x,i (the instruction i as a suffix of the question x) and behind x,ỹ,i (i
-follows the pseudo response ỹ in a turn of its own). Of the paper only the names of these three
-quantities were at hand; what is averaged over what here, `attention_statistics` says.
+Mass, variance and skewness of the weights by layer, before and after training, with y+ behind x,i
+and behind x,ỹ,i (signs and reservations as in evals/context.py).
 
 Legend: N pairs, P contexts, L layers, H heads, K key/value heads, C head width, T tokens of the
 trie, S of them that predict y+.
@@ -38,17 +36,24 @@ def attention(s):
     """What the parts of a prompt get of the attention while y+ is read, by layer."""
     require(s, "model", "data")
     figure = s.out and figure_file(s.out)
-    shows = {"x,i": "instruct", "x,ỹ,i": "rejected"}
-    contexts = {name: Context(shown, s.instruction) for name, shown in shows.items()}
+    contexts = {"x,i": Context("instruct", s.instruction)}
+    contexts["x,ỹ,i"] = Context("rejected", s.instruction)
     flags = {"before": "ref", "after": "model"} if s.ref else {"after": "model"}
-    columns, views = {}, None
+    columns, views = {}, None  # columns: {when: {(context, measure, part): (N, L)}}
     for name, of in flags.items():
         model, template = load_model(getattr(s, of), s.dtype, s.device, name=f"--{of}")
         views = views or open_views(s, template, contexts)
         every = attention_statistics(model, views, name)
         columns[name] = {k: v for k, v in every.items() if not np.isnan(v).any()}
         del model  # one model in memory at a time
-    means = changes(columns, s.seed)
+    means = []  # Estimates of the means over layers
+    for name in columns["after"]:
+        if all(name in found for found in columns.values()):
+            of = {when: found[name].mean(1) for when, found in columns.items()}  # (N,)
+            if s.ref:
+                of["change"] = of["after"] - of["before"]
+            row = dict(zip(("context", "measure", "part"), name, strict=True))
+            means.append(row | {when: estimate(mean, s.seed) for when, mean in of.items()})
     print(table(means, {"before": ".4g", "after": ".4g", "change": "+.2g"}))
     results = {"model": s.model, "ref": s.ref, "data": s.data, "n": len(views), "means": means}
     layers = results["layers"] = {}  # {when: {context: {measure: {part: [L means over pairs]}}}}
@@ -123,23 +128,6 @@ def moments(weights, part):
     return mass.item(), variance.mean().item(), skewness.nanmean().item()
 
 
-def changes(columns, seed):
-    """[{context, measure, part, before, after, change}]: Estimates of the means over layers.
-
-    columns: {"before": {(context, measure, part): (N, L)}, "after": …}, or the latter alone.
-    """
-    rows = []
-    for name in columns["after"]:
-        if all(name in found for found in columns.values()):
-            means = {when: found[name].mean(1) for when, found in columns.items()}  # (N,)
-            row = dict(zip(("context", "measure", "part"), name, strict=True))
-            row |= {when: estimate(mean, seed) for when, mean in means.items()}
-            if len(means) == 2:
-                row["change"] = estimate(means["after"] - means["before"], seed)
-            rows.append(row)
-    return rows
-
-
 def draw_layers(columns, contexts, file):
     """Means over pairs by layer: a row of panels per context, a colour per part."""
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
@@ -147,15 +135,15 @@ def draw_layers(columns, contexts, file):
     figure = Figure(figsize=(13, 3.4 * len(contexts)), layout="constrained")
     panels = figure.subplots(len(contexts), len(MEASURES)).flat
     axes = dict(zip(itertools.product(contexts, MEASURES), panels, strict=True))
-    for when, style in (("before", "--"), ("after", "-")):
-        for (context, measure, part), values in columns.get(when, {}).items():
+    for when, found in columns.items():
+        for (context, measure, part), values in found.items():
             look = {"color": f"C{PROMPT_PARTS.index(part)}", "lw": 1.3, "label": f"{part} {when}"}
-            axes[context, measure].plot(values.mean(0), style, **look)
+            look["linestyle"] = "--" if when == "before" else "-"
+            axes[context, measure].plot(values.mean(0), **look)
     for (context, measure), axis in axes.items():
-        axis.set(title=f"{context}: {measure}", xlabel="layer")
+        scale = "log" if measure == "variance" else "linear"
+        axis.set(title=f"{context}: {measure}", xlabel="layer", yscale=scale)
         axis.grid(alpha=0.3)
-        if measure == "variance":
-            axis.set_yscale("log")
         if measure == "mass":
             axis.legend(frameon=False, fontsize=8, ncols=2)
     figure.savefig(file, dpi=120)

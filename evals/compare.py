@@ -23,7 +23,6 @@ class CompareFlags(VerdictFlags):
     b: str | None = flag(None, "result files of the other")
     model_a: str | None = flag(None, "which model of the files of --a; default: the first")
     model_b: str | None = flag(None, "which model of the files of --b; default: the first")
-    max_missing: float = flag(0.05, "largest share of questions that lack a value")
 
 
 def read_side(text, model, name):

@@ -22,27 +22,21 @@ def runs(s):
     if not s.runs:
         raise UserError("runs: name the run directories, OUT1 OUT2 …")
     lines = {str(Path(run)): read_metrics(Path(run) / "metrics.jsonl") for run in s.runs}
-    ended = [ends(of) for of in lines.values()]
-    rows = [[name, *map(shown, end.values())] for name, end in zip(lines, ended, strict=True)]
-    print("\n".join(markdown_table(["run", *ended[0]], rows)))
+    rows = [{"run": name} | ends(of) for name, of in lines.items()]
+    print("\n".join(markdown_table(rows[0], [row.values() for row in rows])))
     with out_file(s.out):
         draw(lines, s.out)
     print(f"drawn: {s.out}")
 
 
-def shown(value):
-    """A number as the table has it; "-" where a run has none."""
-    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
 def ends(lines):
-    """{column: value} of a run: its last step, best validation after the start, mean speed."""
+    """{column: text} of a run: its last step, best validation after the start, mean speed."""
     steps = [x for x in lines if "loss" in x]
     evals = [x for x in lines if "eval_loss" in x and x["step"] > 0]
     last = steps[-1] if steps else {}
     best = min(evals, key=lambda x: x["eval_loss"], default={})
     seconds = sum(x["seconds"] for x in steps)
-    return {
+    found = {
         "steps": last.get("step"),
         "loss": last.get("loss"),
         "grad norm": last.get("grad_norm"),
@@ -53,3 +47,5 @@ def ends(lines):
         "its plain margin": best.get("eval_plain_margin"),
         "pairs/s": sum(x["pairs"] for x in steps) / seconds if seconds else None,
     }
+    forms = {int: "{}", float: "{:.4f}", type(None): "-"}
+    return {name: forms[type(value)].format(value) for name, value in found.items()}
