@@ -87,7 +87,6 @@ class Watched:
         return self.rule(q, k, v)
 
 
-@torch.no_grad()
 def attention_statistics(model, views, label):
     """{(context, measure, part): (N, L)} of the attention of the S tokens that predict y+.
 

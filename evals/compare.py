@@ -45,36 +45,32 @@ def read_side(text, model, name):
     return seeds, means, commands
 
 
-def paired(ours, theirs, max_missing):
-    """Two {question: value or None} -> questions with both values, (2, N) values, and the Drops."""
-    drops, shared = Drops(), []
-    for question in dict.fromkeys([*ours, *theirs]):
-        lacking = [(k, v) for k, v in (("a", ours), ("b", theirs)) if v.get(question) is None]
-        if lacking:
-            name, values = lacking[0]  # a question counts once
-            drops.add(f"{'null' if question in values else 'missing'} in --{name}", question)
-        else:
-            shared.append(question)
-    refuse(drops, len(ours | theirs), max_missing, "questions")
-    return shared, np.array([[side[q] for q in shared] for side in (ours, theirs)]), drops
-
-
 def compare(s):
     """Print how two models differ on the same questions, with a paired interval."""
     require(s, "a", "b")
     sides = [read_side(s.a, s.model_a, "--a"), read_side(s.b, s.model_b, "--b")]
     if len(commands := sides[0][2] | sides[1][2]) > 1:
         raise UserError(f"--a and --b come from different commands: {sorted(map(str, commands))}")
-    shared, values, drops = paired(*(means for _, means, _ in sides), s.max_missing)
+    means, drops, shared = {"a": sides[0][1], "b": sides[1][1]}, Drops(), []
+    questions = means["a"] | means["b"]
+    for question in questions:
+        lacking = [name for name, of in means.items() if of.get(question) is None]
+        if not lacking:
+            shared.append(question)
+            continue
+        kind = "null" if question in means[lacking[0]] else "missing"  # a question counts once
+        drops.add(f"{kind} in --{lacking[0]}", question)
+    refuse(drops, len(questions), s.max_missing, "questions")
     if not shared:
         raise UserError(f"--a {s.a} and --b {s.b} share no question")
+    values = np.array([[of[question] for question in shared] for of in means.values()])  # (2, N)
     rows, results = [], {"command": "compare", "n": len(shared), "seed": s.seed}
     for name, side, (seeds, *_) in zip("ab", values, sides, strict=True):
-        means = [float(np.mean([seed[q] for q in shared])) for seed in seeds]
-        results[name] = {"mean": estimate(side, s.seed), "seeds": means}
-        text = " ".join(f"{mean:.4f}" for mean in means)
+        found = [float(np.mean([seed[q] for q in shared])) for seed in seeds]
+        results[name] = {"mean": estimate(side, s.seed), "seeds": found}
         about = {"side": name, "file": getattr(s, name), "n": len(shared)}
-        rows.append(about | {"mean": results[name]["mean"], "seeds": text})
+        text = {"seeds": " ".join(f"{mean:.4f}" for mean in found)}
+        rows.append(about | results[name] | text)
     print(table(rows, {"mean": ".4f"}))
     gap = results["difference"] = estimate(values[0] - values[1], s.seed)
     counts = [int(compares(*values).sum()) for compares in (np.greater, np.equal, np.less)]

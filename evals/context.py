@@ -9,8 +9,6 @@ refining instruction: ↑ for a better, ⁰ for another, ↓ for a worse respons
 suffix of the question, behind ỹ a user turn of its own. Of the paper only the names of these
 quantities were at hand; what is averaged over what here, the functions say.
 
-The token sequences are those of training, and log-probabilities come from the same tries and rows.
-
 Legend: N pairs, P contexts, V vocabulary.
 """
 
@@ -60,11 +58,8 @@ class View(NamedTuple):
 
 
 class Views(list):
-    """The View of each pair; `drops` counts those left out.
-
-    Nothing is cut, so that the same tokens are compared everywhere: a pair with a path of more
-    than max_len tokens is left out.
-    """
+    """The View of each pair. Nothing is cut, so that the same tokens are compared everywhere:
+    `drops` counts the pairs with a path of more than max_len tokens, which are left out."""
 
     def __init__(self, pairs, template, contexts, max_len):
         self.contexts, self.drops, datasets = contexts, Drops(), {}
@@ -116,8 +111,8 @@ def open_views(s, template, contexts):
     drops = Drops()
     pairs = read_pairs(s.data, drops, s.limit, bad_rows=s.bad_rows, revision=s.data_revision)
     views = Views(pairs, template, contexts, s.max_len)
-    print(f"{s.data}: {len(pairs)} pairs read, dropped: {drops}; compared: {len(views)} "
-          f"pairs, dropped: {views.drops}")  # fmt: skip
+    told = f"compared: {len(views)} pairs, dropped: {views.drops}"
+    print(f"{s.data}: {len(pairs)} pairs read, dropped: {drops}; {told}")
     return views
 
 
@@ -187,17 +182,19 @@ def next_token(s):
     shows = (None, "rejected" if s.draft else "instruct")
     contexts = {k: c for k, c in (INSTRUCTED | SHOWN).items() if c.shows in shows}
     views = open_views(s, template, contexts)
-    prefix = template.encode([s.prefix])[0]
+    prefix, device = template.encode([s.prefix])[0], model.embed.weight.device
     pairs, measures, bar = [], [], {"iterable": views, "leave": False}
     for n, view in enumerate(progress("next token", len(views), "pair", **bar)):
-        logps = next_logps(model, view, prefix)  # (P, V)
-        tops = {}  # {context: [[token's text, probability]]}, the likeliest first
-        for name, row in zip(contexts, logps, strict=True):
-            values, ids = row.topk(min(s.top, len(row)))
+        logps, tops = [], {}  # {context: [(token's text, probability)]}, the likeliest first
+        for name, (segments, _) in zip(contexts, view.paths, strict=True):
+            ids = torch.from_numpy(np.concatenate([*segments[:-1], prefix]).astype(np.int64))
+            logits = model.logits(ids[None].to(device))[0, -1].float()
+            logps.append(logits.log_softmax(-1).cpu())  # (V,)
+            values, ids = logps[-1].topk(min(s.top, len(logps[-1])))
             texts = [template.decode([i], skip_special=False) for i in ids]
-            tops[name] = [*map(list, zip(texts, values.exp().tolist(), strict=True))]
+            tops[name] = list(zip(texts, values.exp().tolist(), strict=True))
         pairs.append({"pair": view.where, "top": tops})
-        measures.append(spread(logps))
+        measures.append(spread(torch.stack(logps)))
         if n < s.show:
             words = [[f"{text!r} {p:.3f}" for text, p in top] for top in tops.values()]
             rows = zip(map(str, range(1, s.top + 1)), *words, strict=False)
@@ -212,17 +209,6 @@ def next_token(s):
     print(f"\nentropy in nats, total variation distance from x\n{lines}")
     results = {"model": s.model, "data": s.data, "n": len(views), "prefix": s.prefix}
     save_results(s.out, results | {"contexts": numbers, "pairs": pairs})
-
-
-@torch.no_grad()
-def next_logps(model, view, prefix):
-    """(P, V) log-probabilities of the token behind each context of a pair and `prefix`."""
-    rows = []
-    for segments, _ in view.paths:
-        ids = np.concatenate([*segments[:-1], prefix]).astype(np.int64)
-        tokens = torch.from_numpy(ids).to(model.embed.weight.device)
-        rows.append(model.logits(tokens[None])[0, -1].float().log_softmax(-1))
-    return torch.stack(rows).cpu()
 
 
 def spread(logps):

@@ -46,12 +46,11 @@ def describe(s):
     figures, lengths = figures_of(s)
     print("\n".join(summary(figures)))
     if s.out is None:
-        print(f"\n{json.dumps(figures, indent=1, ensure_ascii=False)}")
-        return
+        return print(f"\n{json.dumps(figures, indent=1, ensure_ascii=False)}")
     save_results(s.out, figures)
+    longest = max(values.max() for values in lengths.values())
+    limit = {"max_len": s.max_len} if s.max_len <= 2 * longest else {}
     with out_file(picture):
-        longest = max(values.max() for values in lengths.values())
-        limit = {"max_len": s.max_len} if s.max_len <= 2 * longest else {}
         draw_lengths(lengths, picture, "tokens", "pairs", limit)
     print(f"\nsaved: {s.out}, {picture}")
 

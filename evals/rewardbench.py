@@ -25,21 +25,19 @@ def sections(subsets, wins, seed=0):
     """
     subsets, wins = np.asarray(subsets), np.asarray(wins, dtype=np.float64)
     counts = dict(zip(*np.unique(subsets, return_counts=True), strict=True))
-    parts, missing, weights = {}, [], np.zeros(len(wins))
+    parts, missing, found, weights = {}, [], {}, np.zeros(len(wins))
     for section, shares in SECTIONS.items():
         lacking = [subset for subset in shares if subset not in counts]
         if lacking:
             missing += lacking if len(lacking) < len(shares) else []
             continue
-        part, total = np.isin(subsets, list(shares)), sum(shares.values())
+        parts[section] = part = np.isin(subsets, list(shares))
+        total = sum(shares.values())
         weights[part] = [shares[name] / counts[name] / total for name in subsets[part]]
-        parts[section] = part
     if len(parts) == len(SECTIONS):
         parts["score"] = weights > 0
-    found = {
-        name: ratio_of_sums((wins * weights)[part], weights[part], seed, RESAMPLES)
-        for name, part in parts.items()
-    }
+    for name, part in parts.items():
+        found[name] = ratio_of_sums((wins * weights)[part], weights[part], seed, RESAMPLES)
     if found:
         rows = [{"RewardBench": name, "accuracy": share} for name, share in found.items()]
         print(table(rows, {"accuracy": ".1%"}))
