@@ -12,6 +12,7 @@ import re
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -39,8 +40,6 @@ def resolve(source, flag="--model"):
         return Path(source)
     if not (found := re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(source))):
         raise UserError(f"{flag} {source}: no such directory")
-    import huggingface_hub
-
     try:
         name, revision = found.groups()
         wanted = {"allow_patterns": ["*.safetensors", "*.json", "*.jinja"], "revision": revision}

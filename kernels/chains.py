@@ -39,16 +39,20 @@ class Chains:
     pieces  per chain, in the row's order: which parts of the keys make up its path, and the mask
             of its queries over these, (T, U) bool
     sizes   tokens of each part of the keys
+    behind  has the keys and values that come before those of a call (kernels/detached.py)
     """
 
     pieces: list
     sizes: list
     scale: float | None = None
     cap: float | None = None
+    behind: object = None
 
     @torch.compiler.disable  # chains differ from row to row: each would be compiled anew
     def __call__(self, q, k, v):
         """(B, H, T, C) queries, (B, K, U, C) keys and values -> (B, H, T, C)."""
+        if self.behind:
+            k, v = torch.cat([self.behind.keys, k], 2), torch.cat([self.behind.values, v], 2)
         lengths = [len(mask) for _, mask in self.pieces]
         *queries, padding = q.split([*lengths, q.shape[2] - sum(lengths)], 2)
         # keys are split once: a slice per chain would bring each a gradient as long as the row

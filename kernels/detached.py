@@ -30,7 +30,8 @@ def states(model, row):
         recorded = [Recording(rule, context[needed]) for rule in rules]
         model.hidden(row.tokens[None, needed], row.positions[None, needed], recorded)
     rules = chains.attend(row, model.config, context, predicts)
-    rules = [Behind(rule, kept) for rule, kept in zip(rules, recorded, strict=True)]
+    for rule, kept in zip(rules, recorded, strict=True):
+        rule.behind = kept
     x = model.hidden(row.tokens[None, predicts], row.positions[None, predicts], rules)[0]
     return x[(predicts.cumsum(0) - 1)[row.source]]  # where each source lies among `predicts`
 
@@ -51,17 +52,4 @@ class Recording:
     @torch.compiler.disable
     def __call__(self, q, k, v):
         self.keys, self.values = k[:, :, self.kept], v[:, :, self.kept]
-        return self.rule(q, k, v)
-
-
-@dataclass
-class Behind:
-    """An attention rule whose tokens stand behind recorded keys and values."""
-
-    rule: chains.Chains
-    recorded: Recording
-
-    @torch.compiler.disable
-    def __call__(self, q, k, v):
-        k, v = torch.cat([self.recorded.keys, k], 2), torch.cat([self.recorded.values, v], 2)
         return self.rule(q, k, v)

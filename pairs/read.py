@@ -19,6 +19,7 @@ import sys
 import zlib
 from collections import Counter, defaultdict
 
+import huggingface_hub
 import numpy as np
 
 from jobs.cli import UserError
@@ -206,8 +207,6 @@ def hub_files(name, split, revision=None):
 
     Where the hub cannot be reached, those that an earlier run fetched, if they are complete.
     """
-    import huggingface_hub
-
     hub = {"repo_type": "dataset", "revision": revision}
     try:
         listed = huggingface_hub.HfApi().list_repo_files(name, **hub)
@@ -236,8 +235,6 @@ def say_once(line):
 
 def cached_files(name, split, hub):
     """A split's files in huggingface_hub's cache, or [] where it is not there or lacks a shard."""
-    import huggingface_hub
-
     try:
         folder = huggingface_hub.snapshot_download(name, local_files_only=True, **hub)
     except Exception:  # nothing of it was ever fetched
