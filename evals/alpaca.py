@@ -66,8 +66,20 @@ def annotations_in(file):
         yield model, index, ((share, *lengths), fault), where
 
 
-def csv_rows(file):
-    """Yields ("file:line", {column: text}) of a csv or csv.gz with a header line."""
+def csv_rows(file, published=None):
+    """Yields ("file:line", {column: text}) of a csv or csv.gz with a header line.
+
+    published: the file of AlpacaEval's dataset on the hub that the name "hub" fetches.
+    """
+    if file == "hub" and published:
+        from huggingface_hub import hf_hub_download
+
+        try:
+            file = hf_hub_download("tatsu-lab/alpaca_eval", published, repo_type="dataset")
+        except Exception as error:  # the hub client raises some twenty kinds: not reachable
+            cure = "give a local file, or none: --difficulty none fits without the published "
+            cure += "difficulties, as custom prompts need"
+            raise UserError(f"the hub did not serve {published}: {cure}") from error
     try:
         with (gzip.open if file.endswith(".gz") else open)(file, "rt", encoding="utf-8") as f:
             yield from ((f"{file}:{n}", row) for n, row in enumerate(csv.DictReader(f), 2))
@@ -75,26 +87,12 @@ def csv_rows(file):
         raise UserError(f"{file}: not readable: {error}") from error
 
 
-def published(source, name):
-    """A file's path; "hub" fetches `name` from the dataset that AlpacaEval publishes."""
-    if source != "hub":
-        return source
-    import huggingface_hub
-
-    try:
-        return huggingface_hub.hf_hub_download("tatsu-lab/alpaca_eval", name, repo_type="dataset")
-    except Exception as error:  # the hub client raises some twenty kinds; all mean: not reachable
-        cure = "give a local file, or none: --difficulty none fits without the published "
-        cure += "difficulties, as custom prompts need"
-        raise UserError(f"the hub did not serve {name}: {cure}") from error
-
-
 def read_difficulty(source):
     """{question index: difficulty}; None where there is none."""
     if source == "none":
         return None
-    rows, column = published(source, "instruction_difficulty.csv"), "instruction_difficulty"
-    return {int(row.get("index") or row[""]): float(row[column]) for _, row in csv_rows(rows)}
+    rows, column = csv_rows(source, "instruction_difficulty.csv"), "instruction_difficulty"
+    return {int(row.get("index") or row[""]): float(row[column]) for _, row in rows}
 
 
 def read_gamed(source, difficulty):
@@ -103,14 +101,14 @@ def read_gamed(source, difficulty):
     if source == "none" or difficulty is None:  # they answer AlpacaEval's questions
         return np.zeros((0, 3)), np.zeros(0)
     models = {}
-    for _, row in csv_rows(published(source, "df_gamed.csv")):
-        scaled = "std_delta_len" in row  # AlpacaEval's own
-        if scaled:
-            delta, label = float(row["std_delta_len"]), float(row["preference"])
+    for _, row in csv_rows(source, "df_gamed.csv"):
+        if scaled := "std_delta_len" in row:  # AlpacaEval's own
+            delta, label = row["std_delta_len"], row["preference"]
         else:
             delta = float(row["len_baseline"]) - float(row["len_model"])
-            label = float(row["preference_minus_1"])
-        models.setdefault(row["model"], []).append((delta, difficulty[int(row["index"])], label))
+            label = row["preference_minus_1"]
+        values = float(delta), difficulty[int(row["index"])], float(label)
+        models.setdefault(row["model"], []).append(values)
     blocks = [np.array(rows).T for rows in models.values()]  # (3, rows of the model) each
     for delta, *_ in blocks:
         delta[:] = np.tanh(delta / (1 if scaled else delta.std(ddof=1)))

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from data import build_row, lay_out
 from evals.context import PROMPT_PARTS, AnalysisFlags, Context, open_views
@@ -79,8 +78,7 @@ class Watched:
 
     def __call__(self, q, k, v):
         size, width = v.shape[2:]
-        eye = torch.eye(size, dtype=v.dtype, device=v.device)
-        eye = F.pad(eye, (0, -size % width))  # (T, T rounded up)
+        eye = torch.eye(size, -(-size // width) * width, dtype=v.dtype, device=v.device)
         columns = (part.expand_as(v) for part in eye.split(width, 1))  # (1, K, T, C)
         parts = [self.rule(q, k, c)[0, :, self.queries] for c in columns]  # (H, S, C)
         self.weights = torch.cat(parts, -1)[..., :size]  # (H, S, T)

@@ -44,7 +44,22 @@ def describe(s):
     require(s, "model", "data")
     picture = s.out and figure_file(s.out)
     figures, lengths = figures_of(s)
-    print("\n".join(summary(figures)))
+    lost = sum(rule["pairs"] for rule in figures["dropped"].values())
+    print(f"read {figures['records_read']} records: kept {figures['pairs_kept']}, dropped {lost}")
+    for rule, told in figures["dropped"].items():
+        print(f"  {told['pairs']:7} {rule}  ({', '.join(told['rows'])})")
+    rows = [{"tokens": part} | told for part, told in figures["tokens"].items()]
+    print("\n" + table(rows, dict.fromkeys([*rows[0]][1:], ".0f")))
+    cuts = ", ".join(f"{share:.1%} {what}" for what, share in figures["cut"].items())
+    print(f"\ncut by the limits: {cuts or 'none'}")
+    fill, sets = figures["row_fill"], figures["path_sets"]
+    print("rows of {row_tokens} tokens: {rows} per epoch, {fill:.1%} full".format(**fill))
+    told = "\ntokens of the path sets of the first {of_the_first_pairs} pairs, bridge {bridge}"
+    print(told.format(**sets))
+    rows = [{"path set": name} | told for name, told in sets["conditions"].items()]
+    print(table(rows, {"saved": ".1%"}))
+    for path, text in figures["examples"].items():
+        print(f"\n--- {path} ([[scored]])\n{text}")
     if s.out is None:
         return print(f"\n{json.dumps(figures, indent=1, ensure_ascii=False)}")
     save_results(s.out, figures)
@@ -122,23 +137,3 @@ def decoded(data, rule, template):
         told = "".join(map(decode, context))
         texts[str(path)] = f"{told}[[{decode(target[:n])}]]{decode(target[n:])}"
     return texts
-
-
-def summary(f):
-    """Yields the figures as text for a terminal."""
-    sets = f["path_sets"]
-    lost = sum(rule["pairs"] for rule in f["dropped"].values())
-    yield f"read {f['records_read']} records: kept {f['pairs_kept']}, dropped {lost}"
-    for rule, told in f["dropped"].items():
-        yield f"  {told['pairs']:7} {rule}  ({', '.join(told['rows'])})"
-    rows = [{"tokens": part} | told for part, told in f["tokens"].items()]
-    yield "\n" + table(rows, dict.fromkeys([*rows[0]][1:], ".0f"))
-    cuts = ", ".join(f"{share:.1%} {what}" for what, share in f["cut"].items())
-    yield f"\ncut by the limits: {cuts or 'none'}"
-    yield "rows of {row_tokens} tokens: {rows} per epoch, {fill:.1%} full".format(**f["row_fill"])
-    told = "\ntokens of the path sets of the first {of_the_first_pairs} pairs, bridge {bridge}"
-    yield told.format(**sets)
-    rows = [{"path set": name} | told for name, told in sets["conditions"].items()]
-    yield table(rows, {"saved": ".1%"})
-    for path, text in f["examples"].items():
-        yield f"\n--- {path} ([[scored]])\n{text}"

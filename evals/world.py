@@ -5,7 +5,6 @@ known in closed form. So a policy's win rate needs no judge and no sampling: it 
 probabilities of the 16 answers.
 """
 
-import functools
 from dataclasses import dataclass
 
 from assets import world as small_world
@@ -59,15 +58,6 @@ def world_probabilities(model, template, bridge=None, instruction="better"):
 
     With a bridge: (Q, A, A), entry [q, b, a] being the probability of a behind b.
     """
-    n, tries = len(small_world.CHOICES), world_tries(template, bridge, instruction)
-    logps, _ = path_sums(model, tries.__getitem__, list(map(len, tries)), n, label="world")
-    return small_world.answer_probabilities(logps.view((-1, n, n) if bridge else (-1, n)).numpy())
-
-
-@functools.lru_cache(maxsize=4)
-def world_tries(template, bridge=None, instruction="better"):
-    """One data.Trie per question, or with a bridge per question and answer shown: its paths end in
-    the 16 answers. Kept, since many models share a template."""
     pairs = [  # the same answer in both places: as what is said and as what is shown
         Pair([{"role": "user", "content": question}], answer, answer, question)
         for question in small_world.questions()
@@ -76,8 +66,9 @@ def world_tries(template, bridge=None, instruction="better"):
     rule = recipe("dpo", "cross" if bridge else "none", bridge)
     dataset = Dataset(pairs, template, rule, Limits(4096, 0.4), instruction)
     path, n, tries = Path("rejected" if bridge else None, "chosen"), len(small_world.CHOICES), []
-    for first in range(0, len(dataset), n):
+    for first in range(0, len(dataset), n):  # a trie per question, or per question and answer shown
         own = [dataset.path(i, path) for i in range(first, first + n)]
         for (*context, _), _ in own if bridge else own[:1]:
             tries.append(lay_out([([*context, answer], k) for (*_, answer), k in own]))
-    return tries
+    logps, _ = path_sums(model, tries.__getitem__, list(map(len, tries)), n, label="world")
+    return small_world.answer_probabilities(logps.view((-1, n, n) if bridge else (-1, n)).numpy())
