@@ -22,9 +22,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evals.results import collect, rows_of, save_results, table
+from evals.results import VERDICTS, collect, read_verdict, rows_of, save_results, table, to_label
 from evals.stats import Estimate, interval, logistic, ratio_of_sums, resample, sigmoid
-from evals.verdicts import VERDICTS, read_verdict, to_label
 from jobs.cli import UserError, VerdictFlags, flag, progress, require
 from pairs.layouts import number
 

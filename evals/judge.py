@@ -22,14 +22,13 @@ from pathlib import Path
 import numpy as np
 
 from evals.answers import align, read_answers
+from evals.results import VERDICTS, read_grade, read_verdict
 from evals.stats import estimate
-from evals.verdicts import VERDICTS, read_grade, read_verdict
-from generate import Dialogue, answerer
+from generate import Ask, Dialogue, answerer
 from hub.benchmarks import json_digest, question_id, refuse_twins, transcript, write_rows
 from hub.weights import Weights, resolve
 from jobs.cli import EndpointFlags, ModelFlags, SamplingFlags, UserError, flag, progress, require
 from jobs.files import ASSETS, Store
-from pairs.questions import Ask
 
 VERDICT_FORMATS = ("alpaca_eval", "arena_hard", "mt_bench", "mt_bench_pair")
 # what AlpacaEval's and Arena-Hard's templates call things

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evals.results import collect, rows_of, save_results, table
+from evals.results import collect, read_grade, rows_of, save_results, table
 from evals.stats import ratio_of_sums
-from evals.verdicts import read_grade
 from jobs.cli import UserError, VerdictFlags, flag, require
 from pairs.layouts import number
 

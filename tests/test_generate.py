@@ -13,13 +13,12 @@ from dialogues import say
 import generate
 from conftest import write_model
 from data import Dataset, Limits
-from generate import Answers, Dialogue, Sampling, Stream, complete, in_order
+from generate import Answers, Ask, Dialogue, Sampling, Stream, complete, in_order, read_asks
 from hub.template import Template
 from jobs.cli import UserError
 from losses import Path as LossPath
 from losses import recipe
 from model import load
-from pairs.questions import Ask, read_asks
 from pairs.read import Pair
 
 ROOT = Path(__file__).parent.parent

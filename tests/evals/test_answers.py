@@ -5,9 +5,9 @@ import json
 import pytest
 
 from evals.answers import align, question_ids, read_answers
+from generate import read_asks
 from hub.benchmarks import refuse_twins
 from jobs.cli import UserError
-from pairs.questions import read_asks
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pytest
 
 from evals import arena, mtbench
 from evals.arena import bradley_terry, raw_score, read_games, style_difference
+from evals.results import read_verdict
 from evals.stats import sigmoid
-from evals.verdicts import read_verdict
 from jobs.cli import UserError, parse
 
 FLAGS = {arena: arena.ArenaFlags, mtbench: mtbench.MtbenchFlags}

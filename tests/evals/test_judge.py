@@ -10,7 +10,7 @@ import evaluate
 import generate
 from conftest import write_model
 from evals.judge import Prompt
-from evals.verdicts import VERDICTS, read_grade, read_verdict
+from evals.results import VERDICTS, read_grade, read_verdict
 from hub import endpoint
 from jobs.cli import UserError
 from jobs.files import ASSETS

@@ -12,11 +12,11 @@ from runs import _start
 import generate
 from conftest import write_model
 from evals.answers import read_answers
+from generate import Ask, read_asks
 from hub.benchmarks import markdown_counts, token_counter, transcript
 from jobs.cli import UserError
 from jobs.files import read_lines
 from pairs.layouts import as_messages
-from pairs.questions import Ask, read_asks
 
 ROOT = Path(__file__).parents[2]
 
