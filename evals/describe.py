@@ -87,6 +87,11 @@ def figures_of(s):
     whole = Dataset(*uncut) if data.cuts else data
     lengths = dict(zip(PARTS, np.asarray(whole.examples.lengths).T, strict=True))  # (N,) each
     del lengths["instruct"]
+    # share of a row's tokens that are not padding, over the batches of one epoch in file order
+    sizes = [data.size(i, rule.paths) for i in range(len(data))]
+    row_tokens, steps = max(s.row_tokens, *sizes), range(0, len(sizes), s.batch)
+    rows = sum(len(pack(sizes[i : i + s.batch], row_tokens)) for i in steps)
+    fill = sum(sizes) / (rows * row_tokens)
     dropped, tokens = drops.rules | data.drops.rules, {}
     for name, of in lengths.items():
         spread = {"mean": of.mean()}
@@ -100,20 +105,11 @@ def figures_of(s):
         "dropped": {k: {"pairs": len(v), "rows": v[:2]} for k, v in dropped.items()},
         "tokens": tokens,
         "cut": {what: n / len(data) for what, n in data.cuts.items()},
-        "row_fill": row_fill(data, rule.paths, s),
+        "row_fill": {"rows": rows, "row_tokens": row_tokens, "fill": fill},
         "path_sets": path_sets(s, pairs[:SAMPLE], template, rule.bridge),
         "examples": decoded(data, rule, template),
     }
     return figures, lengths
-
-
-def row_fill(data, paths, s):
-    """Share of a row's tokens that are not padding, over the batches of one epoch in file order."""
-    sizes = [data.size(i, paths) for i in range(len(data))]
-    row_tokens = max(s.row_tokens, max(sizes))
-    batches = [sizes[i : i + s.batch] for i in range(0, len(sizes), s.batch)]
-    rows = sum(len(pack(batch, row_tokens)) for batch in batches)
-    return {"rows": rows, "row_tokens": row_tokens, "fill": sum(sizes) / (rows * row_tokens)}
 
 
 def path_sets(s, pairs, template, bridge):

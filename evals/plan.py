@@ -47,7 +47,9 @@ def measure(config, tokens, dtype=torch.bfloat16):
 
 def saved_bytes(block, config, tokens, dtype, device="meta"):
     """Bytes that autograd keeps for the backward of one block, its parameters left out."""
-    own = {p.untyped_storage()._cdata for p in block.parameters()}
+    cos, sin = rope_table(config, torch.arange(tokens, device=device)[None], dtype)
+    # left out: its parameters, and what all blocks share
+    own = {t.untyped_storage()._cdata for t in (*block.parameters(), cos, sin)}
     kept = {}
 
     def keep(tensor):
@@ -57,9 +59,6 @@ def saved_bytes(block, config, tokens, dtype, device="meta"):
         return tensor
 
     x = torch.zeros(1, tokens, config.width, dtype=dtype, device=device, requires_grad=True)
-    positions = torch.arange(tokens, device=device)[None]
-    cos, sin = rope_table(config, positions, dtype)
-    own |= {t.untyped_storage()._cdata for t in (cos, sin)}  # shared by all blocks
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         y = block.body(x, cos, sin, Kernel.apply)  # alive: so no storage is counted twice
     return sum(kept.values()) if y.requires_grad else 0

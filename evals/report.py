@@ -45,10 +45,8 @@ def flatten(content, prefix=""):
             row |= flatten(value, f"{prefix}{key} ")
         elif isinstance(value, list) and [*map(type, value)] == [float] * 3:
             row[name] = "{:.4g} [{:.4g}, {:.4g}]".format(*value)
-        elif isinstance(value, float):
-            row[name] = f"{value:.4g}"
-        elif isinstance(value, bool | str | int):
-            row[name] = str(value)
+        elif isinstance(value, bool | str | int | float):
+            row[name] = f"{value:.4g}" if isinstance(value, float) else str(value)
     return row
 
 

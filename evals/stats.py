@@ -42,8 +42,7 @@ def interval(value, resampled):
 
 def win_rate(scores, others, seed=0):
     """Share of prompts whose score is strictly higher -> (Estimate, number of ties, no wins)."""
-    scores, others = np.asarray(scores), np.asarray(others)
-    return estimate(scores > others, seed), int((scores == others).sum())
+    return estimate(np.greater(scores, others), seed), int(np.equal(scores, others).sum())
 
 
 def ratio_of_sums(above, below, seed=0, resamples=10_000):
