@@ -100,8 +100,6 @@ def view_of(columns, i):
 
 @dataclass(frozen=True)
 class AnalysisFlags(ModelFlags, DataFlags, ResultFlags):
-    """The flags that all analyses share."""
-
     max_len: int = flag(2048, "tokens of every single path; longer pairs are left out")
     out: str | None = flag(None, "json file for the numbers; a figure goes beside it as png")
 
