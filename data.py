@@ -40,8 +40,8 @@ from hub.template import INSTRUCTIONS, Refused, with_suffix
 from hub.template import Template as Template
 from jobs.cli import UserError, progress
 from losses import Path
+from pairs.layouts import Pair as Pair
 from pairs.read import Drops
-from pairs.read import Pair as Pair
 from pairs.read import read_pairs as read_pairs
 
 # ----------------------------------------------------------------------------- bridges

@@ -39,20 +39,24 @@ class Chains:
     pieces  per chain, in the row's order: which parts of the keys make up its path, and the mask
             of its queries over these, (T, U) bool
     sizes   tokens of each part of the keys
-    behind  has the keys and values that come before those of a call (kernels/detached.py)
+    keep    (T,) bool, of which tokens a call leaves keys and values in `kept`
+    before  keys and values that come before those of a call (both for kernels/detached.py)
     """
 
     pieces: list
     sizes: list
     scale: float | None = None
     cap: float | None = None
-    behind: object = None
+    keep: torch.Tensor | None = None
+    before: tuple | None = None
 
     @torch.compiler.disable  # chains differ from row to row: each would be compiled anew
     def __call__(self, q, k, v):
         """(B, H, T, C) queries, (B, K, U, C) keys and values -> (B, H, T, C)."""
-        if self.behind:
-            k, v = torch.cat([self.behind.keys, k], 2), torch.cat([self.behind.values, v], 2)
+        if self.keep is not None:
+            self.kept = k[:, :, self.keep], v[:, :, self.keep]
+        if self.before is not None:
+            k, v = (torch.cat(both, 2) for both in zip(self.before, (k, v), strict=True))
         lengths = [len(mask) for _, mask in self.pieces]
         *queries, padding = q.split([*lengths, q.shape[2] - sum(lengths)], 2)
         # keys are split once: a slice per chain would bring each a gradient as long as the row

@@ -7,8 +7,6 @@ values as to constants: about half the work of a cross-conditioned pair.
 Legend: T row tokens, S scored tokens, D width.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 
@@ -26,12 +24,13 @@ def states(model, row):
     context = ~predicts & _above(predicts, row.until)  # what these see besides
     needed = context | _above(context, row.until)  # all that the context itself sees
     with torch.no_grad():
-        rules = chains.attend(row, model.config, needed)
-        recorded = [Recording(rule, context[needed]) for rule in rules]
+        recorded = chains.attend(row, model.config, needed)
+        for rule in recorded:
+            rule.keep = context[needed]
         model.hidden(row.tokens[None, needed], row.positions[None, needed], recorded)
     rules = chains.attend(row, model.config, context, predicts)
-    for rule, kept in zip(rules, recorded, strict=True):
-        rule.behind = kept
+    for rule, above in zip(rules, recorded, strict=True):
+        rule.before = above.kept
     x = model.hidden(row.tokens[None, predicts], row.positions[None, predicts], rules)[0]
     return x[(predicts.cumsum(0) - 1)[row.source]]  # where each source lies among `predicts`
 
@@ -40,16 +39,3 @@ def _above(flags, until):
     """Whether a token has a flagged one below it in its subtree."""
     count = F.pad(flags.cumsum(0), (1, 0))
     return count[until] > count[1:]
-
-
-@dataclass
-class Recording:
-    """An attention rule that also keeps the keys and values of some of the tokens."""
-
-    rule: chains.Chains
-    kept: torch.Tensor  # (T,) bool
-
-    @torch.compiler.disable
-    def __call__(self, q, k, v):
-        self.keys, self.values = k[:, :, self.kept], v[:, :, self.kept]
-        return self.rule(q, k, v)

@@ -25,7 +25,6 @@ import numpy as np
 from jobs.cli import UserError
 from jobs.files import parse_json
 from pairs.layouts import Dropped, make_pair, recognise
-from pairs.layouts import Pair as Pair
 
 KINDS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")  # no records
@@ -49,11 +48,8 @@ class Drops:
 
     def sift(self, pairs, reasons):
         """The pairs whose reason is None; the others are added by theirs."""
-        told = list(zip(pairs, reasons, strict=True))
-        for pair, reason in told:
-            if reason is not None:
-                self.add(reason, pair.where)
-        return [pair for pair, reason in told if reason is None]
+        told = zip(pairs, reasons, strict=True)  # `add` gives None
+        return [pair for pair, why in told if why is None or self.add(why, pair.where)]
 
     @property
     def total(self):
@@ -275,7 +271,14 @@ def records(file, broken=False):
 def _rows(file):
     """Yields the records of a file, or in their place the bytes of its lines."""
     if file.endswith(".parquet"):
-        yield from _parquet(file)
+        import pyarrow.parquet
+
+        try:
+            table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
+            for batch in table.iter_batches(1024):
+                yield from batch.to_pylist()
+        except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+            raise OSError(str(error)) from error
         return
     with (gzip.open if file.endswith(".gz") else open)(file, "rb") as f:
         content = f
@@ -289,17 +292,6 @@ def _rows(file):
                     kind = type(content).__name__
                     raise UserError(f"{file}: expected a list of records, found {kind}")
         yield from content
-
-
-def _parquet(file):
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
-        for batch in table.iter_batches(1024):
-            yield from batch.to_pylist()
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
-        raise OSError(str(error)) from error
 
 
 def _parse(raw, where):

@@ -44,8 +44,7 @@ def cached(key, make, share=lambda work: work()):
     """Returns what `make` makes, from the cache where it is there -> (sets, lines).
 
     sets: {name: ({array's name: array}, facts for JSON)}; lines: the report. key() is the folder's
-    name. share(work) calls work() in the first process and hands its result to all, as
-    processes.Ranks.share does. Where the cache cannot be written, each process makes its own.
+    name. share: as Ranks.share. Where the cache cannot be written, each process makes its own.
     """
     made = []
 

@@ -10,7 +10,7 @@ from data import Dataset, Limits, lay_out, plain_paths, trie_size
 from hub.template import Template
 from jobs.cli import UserError
 from losses import CONDITIONS, Path, recipe, unique
-from pairs.read import Pair
+from pairs.layouts import Pair
 
 ROOMY = Limits(max_len=10_000, draft_cap=1.0)
 

@@ -19,7 +19,7 @@ from jobs.cli import UserError
 from losses import Path as LossPath
 from losses import recipe
 from model import load
-from pairs.read import Pair
+from pairs.layouts import Pair
 
 ROOT = Path(__file__).parent.parent
 GREEDY = Sampling(max_new_tokens=20, temperature=0)

@@ -16,7 +16,7 @@ from data import Dataset, Limits, build_row
 from hub.template import Template
 from losses import CONDITIONS, recipe
 from model import visible
-from pairs.read import Pair
+from pairs.layouts import Pair
 
 PAGE = Path(__file__).parent / "golden_paths.md"
 BOS, RESERVED = "<|begin_of_text|>", "<|reserved_special_token_0|>"

@@ -17,7 +17,7 @@ from data import Dataset, Limits, build_row
 from hub.template import Template
 from losses import recipe
 from model import load
-from pairs.read import Pair
+from pairs.layouts import Pair
 
 PROMPT, REAL = -1, pytest.param("smollm2", marks=pytest.mark.slow)
 PSI = {"identity": lambda p: p, "logit": lambda p: np.log(p / (1 - p)), "exp": np.exp}

@@ -25,7 +25,7 @@ from hub import template as template_file
 from hub.template import Template, bounded, open_template, with_suffix
 from jobs.cli import UserError
 from losses import recipe
-from pairs.read import Pair
+from pairs.layouts import Pair
 
 
 @pytest.fixture

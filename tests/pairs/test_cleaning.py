@@ -7,7 +7,8 @@ from published import h4
 from hub.template import Template
 from jobs.cli import UserError
 from pairs.cleaning import CleaningFlags, clean
-from pairs.read import Drops, Pair, read_pairs
+from pairs.layouts import Pair
+from pairs.read import Drops, read_pairs
 from train import TrainFlags
 
 

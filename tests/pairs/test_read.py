@@ -8,7 +8,8 @@ from dialogues import GOOD, reply, say, write_rows
 
 import data
 from jobs.cli import UserError
-from pairs.read import Drops, Pair, hold_out, read_pairs
+from pairs.layouts import Pair
+from pairs.read import Drops, hold_out, read_pairs
 
 
 def read(directory, *rows, **options):
