@@ -113,8 +113,9 @@ class Template:
         after = self.render(PROBE_DIALOGUE).rpartition(PROBE)[2]
         self.end = after.strip() or self.special["eos_token"]
         if not self.end:
-            cure = "name an eos_token in tokenizer_config.json"
-            raise UserError(f"{directory}: no end of turn; {cure}")
+            raise UserError(
+                f"{directory}: no end of turn; name an eos_token in tokenizer_config.json"
+            )
         self.end_ids = self.encode([self.end])[0]
 
     def _find(self, settings):
@@ -232,8 +233,7 @@ class Template:
     def separator(self):
         """InSPO's separator: a reserved special token that nothing else uses, else a blank line."""
         reserved = re.compile(r"reserved_special_token|^<unused|^<extra_id|^<\|?reserved")
-        added = self.tokenizer.get_added_tokens_decoder()
-        named = (added[i].content for i in sorted(added))
+        named = (t.content for _, t in sorted(self.tokenizer.get_added_tokens_decoder().items()))
         return next((t for t in named if reserved.search(t) and t != self.end), "\n\n")
 
 

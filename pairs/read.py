@@ -56,11 +56,8 @@ class Drops:
         return sum(map(len, self.rules.values()))
 
     def __str__(self):
-        rules = (
-            f"{len(where)} {rule} ({', '.join(where[:2])}{', …' if len(where) > 2 else ''})"
-            for rule, where in self.rules.items()
-        )
-        return "; ".join(rules) or "none"
+        few = {rule: ", ".join([*w[:2], "…"][: len(w)]) for rule, w in self.rules.items()}
+        return "; ".join(f"{len(self.rules[rule])} {rule} ({few[rule]})" for rule in few) or "none"
 
 
 def read_pairs(source, drops=None, limit=None, need_rejected=True, bad_rows="stop", revision=None):
@@ -252,16 +249,15 @@ def records(file, broken=False):
     try:
         for n, row in enumerate(_rows(file), 1):
             where = f"{file}:{n}"
-            if isinstance(row, bytes):
-                if not row.strip():
-                    continue
-                try:
-                    row = _parse(row, where)
-                except UserError as error:
-                    if not broken:
-                        raise
-                    row = error
-            yield where, row
+            try:
+                if not isinstance(row, bytes):
+                    yield where, row
+                elif row.strip():
+                    yield where, _parse(row, where)
+            except UserError as error:
+                if not broken:
+                    raise
+                yield where, error
     except (OSError, EOFError, zlib.error) as error:
         place, kind = f"{file}:{n + 1}" if n else file, file.endswith(".parquet") * " as parquet"
         reason = " ".join(str(error).split())
