@@ -113,9 +113,8 @@ class Template:
         after = self.render(PROBE_DIALOGUE).rpartition(PROBE)[2]
         self.end = after.strip() or self.special["eos_token"]
         if not self.end:
-            raise UserError(
-                f"{directory}: no end of turn; name an eos_token in tokenizer_config.json"
-            )
+            cure = "name an eos_token in tokenizer_config.json"
+            raise UserError(f"{directory}: no end of turn; {cure}")
         self.end_ids = self.encode([self.end])[0]
 
     def _find(self, settings):

@@ -97,10 +97,9 @@ def without_unsafe(pairs, guard, threshold, drops):
         verdicts |= store
     for pair in pairs:
         unsafe = [verdicts[dialogue_key(messages)] for messages in dialogues(pair)]
+        reasons.append("unsafe" if max(unsafe) > threshold else None)
         if any(map(math.isnan, unsafe)):
-            reasons.append("the guard's template refuses the dialogue")
-        else:
-            reasons.append("unsafe" if max(unsafe) > threshold else None)
+            reasons[-1] = "the guard's template refuses the dialogue"
     return drops.sift(pairs, reasons)
 
 
