@@ -1,8 +1,6 @@
 """Computes what a training run will need of each GPU: `python evaluate.py plan --model DIR`.
 
 Only config.json is read, and the model is built on the meta device: no weights, no GPU, a second.
-
-Legend: T tokens of a row, N GPUs, H heads, C head width.
 """
 
 from dataclasses import dataclass
