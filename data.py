@@ -44,8 +44,6 @@ from pairs.layouts import Pair as Pair
 from pairs.read import Drops
 from pairs.read import read_pairs as read_pairs
 
-# ----------------------------------------------------------------------------- bridges
-
 
 class Bridge(NamedTuple):
     """What stands before and after an answer that is the context of another one.
@@ -512,9 +510,6 @@ def path_sums(model, trie, sizes, n_paths, row_tokens=None, label="score"):
     for items, row, values in scored_rows(model, trie, sizes, n_paths, row_tokens, label):
         sums[items], counts[items] = row.sums(values).cpu(), row.counts().cpu()
     return sums, counts
-
-
-# ----------------------------------------------------------------------------- the batch plan
 
 
 class Plan(NamedTuple):

@@ -31,8 +31,6 @@ from losses import recipe
 from pairs.layouts import number
 from pairs.read import Drops, read_pairs
 
-# ----------------------------------------------------------------------------- reward
-
 
 @dataclass(frozen=True)
 class RewardFlags(cli.ModelFlags, cli.VerdictFlags):
@@ -178,9 +176,6 @@ def reward_scores(model, template, answers, pool="last", row_tokens=None, cache=
     return np.array([known[key] for key in keys], dtype=np.float64)
 
 
-# ----------------------------------------------------------------------------- pairs
-
-
 @dataclass(frozen=True)
 class PairsFlags(cli.ModelFlags, cli.DataFlags, cli.PathFlags, cli.ResultFlags):
     model: str | None = flag(None, "the policy: HF directory or hub id")
@@ -251,8 +246,6 @@ def evaluate_pairs(s):
         results[name] = {"accuracy": accuracy, "margin": mean, "margins": margin.tolist()}
     save_results(s.out, results | {"pairs": [example.where for example in dataset.examples]})
 
-
-# ----------------------------------------------------------------------------- the command line
 
 COMMANDS = {  # name: what it does
     "reward": "score answers with a reward model, and count wins against other answers",

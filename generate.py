@@ -41,8 +41,6 @@ from model import load
 from pairs.layouts import as_messages, to_pair
 from pairs.read import Drops, data_files, records
 
-# ----------------------------------------------------------------------------- one token
-
 
 class Sampling(NamedTuple):
     """How tokens are drawn, and when a sequence ends."""
@@ -83,9 +81,6 @@ def candidates(probs, top_p, few=256):
     top, ids = probs.topk(min(few, probs.shape[-1]))
     enough = (top.sum(-1) >= top_p).all()  # for every sequence of the batch
     return (top, ids) if enough else probs.sort(-1, descending=True)
-
-
-# ----------------------------------------------------------------------------- the cache
 
 
 class KVCache:
@@ -136,9 +131,6 @@ class KVCache:
         q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, H, T, C) -> (B, K, G T, C)
         y = chains.fast_attention(q, *cached, mask, self.config.scale, self.config.attn_cap)
         return y.unflatten(2, (-1, k.shape[2])).flatten(1, 2)  # (B, H, T, C)
-
-
-# ----------------------------------------------------------------------------- the queue
 
 
 @dataclass(eq=False)
@@ -206,8 +198,6 @@ def feed(model, cache, first, ids, positions):
     rules = cache.attend(slice(first, first + len(ids)), positions, used)
     return model.hidden(ids, positions, rules)
 
-
-# ----------------------------------------------------------------------------- what is asked
 
 # what an answer's row keeps of its question
 KEPT = ("uid", "question_id", "prompt_id", "subset", "category", "dataset", "reference")
@@ -415,9 +405,6 @@ class RemoteAnswers:
                 before = dialogue.row.get("usage", (0, 0))
                 dialogue.row["usage"] = [a + b for a, b in zip(before, told, strict=True)]
             ended = dialogue.take(text, finished)
-
-
-# ----------------------------------------------------------------------------- the command line
 
 
 @dataclass(frozen=True)

@@ -224,8 +224,6 @@ for _name in [name for name in OBJECTIVES if name not in ("sft", "reward")]:
     PRESETS[f"ifsr_{_name}"] = Preset(_name, "cross", "turn", "conditioned")  # IFSR Eq. 4
 PRESETS["irft"] = Preset("sft", "averaged", "turn")  # IFSR stage I
 
-# ----------------------------------------------------------------------------- one recipe
-
 
 class PairLosses(NamedTuple):
     """The step's loss is losses.sum() / units.sum(), over all rows and ranks."""

@@ -58,9 +58,6 @@ class Config:
     own: dict = field(default_factory=dict)  # what only the family's own file reads
 
 
-# ----------------------------------------------------------------------------- rotary positions
-
-
 def rope_table(c, positions, dtype):
     """Computes cos and sin of the angles m * theta^(-2i/R): (…, T) positions m -> (…, T, R/2) each.
 
@@ -222,9 +219,6 @@ class RewardHead(nn.Linear):
         return scores.sum(-1)  # no squeeze: FSDP's hooks can be lost on a view
 
 
-# ----------------------------------------------------------------------------- the transformer
-
-
 class Transformer(nn.Module):
     """forward(row) gives one fp32 value per scored token; logits(tokens) is the plain causal model.
 
@@ -290,9 +284,6 @@ class Transformer(nn.Module):
 def scored_states(model, row):
     """(S, D) residual stream at the tokens that predict the scored ones."""
     return model.row_states(row)[row.source]
-
-
-# ----------------------------------------------------------------------------- the scored head
 
 
 class ScoredLogps(torch.autograd.Function):

@@ -263,9 +263,6 @@ def build_model(s, ranks, source, head):
     return model
 
 
-# ----------------------------------------------------------------------------- the run
-
-
 def by_path(values, paths):
     """(B, P) -> {path: (B,)}."""
     return dict(zip(paths, values.unbind(1), strict=True))

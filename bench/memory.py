@@ -33,7 +33,7 @@ from bench.inputs import published, write_noise
 from bench.measuring import ROOT, fresh, smaps, table, whole_numbers
 from data import build_row, lay_out
 from evals.plan import measure as planned
-from jobs.cli import UserError, arguments, flag, parse, run
+from jobs.cli import UserError, flag, parse, run
 from jobs.processes import Ranks, whole_tensors
 from kernels import chains
 from model import Transformer, export, read_config
@@ -44,7 +44,7 @@ from train import TrainFlags, build_model
 class MemoryFlags:
     """Flags."""
 
-    what: list = arguments("activations, or loading")
+    what: tuple = flag((), "activations, or loading")
     tokens: int = flag(512, "activations: of a row")
     shapes: str = flag("llama-3.2-1b; pythia-2.8b; gemma-2-9b", "activations: of bench/shapes")
     shape: str = flag("llama-3.2-1b", "loading: a folder of bench/shapes, or small")

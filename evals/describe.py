@@ -97,6 +97,12 @@ def figures_of(s):
         spread = {"mean": of.mean()}
         spread |= zip((f"{q}%" for q in QUANTILES), np.percentile(of, QUANTILES), strict=True)
         tokens[name] = {mark: round(float(value), 1) for mark, value in spread.items()}
+    # the first pair's paths, with [[…]] around what is scored
+    examples, decode = {}, functools.partial(template.decode, skip_special=False)
+    for path in dict.fromkeys([*rule.paths, *rule.kl_paths, *rule.reference_paths]):
+        (*context, target), n = data.path(0, path)
+        before = "".join(map(decode, context))
+        examples[str(path)] = f"{before}[[{decode(target[:n])}]]{decode(target[n:])}"
     figures = {
         "settings": dataclasses.asdict(s),
         "records_read": drops.read,
@@ -107,7 +113,7 @@ def figures_of(s):
         "cut": {what: n / len(data) for what, n in data.cuts.items()},
         "row_fill": {"rows": rows, "row_tokens": row_tokens, "fill": fill},
         "path_sets": path_sets(s, pairs[:SAMPLE], template, rule.bridge),
-        "examples": decoded(data, rule, template),
+        "examples": examples,
     }
     return figures, lengths
 
@@ -123,13 +129,3 @@ def path_sets(s, pairs, template, bridge):
         trie = sum(data.size(i, rule.paths) for i in range(len(data)))
         sets[condition] = {"separate": apart, "trie": trie, "saved": 1 - trie / apart}
     return {"of_the_first_pairs": len(pairs), "bridge": bridge, "conditions": sets}
-
-
-def decoded(data, rule, template):
-    """{path: text} of the first pair, `[[…]]` around what is scored."""
-    texts, decode = {}, functools.partial(template.decode, skip_special=False)
-    for path in dict.fromkeys([*rule.paths, *rule.kl_paths, *rule.reference_paths]):
-        (*context, target), n = data.path(0, path)
-        told = "".join(map(decode, context))
-        texts[str(path)] = f"{told}[[{decode(target[:n])}]]{decode(target[n:])}"
-    return texts

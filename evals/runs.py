@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evals.results import markdown_table, out_file
-from jobs.cli import UserError, arguments, flag
+from jobs.cli import UserError, flag
 from jobs.rundir import draw, read_metrics
 
 
 @dataclass(frozen=True)
 class RunsFlags:
-    runs: list = arguments("run directories of train.py")
+    runs: tuple = flag((), "run directories of train.py")
     out: str = flag("runs.png", "the figure")
 
 

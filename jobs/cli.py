@@ -42,11 +42,6 @@ def flag(default, help, choices=None):
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
-def arguments(help):
-    """A dataclass field that takes what stands on the command line without a flag, as a list."""
-    return dataclasses.field(default_factory=list, metadata={"help": help, "positional": True})
-
-
 class Parser(argparse.ArgumentParser):
     """argparse, but a wrong flag is told in one line, without the page of usage before it."""
 
@@ -69,7 +64,7 @@ def parser_of(settings, description):
     own = settings.__annotations__  # before those that a command inherits
     for field in sorted(dataclasses.fields(settings), key=lambda field: field.name not in own):
         kind, name, told = hints[field.name], field.name, {"help": field.metadata["help"]}
-        if field.metadata.get("positional"):
+        if kind is tuple:  # what stands on the command line without a flag
             parser.add_argument(name, nargs="*", **told)
             continue
         if isinstance(kind, types.UnionType):  # `float | None`: the flag itself is a float
@@ -116,8 +111,6 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
-
-# ----------------------------------------------------------------------------- shared flags
 
 # One flag per hyperparameter that an objective names: a new objective brings its flags along.
 HYPER = hyperparameters()  # {name: {objective: default}}
