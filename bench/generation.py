@@ -11,6 +11,7 @@ logits are equal to within rounding; in bf16 not all do, since a batch's size mo
 """
 
 import time
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +19,19 @@ import torch
 from bench import measuring
 from bench.inputs import WorkloadFlags
 from bench.measuring import DTYPES, median, table, times, whole_numbers
-from generate import Sampling, sample
+from generate import Sampling, Sequence, complete
 from hub.template import Template
 from jobs.cli import UserError, flag, parse, run
 from kernels import chains
 from model import load
 from pairs.read import Drops, read_pairs
+
+
+def sample(model, prompts, sampling, seed=0, batch=16):
+    """Lists of ids in, lists of ids out, in the same order; prompt i draws from (seed, i)."""
+    sequences = [Sequence(list(prompt), (seed, i)) for i, prompt in enumerate(prompts)]
+    deque(complete(model, deque(sequences), sampling, batch), maxlen=0)  # to the end
+    return [seq.answer for seq in sequences]
 
 
 @dataclass(frozen=True)

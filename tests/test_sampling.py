@@ -9,6 +9,7 @@ import tiny
 import torch
 from dialogues import say
 
+from bench.generation import sample
 from conftest import write_model
 from generate import Sampling, Sequence, candidates, complete, stop_ids
 from generate import draw_tokens as draw
@@ -32,13 +33,6 @@ def model(directory):
 def prompts(lengths, seed=0):
     rng = np.random.default_rng(seed)
     return [rng.integers(0, 256, n).tolist() for n in lengths]
-
-
-def sample(model, prompts, sampling, seed=0, batch=16):
-    """Lists of ids in, lists of ids out, in the same order; prompt i draws from (seed, i)."""
-    sequences = [Sequence(list(prompt), (seed, i)) for i, prompt in enumerate(prompts)]
-    deque(complete(model, deque(sequences), sampling, batch), maxlen=0)  # to the end
-    return [seq.answer for seq in sequences]
 
 
 def naive_greedy(model, prompt, n):
