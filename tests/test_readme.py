@@ -125,6 +125,6 @@ def test_every_file_and_test_that_is_named_exists():
 
 
 def test_the_prose_stays_short():
-    """README at most 9 KB; the docs at most eight pages and 10,000 words."""
-    assert len(README.encode()) <= 9 * 1024
-    assert len(DOCS) <= 8 and sum(len(text.split()) for text in DOCS.values()) <= 10_000
+    """README at most 10 KB; the docs at most eight pages and 11,500 words."""
+    assert len(README.encode()) <= 10 * 1024
+    assert len(DOCS) <= 8 and sum(len(text.split()) for text in DOCS.values()) <= 11_500
