@@ -251,6 +251,9 @@ class Dataset:
         answers = ("chosen",) if pair.rejected is None else ("chosen", "rejected")
         if any(self._scored(kept[name], closed[name]) < 1 for name in answers):
             return self.drops.add("no room for an answer", pair.where)
+        n = min(map(len, kept.values()))  # whatever told them apart was trimmed or cut off
+        if pair.rejected is not None and (kept["chosen"][:n] == kept["rejected"][:n]).all():
+            return self.drops.add("identical answers", pair.where)
         return Example(prompts[0], prompts[-1], **kept, closed=closed, where=pair.where)
 
     def _rooms(self, room, chosen, rejected):

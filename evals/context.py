@@ -62,12 +62,13 @@ class Views(list):
     `drops` counts the pairs with a path of more than max_len tokens, which are left out."""
 
     def __init__(self, pairs, template, contexts, max_len):
-        self.contexts, self.drops, datasets = contexts, Drops(), {}
+        self.contexts, datasets = contexts, {}
         for options in dict.fromkeys(c[1:] for c in contexts.values()):
             instruction, bridge, sep = options  # one Dataset serves all contexts that agree here
             rule, limits = losses.recipe("dpo", "instruct", bridge), Limits(10**9, 1.0)
             datasets[options] = Dataset(pairs, template, rule, limits, instruction, sep, shown=True)
         columns = [(c.shows, datasets[c[1:]]) for c in contexts.values()]
+        self.drops = Drops(columns[0][1].drops.rules)  # the same ones in all
         views = [view_of(columns, i) for i in range(len(columns[0][1]))]
         sizes = [max(sum(map(len, segments)) for segments, _ in view.paths) for view in views]
         over = f"over --max_len {max_len}"

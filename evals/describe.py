@@ -110,7 +110,7 @@ def figures_of(s):
         "pairs_kept": len(data),
         "dropped": {k: {"pairs": len(v), "rows": v[:2]} for k, v in dropped.items()},
         "tokens": tokens,
-        "cut": {what: n / len(data) for what, n in data.cuts.items()},
+        "cut": {what: n / (len(data) + data.drops.total) for what, n in data.cuts.items()},
         "row_fill": {"rows": rows, "row_tokens": row_tokens, "fill": fill},
         "path_sets": path_sets(s, pairs[:SAMPLE], template, rule.bridge),
         "examples": examples,

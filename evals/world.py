@@ -58,17 +58,19 @@ def world_probabilities(model, template, bridge=None, instruction="better"):
 
     With a bridge: (Q, A, A), entry [q, b, a] being the probability of a behind b.
     """
-    pairs = [  # the same answer in both places: as what is said and as what is shown
-        Pair([{"role": "user", "content": question}], answer, answer, question)
-        for question in small_world.questions()
-        for answer in small_world.answers(question)
-    ]
+    pairs, n = [], len(small_world.CHOICES)
+    for question in small_world.questions():
+        x, said = [{"role": "user", "content": question}], small_world.answers(question)
+        # the other answer, which may be shown, is the one before; the first one's is the last
+        pairs += [Pair(x, answer, said[k - 1], question) for k, answer in enumerate(said)]
     rule = recipe("dpo", "cross" if bridge else "none", bridge)
     dataset = Dataset(pairs, template, rule, Limits(4096, 0.4), instruction)
-    path, n, tries = Path("rejected" if bridge else None, "chosen"), len(small_world.CHOICES), []
+    path, tries = Path("rejected" if bridge else None, "chosen"), []
     for first in range(0, len(dataset), n):  # a trie per question, or per question and answer shown
         own = [dataset.path(i, path) for i in range(first, first + n)]
-        for (*context, _), _ in own if bridge else own[:1]:
+        for (*context, _), _ in (
+            own[1:] + own[:1] if bridge else own[:1]
+        ):  # as shown, from the first
             tries.append(lay_out([([*context, answer], k) for (*_, answer), k in own]))
     logps, _ = path_sums(model, tries.__getitem__, list(map(len, tries)), n, label="world")
     return small_world.answer_probabilities(logps.view((-1, n, n) if bridge else (-1, n)).numpy())

@@ -1,5 +1,6 @@
 """A pair becomes paths: the papers' sequences by eye, and the length limits that hold for all."""
 
+import shutil
 import string
 
 import numpy as np
@@ -158,13 +159,17 @@ def test_the_trie_of_a_pair_is_that_of_its_paths(tiny):
 
 
 def random_pair(rng, i):
-    """A dialogue of 1 to 3 questions, perhaps with a system turn; texts of 1 to 60 letters."""
+    """A dialogue of 1 to 3 questions, perhaps with a system turn; texts of 1 to 60 letters.
+
+    Its answers differ in their first letter, so that no cut makes them equal.
+    """
 
     def text():
         return "".join(rng.choice(string.ascii_letters) for _ in range(rng.randint(1, 60)))
 
     turns = [text() for _ in range(rng.choice([1, 1, 3, 5]))]
-    return Pair(say(*turns, system=rng.choice([None, text()])), text(), text(), f"f:{i}")
+    prompt = say(*turns, system=rng.choice([None, text()]))
+    return Pair(prompt, f"w{text()}"[:60], f"l{text()}"[:60], f"f:{i}")
 
 
 def random_dataset(rng, template, condition):
@@ -311,3 +316,26 @@ def test_a_pair_without_room_for_an_answer_is_dropped_and_counted(tiny):
     with pytest.raises(UserError, match=r"dropped: 2 no room for an answer \(f:1, f:2\)"):
         Dataset(TWO, tiny, recipe("ins_dpo"), limits, "better")
     assert len(Dataset(TWO, tiny, recipe("dpo"), limits, "better")) == 2
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_answers_that_are_equal_once_they_are_cut_prefer_nothing(condition, tiny):
+    """Dropped: they differ in what is cut off both, or (in a context) off the shorter one; or in
+    white space that the template trims. Kept: an answer that ends where the other goes on."""
+    same = "The recipe begins with two eggs and a spoon of milk. " * 9
+    answers = [(same + "Serve it warm.", same + "Serve it raw."), ("Fry it.", "Fry it. Slowly.")]
+    answers += [("Fry it. Slowly.", "Fry it."), ("Fry it.", "Eat it raw.")]
+    pairs = [Pair(say("Eggs?"), *both, f"f:{i}") for i, both in enumerate(answers)]
+    dataset = Dataset(pairs, tiny, recipe("dpo", condition), Limits(400, 0.4), "better")
+    assert dataset.drops.rules == {"identical answers": ["f:0"]}
+    assert [example.where for example in dataset.examples] == ["f:1", "f:2", "f:3"]
+
+
+def test_answers_that_the_template_trims_to_the_same_prefer_nothing(tmp_path, tiny_model_dir):
+    directory = shutil.copytree(tiny_model_dir, tmp_path / "trims")
+    settings = directory / "tokenizer_config.json"
+    text = settings.read_text(encoding="utf-8")
+    settings.write_text(text.replace("m['content']", "m['content'] | trim"), encoding="utf-8")
+    pairs = [Pair(say("Hi"), "Yes.", " Yes.\n", "f:1"), Pair(say("Hi"), "Yes.", "No.", "f:2")]
+    dataset = Dataset(pairs, Template(directory), recipe("dpo"), ROOMY, "better")
+    assert dataset.report() == "1 pairs; cut: none; dropped: 1 identical answers (f:1)"
