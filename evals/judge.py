@@ -63,16 +63,17 @@ def named(name):
 
 
 def ask_judge(s, prompts):
-    """Dialogues -> the judge's text on each, None where the server refuses; asked; refused.
+    """Dialogues -> the judge's text on each, None where there is none; asked; failed.
 
-    What it has said already is kept, by content, and not asked. asked: [tokens in, tokens out] of
-    what was asked now, None where a server does not tell; refused: (number, what a server said).
+    What it has said already is kept, by content, and not asked; a text that is empty or cut short
+    is no verdict and not kept. asked: [tokens in, tokens out] of what was asked now, None where a
+    server does not tell; failed: (number, why it has no text). UserError if not one has a text.
     """
     known = Store(s.cache or f"{s.out}.cache.jsonl", ("key", "text", "tokens"), "--cache")
     model = s.model if s.endpoint else Weights(resolve(s.model)).digest()
-    identity, asked, refused = [model, s.temperature, s.top_p, s.max_new_tokens, s.seed], [], []
-    keys = [json_digest([identity, prompt]) for prompt in prompts]
-    new = {key: n for n, key in enumerate(keys) if key not in known}
+    identity, asked, failed = [model, s.temperature, s.top_p, s.max_new_tokens, s.seed], [], []
+    keys, none = [json_digest([identity, prompt]) for prompt in prompts], ("", None)
+    new = {key: n for n, key in enumerate(keys) if not known.get(key, none)[0].strip()}
     if new:
         answers = answerer(s)
         dialogues = [Dialogue(Ask(prompts[n]), n, seed=s.seed) for n in new.values()]
@@ -83,10 +84,17 @@ def ask_judge(s, prompts):
                     texts = [answers.template.render(row["prompt"], generation=True), row["answer"]]
                     tokens = [len(ids) for ids in answers.template.encode(texts)]
                 asked.append(tokens)
-                known[keys[n]] = (row["answer"], tokens)
+                if row["finished"] and row["answer"].strip():
+                    known[keys[n]] = (row["answer"], tokens)
+                else:  # as from a model whose hidden reasoning took all the tokens
+                    fault = "cut at --max_new_tokens" if not row["finished"] else "empty"
+                    failed.append((n, f"its reply is {fault}"))
                 bar.update()
-        refused = getattr(answers, "refused", [])
-    return [known[key][0] if key in known else None for key in keys], asked, refused
+        failed += getattr(answers, "refused", [])
+    texts = [known.get(key, none)[0] for key in keys]
+    if not any(map(str.strip, texts)):
+        raise UserError(f"no judgment came; number {min(failed)[0] + 1}: {min(failed)[1]}")
+    return [text if text.strip() else None for text in texts], asked, failed
 
 
 def verdict_row(s, ours, theirs, games, wins):
@@ -228,13 +236,14 @@ def report_games(s, wins):
     print(f"both orders agree on {agree:.1%}; the answer shown last won {wins.mean():.1%}")
 
 
-def report_cost(s, asked, refused, n):
+def report_cost(s, asked, failed, n):
     """Prints tokens and dollars of this run; what came from the cache costs nothing."""
     told = [tokens for tokens in asked if tokens is not None]
     tokens_in, tokens_out = (sum(column) for column in zip(*told, strict=True)) if told else (0, 0)
     dollars = (tokens_in * s.price_in + tokens_out * s.price_out) / 1e6
-    print(f"{n} judgments: {len(asked)} asked now, {len(refused)} refused, others known")
+    print(f"{n} judgments: {len(asked)} replies now, {len(failed)} failed, others known")
     untold = f", {len(asked) - len(told)} untold" if len(told) < len(asked) else ""
     print(f"tokens: {tokens_in} in, {tokens_out} out{untold}; cost ${dollars:.4f}")
-    if refused:
-        print(f"the server refused judgment {min(refused)[0] + 1}: {min(refused)[1]}")
+    if failed:
+        number, why = min(failed)
+        print(f"judgment {number + 1} failed: {why}; the same command asks again")

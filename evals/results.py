@@ -77,13 +77,14 @@ def read_verdict(text):
     >>> read_verdict("[[A>B]]? No. My final verdict is: [[B>>A]].")
     'B>>A'
     """
-    found = _last(text.upper(), r"\[\[\s*([ABC<>=]+)\s*\]\]", r"\[([AB][<>=]+[AB])\]")
+    found = _last(text.upper(), r"\[\[([ABC<>=\s]+)\]\]", r"\[([AB][<>=]+[AB])\]")
+    found = found and "".join(found.split())
     return found and to_label(LETTERS.get(found, found))
 
 
 def read_grade(text):
     """The last [[7]] or [[7.5]] of a judge's text, else its last [7]; None if not from 1 to 10."""
-    found = _last(text, r"\[\[(\d+\.?\d*)\]\]", r"\[(\d+\.?\d*)\]")
+    found = _last(text, r"\[\[\s*(\d+\.?\d*)\s*(?:/\s*10)?\s*\]\]", r"\[(\d+\.?\d*)\]")
     return float(found) if found and 1 <= float(found) <= 10 else None
 
 

@@ -5,6 +5,9 @@ timeouts, HTTP 408, 409, 425, 429 and 5xx, replies that cannot be read. The paus
 to try, with jitter, unless the server names one (Retry-After). The key is OPENAI_API_KEY of the
 environment, or a user and password in the address (https://user:password@host/v1, basic
 authentication); neither is ever written to a file or a message.
+
+A server that does not know an option of ours (OpenAI's reasoning models want max_completion_tokens
+in place of max_tokens, and no temperature) is asked without it from then on, which is said once.
 """
 
 import contextlib
@@ -12,17 +15,26 @@ import itertools
 import os
 import random
 import re
+import sys
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 from jobs.cli import UserError
 
 TRANSIENT = {408, 409, 425, 429}  # and 5xx
 FATAL = {401, 403, 404, 405}  # a wrong key, model or address: no other request would fare better
 LONGEST_PAUSE = 120.0  # seconds
+# Options that a server may refuse, and what stands in for each. In this order: of two that it will
+# not take together, the temperature stays.
+STAND_INS = {"max_tokens": "max_completion_tokens", "seed": None, "top_p": None,
+             "temperature": None, "max_completion_tokens": None}  # fmt: skip
+WORDS = "support|recogni|unknown|unexpected|permitted|allowed|both"  # of a refusal of an option
+UNKNOWN = re.compile(f"(?!.*too large).*({WORDS})", re.IGNORECASE)
 
 
 class RequestRefused(Exception):
@@ -58,6 +70,7 @@ class Endpoint:
         self.client = httpx2.Client(headers=headers, timeout=timeout, limits=limits)
         self.transport_error = httpx2.RequestError
         self.dead = threading.Event()  # a request has failed for good: the others give up too
+        self.swaps, self.lock = {}, threading.Lock()  # option refused: what stands in, or None
 
     def chat(self, messages, **options):
         """Sends a dialogue -> Reply. options: temperature, top_p, max_tokens, seed, … of the API.
@@ -65,6 +78,33 @@ class Endpoint:
         Raises RequestRefused where the server rejects it, UserError where it cannot be reached.
         """
         body = {"model": self.model, "messages": messages, "stream": False} | options
+        while True:
+            sent = dict(body)
+            for name, other in list(self.swaps.items()):
+                if name in sent:
+                    value = sent.pop(name)
+                    sent |= {other: value} if other else {}
+            try:
+                return self._post(sent)
+            except RequestRefused as refusal:
+                if not self._learn(str(refusal), sent):
+                    raise
+
+    def _learn(self, said, sent):
+        """Whether a refusal is of an option that was sent, and the server can be asked without."""
+        named = [name for name in STAND_INS if name in sent and re.search(rf"\b{name}\b", said)]
+        if not named or not UNKNOWN.match(said):
+            return False
+        with self.lock:  # a request that was under way then learns nothing new
+            if named[0] not in self.swaps:
+                other = self.swaps[named[0]] = STAND_INS[named[0]]
+                told = f"asked with {other} instead" if other else "asked without it"
+                line = f"--endpoint {self.name}: {told} from now on: {said}"
+                tqdm.write(line, file=sys.stderr)  # between progress bars
+        return True
+
+    def _post(self, body):
+        """One request, tried again where that may help -> Reply."""
         fault, after = None, None
         for attempt in range(self.retries + 1):
             if attempt and self.dead.wait(self._pause(attempt, after)):
@@ -111,7 +151,8 @@ def to_reply(body):
     if text is not None and not isinstance(text, str):
         raise ValueError("content is no text")
     counts = (usage.get(name) for name in ("prompt_tokens", "completion_tokens"))
-    return Reply(text or "", choice.get("finish_reason") == "stop", *counts)
+    cut = choice.get("finish_reason") in ("length", "content_filter")  # servers name other ends
+    return Reply(text or "", not cut, *counts)
 
 
 def retry_after(value):

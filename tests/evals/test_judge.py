@@ -9,6 +9,7 @@ from chat_server import ChatServer
 import evaluate
 import generate
 from conftest import write_model
+from evals import arena, mtbench
 from evals.judge import Prompt
 from evals.results import VERDICTS, read_grade, read_verdict
 from hub import endpoint
@@ -103,6 +104,7 @@ def rows(file):
         ("[[A]]", "A>B"),
         ("[[B]]", "B>A"),
         ("[[C]]", "A=B"),
+        ("[[ A > B ]]", "A>B"),
         ("[[A>B>A]]", None),
         ("[[D]] [A] as in [C]", None),
         ("A is better", None),
@@ -117,10 +119,24 @@ def test_verdicts(text, label):
 @pytest.mark.parametrize(
     "text, grade",
     [("[[7]]", 7), ("[[8]]? no: [[7.5]]", 7.5), ("[3]", 3), ("[[0]]", None), ("[[11]]", None)]
-    + [("Rating: 7", None), ("[[seven]]", None), ("[2] then [[9]]", 9)],
+    + [("Rating: 7", None), ("[[seven]]", None), ("[2] then [[9]]", 9)]
+    + [("[[ 8 ]]", 8), ("[[8/10]]", 8)],
 )
 def test_grades(text, grade):
+    """Judging and reading a file of judgments back take the same one."""
     assert read_grade(text) == grade
+    assert mtbench.score_of({"judgment": text}) == (grade, None if grade else "unparsable")
+
+
+def test_judge_and_arena_read_the_same_verdict(judge, capsys):
+    """The text decides in both: what the judge wrote down, and what is read where no score is."""
+    text = "At first sight [[B>>A]], in the end [[ A > B ]]; [C] is no verdict."
+    with ChatServer(lambda messages, body: text) as server:
+        found = rows(judge(server, *against(judge), "--format", "arena_hard"))
+    for row in found:
+        assert [game["score"] for game in row["games"]] == ["A>B"] * 2
+        bare = {"games": [game | {"score": None} for game in row["games"]]}
+        assert arena.read_games(bare) == arena.read_games(row) == ([(0, 1), (1, 1)], None)
 
 
 # ----------------------------------------------------------------------------- prompts
@@ -216,8 +232,8 @@ def test_an_unread_or_refused_verdict_is_no_tie(judge, capsys):
         out = judge(server, *against(judge), "--concurrency", 1, "--limit", 2)
     assert [row["preference"] for row in json.loads(out.read_text())] == [None, 1.5]
     said = capsys.readouterr().out
-    assert "2 questions, 1 unread" in said and "1 refused" in said
-    assert "the server refused judgment 2: HTTP 400" in said
+    assert "2 questions, 1 unread" in said and "1 failed" in said
+    assert "judgment 2 failed: HTTP 400" in said and "the same command asks again" in said
     with ChatServer(lambda messages, body: "who knows") as server:  # the refused one is asked again
         found = rows(judge(server, *against(judge), "--limit", 2, "--format", "arena_hard"))
     assert len(server.bodies) == 1
@@ -233,7 +249,7 @@ def test_nothing_is_asked_twice(judge, capsys):
         whole = out.read_text()
         judge(server, *against(judge), "--price_in", 1)
         assert len(server.bodies) == 12 and out.read_text() == whole
-        assert "0 asked now" in capsys.readouterr().out.splitlines()[-2]
+        assert "0 replies now" in capsys.readouterr().out.splitlines()[-2]
         judge(server, *against(judge), "--temperature", 0.5)  # another judge, in effect
         assert len(server.bodies) == 24
 
@@ -356,17 +372,62 @@ def test_pairs_of_both_turns(judge, evaluated):
     assert re.search(r"base against new +4 +0\.38 ", told)
 
 
-def test_a_local_judge(judge, tmp_path, capsys):
+@pytest.mark.parametrize("bad", [("", "length"), ("", "stop"), ("[[A>B]] since", "length")])
+def test_a_reply_that_is_empty_or_cut_is_no_verdict_and_asked_again(judge, capsys, bad):
+    """As where hidden reasoning takes all the tokens. One of four, then all of them."""
+    replies = [bad, "[[A>B]]", "[[B>A]]", "[[A>B]]"]
+    with ChatServer(lambda messages, body: replies.pop(0)) as server:
+        flags = [*against(judge), "--limit", 2, "--concurrency", 1]
+        out = judge(server, *flags)
+        assert [row["preference"] for row in json.loads(out.read_text())] == [None, 2.0]
+        fault = "cut at --max_new_tokens" if bad[1] == "length" else "empty"
+        said = capsys.readouterr().out
+        assert f"judgment 1 failed: its reply is {fault}" in said and "1 failed" in said
+        assert len(rows(judge.files / "verdicts.cache.jsonl")) == 3
+        replies += ["[[B>A]]"]
+        assert json.loads(judge(server, *flags).read_text())[0]["preference"] == 2.0
+        out.unlink()
+        replies += [bad] * 4
+        with pytest.raises(SystemExit) as stop:
+            judge(server, *flags, "--temperature", 0.5)
+    said = capsys.readouterr().err
+    assert stop.value.code and f"no judgment came; number 1: its reply is {fault}" in said
+    assert not out.exists()
+
+
+def test_an_empty_reply_that_was_kept_before_is_asked_again(judge):
+    with ChatServer(fair) as server:
+        judge(server, *against(judge), "--limit", 1)
+        cache = judge.files / "verdicts.cache.jsonl"
+        cache.write_text("".join(json.dumps(row | {"text": " "}) + "\n" for row in rows(cache)))
+        judge(server, *against(judge), "--limit", 1)
+    assert len(server.bodies) == 4
+
+
+def test_where_every_request_is_refused_the_exit_status_says_so(judge, capsys):
+    with ChatServer(trouble=[400] * 12) as server, pytest.raises(SystemExit) as stop:
+        judge(server, *against(judge))
+    assert stop.value.code and "number 1: HTTP 400: " in capsys.readouterr().err
+    assert not (judge.files / "verdicts").exists()
+
+
+def test_a_local_judge(judge, tmp_path, capsys, monkeypatch):
     """A random model has no verdicts to give, but is asked, counted and remembered."""
     model = write_model(tmp_path / "judge")
     flags = ["--model", model, "--max_new_tokens", 4, "--limit", 2, *against(judge)]
+    with pytest.raises(SystemExit):
+        judge(None, *flags)
+    assert "number 1: its reply is cut at --max_new_tokens" in capsys.readouterr().err
+    take = generate.Sequence.take  # as if the fourth token were its last by itself
+    enough = lambda seq, *drawn: take(seq, *drawn) and not setattr(seq, "finished", True)  # noqa: E731
+    monkeypatch.setattr(generate.Sequence, "take", enough)
     found = json.loads(judge(None, *flags).read_text())
     assert [row["preference"] for row in found] == [None, None]
     said = capsys.readouterr().out
     asked = json.loads((judge.files / "verdicts.cache.jsonl").read_text().splitlines()[0])
-    assert asked["tokens"][0] > 800 and "2 questions, 2 unread" in said and "4 asked now" in said
+    assert asked["tokens"][0] > 800 and "2 questions, 2 unread" in said and "4 replies now" in said
     judge(None, *flags)
-    assert "0 asked now" in capsys.readouterr().out
+    assert "0 replies now" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------- read back

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 from chat_server import ChatServer
@@ -84,6 +86,69 @@ def test_a_refusal_is_of_one_request_a_wrong_key_of_all():
         with pytest.raises(UserError, match="HTTP 401 for m"):
             endpoint.chat(HELLO)
     assert len(server.bodies) == 3
+
+
+# As OpenAI, Mistral and Amazon word it; the last is no fault of the option itself.
+MAX_TOKENS = {"message": "Unsupported parameter: 'max_tokens' is not supported with this model. "
+              "Use 'max_completion_tokens' instead.", "param": "max_tokens"}  # fmt: skip
+TEMPERATURE = {"message": "Unsupported value: 'temperature' does not support 0 with this model. "
+               "Only the default (1) value is supported."}  # fmt: skip
+SEED = {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"],
+                    "msg": "Extra inputs are not permitted"}]}  # fmt: skip
+BOTH = {"message": "`temperature` and `top_p` cannot both be specified for this model."}
+TOO_LARGE = {"message": "max_tokens is too large: 9. This model supports at most 4."}
+
+
+def strict(messages, body):
+    """A reasoning model's server: it refuses one option after the other."""
+    if "max_tokens" in body:
+        return MAX_TOKENS
+    if "top_p" in body and "temperature" in body:
+        return BOTH
+    if "temperature" in body:
+        return TEMPERATURE
+    return SEED if "seed" in body else "yes"
+
+
+def test_options_that_a_server_refuses_are_left_out_from_then_on(capsys):
+    options = {"temperature": 0.0, "top_p": 0.9, "max_tokens": 9, "seed": 1}
+    with ChatServer(strict) as server:
+        endpoint = client(server)
+        assert endpoint.chat(HELLO, **options).text == "yes"
+        assert len(server.bodies) == 5
+        with ThreadPoolExecutor(4) as pool:
+            assert {r.text for r in pool.map(lambda _: endpoint.chat(HELLO, **options), range(8))}
+    assert len(server.bodies) == 5 + 8, "refused once, not once a request"
+    sent = {"model": "m", "messages": HELLO, "stream": False, "max_completion_tokens": 9}
+    assert server.bodies[-1] == sent
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 4 and "asked with max_completion_tokens instead" in told[0]
+    assert [line for line in told if "asked without it" in line and "temperature" in line]
+
+
+def test_threads_that_learn_at_once_all_get_their_answer(capsys):
+    with ChatServer(strict) as server:
+        work = partial(client(server).chat, HELLO, max_tokens=9)
+        with ThreadPoolExecutor(6) as pool:
+            assert {f.result().text for f in [pool.submit(work) for _ in range(6)]} == {"yes"}
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("fault", [TOO_LARGE, {"message": "the prompt is not supported"}])
+def test_a_refusal_of_something_else_changes_no_option(fault, capsys):
+    with ChatServer(lambda messages, body: fault) as server:
+        with pytest.raises(RequestRefused, match="too large|not supported"):
+            client(server).chat(HELLO, max_tokens=9)
+        assert len(server.bodies) == 1 and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "reason, finished",
+    [("stop", True), ("length", False), ("content_filter", False), ("eos_token", True)],
+)
+def test_a_reply_says_whether_it_is_whole(reason, finished):
+    with ChatServer(lambda messages, body: ("so", reason)) as server:
+        assert client(server).chat(HELLO).finished == finished
 
 
 def test_the_key_comes_from_the_environment(monkeypatch):

@@ -3,7 +3,8 @@
 `trouble` is a list of faults, one per request in the order in which they come, "ok" or none being
 health: 429, 500, 400 … (a status), "hang" (until the client has hung up), "drop" (a closed
 connection), "garbage" (no JSON), "empty" (JSON, but no completion), "die" (this and every later
-request is dropped).
+request is dropped). reply(messages, body) makes the text, or (text, finish_reason), or the words of
+an error, as a dict, that goes with status 400.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class ChatServer:
-    """with ChatServer(reply) as server: server.url; reply(messages, body) makes the text."""
+    """with ChatServer(reply) as server: server.url."""
 
     def __init__(self, reply=lambda messages, body: "echo " + messages[-1]["content"], trouble=()):
         self.reply, self.trouble, self.bodies, self.times = reply, list(trouble), [], []
@@ -67,11 +68,13 @@ class ChatServer:
             http.close_connection = True
             http.connection.close()
             return
-        status = fault if isinstance(fault, int) else 200
-        content = {"error": {"message": f"told to say {status}"}}
+        status = fault if isinstance(fault, int) else 400 if isinstance(text, dict) else 200
+        content = text if isinstance(text, dict) else {"message": f"told to say {status}"}
+        content = {"error": content}
         if status == 200:
+            text, reason = text if isinstance(text, tuple) else (text, "stop")
             message = {"role": "assistant", "content": text}
-            content = {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
+            content = {"choices": [{"index": 0, "message": message, "finish_reason": reason}]}
             content["usage"] = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
         payload = {"garbage": b"<html>", "empty": b"{}"}.get(fault, json.dumps(content).encode())
         http.send_response(status)
