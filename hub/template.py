@@ -29,6 +29,7 @@ import numpy as np
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from hub.tokenizer import read_tokenizer
 from jobs.cli import UserError
 from jobs.files import read_json
 
@@ -91,33 +92,29 @@ class Template:
 
     def __init__(self, directory):
         self.directory = Path(directory)
-        file = self.directory / "tokenizer.json"
-        if not file.exists():
-            raise UserError(f"{directory}: no tokenizer.json; save the tokenizer in its fast form")
-        try:
-            self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # what tokenizers raises is nothing more special
-            raise UserError(f"{file}: not readable as a tokenizer: {error}") from error
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
+        self.tokenizer, tokens = read_tokenizer(self.directory)
         added = self.tokenizer.get_added_tokens_decoder().values()
         self._control = sorted((t.content for t in added if t.special), key=len, reverse=True)
         self._named = re.compile("|".join(map(re.escape, self._control)) or r"(?!)")
-        settings = read_json(self.directory / "tokenizer_config.json")
-        tokens = {k: v for k, v in settings.items() if k.endswith("_token")}
-        text = {k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items()}
-        self.special = {k: v or "" for k, v in ({"bos_token": "", "eos_token": ""} | text).items()}
-        source = self._find(settings)
+        settings, config = (
+            read_json(self.directory / f"{n}config.json") for n in ("tokenizer_", "")
+        )
+        vocab = config.get("vocab_size")  # rows of the embedding, which may be padded
+        self.vocab = vocab if isinstance(vocab, int) else None  # model.py tells of nonsense
+        self.special = {"bos_token": "", "eos_token": ""} | tokens
+        source = self._find(settings, config.get("model_type"))
         self.fallback, self.source = source is None, source or FALLBACK_TEMPLATE
         self._template = self._compile()
-        after = self.render(PROBE_DIALOGUE).rpartition(PROBE)[2]
+        probe = self.render(PROBE_DIALOGUE)
+        self.encode([probe])  # tells of control tokens that the model has not
+        after = probe.rpartition(PROBE)[2]
         self.end = after.strip() or self.special["eos_token"]
         if not self.end:
             cure = "name an eos_token in tokenizer_config.json"
             raise UserError(f"{directory}: no end of turn; {cure}")
         self.end_ids = self.encode([self.end])[0]
 
-    def _find(self, settings):
+    def _find(self, settings, kind):
         """chat_template.jinja, else tokenizer_config.json's (maybe a list), its kind's, or None."""
         file = self.directory / "chat_template.jinja"
         if file.exists():
@@ -125,7 +122,6 @@ class Template:
         value = settings.get("chat_template")
         if isinstance(value, list):
             value = {t["name"]: t["template"] for t in value}.get("default")
-        kind = read_json(self.directory / "config.json").get("model_type")
         return value or PUBLISHED_TEMPLATES.get(kind)
 
     def _compile(self):
@@ -204,7 +200,19 @@ class Template:
                 text = self._named.sub(lambda m: SHIELD + m[0], text)
                 text = re.sub(f"{SHIELD}(?!{self._named.pattern})", "", text)
                 encoded[i] = self._literal.encode(text, add_special_tokens=False)
-        return [np.array(e.ids, dtype=np.int32) for e in encoded]
+        return [self._embedded(np.array(e.ids, dtype=np.int32)) for e in encoded]
+
+    def _embedded(self, ids):
+        """The ids, each of which must have a row in the model's embedding; else UserError."""
+        if self.vocab is not None and (beyond := ids.max(initial=-1)) >= self.vocab:
+            token = f"{self.tokenizer.id_to_token(beyond)!r} has id {beyond}"
+            fault = (
+                f"{self.directory}: the tokenizer's {token}, but the model {self.vocab} embeddings"
+            )
+            raise UserError(
+                f"{fault} (vocab_size in config.json); resize them, or mend the tokenizer"
+            )
+        return ids
 
     def lengths(self, texts):
         """Tokens of each text, as a message says it."""

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
+from hub.tokenizer import TOKENIZER_FILES
 from jobs.files import checksum, publish
 
 
@@ -32,10 +33,13 @@ def cache_key(files, template, choices):
     Edited code tokenises anew: nobody who forks the project trains on what the old code cut.
     """
     root = Path(__file__).parents[1]
-    code = [root / "data.py", root / "hub/template.py", *sorted((root / "pairs").glob("*.py"))]
+    code = [root / name for name in ("data.py", "hub/template.py", "hub/tokenizer.py")]
+    code += sorted((root / "pairs").glob("*.py"))
+    files_of_tokens = [template.directory / name for name in TOKENIZER_FILES]
     data = [(str(file), checksum(file)) for file in files]  # rows are told by their file's name
-    rest = [checksum(file) for file in (template.directory / "tokenizer.json", *code)]
-    decides = [data, rest, template.source, template.special, tokenizers.__version__, choices]
+    rest = [checksum(file) for file in (*files_of_tokens, *code) if file.exists()]
+    decides = [data, rest, template.source, template.special, template.vocab]
+    decides += [tokenizers.__version__, choices]
     text = json.dumps(decides, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
