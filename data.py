@@ -499,7 +499,7 @@ def scored_rows(model, trie, sizes, n_paths, row_tokens=None, label="score"):
     """
     device = model.embed.weight.device
     row_tokens = row_tokens or (8192 if device.type == "cuda" else 2048)  # enough to keep it busy
-    with progress(label, len(sizes), "item", leave=False) as bar:
+    with progress(label, len(sizes), "item", label is None, leave=False) as bar:
         for items in pack(sizes, max(row_tokens, *sizes)):
             row = build_row([trie(n) for n in items], items, n_paths).to(device)
             yield items, row, model(row)

@@ -97,19 +97,22 @@ def load_data(s, template, recipe, ranks=None):
     """Reads and tokenises once -> ({"train": Dataset, "validation": Dataset}, report lines).
 
     Rank 0 does the work and the others map its token cache; where it cannot be written, each rank
-    does it.
+    does it. All of them run the guard.
     """
-    guard = None
+    guard, share = None, ranks.share if ranks else lambda work: work()
     if s.guard:
         from families.llama_guard import Guard
 
-        guard = Guard(s.guard, s.device, chains.attend)
+        source = fetch(ranks, s.guard, "--guard") if ranks else s.guard
+        guard = Guard(source, s.device, chains.attend)
+        if ranks and ranks.world > 1:
+            share = (shared := processes.SharedWork(ranks, guard.verdicts)).lead
+            guard.judge = shared if ranks.first else guard.verdicts
 
     def make(shown=False):
         sets, lines = read_and_tokenise(s, template, recipe, guard, shown)
         return {name: dataset.stored() for name, dataset in sets.items()}, lines
 
-    share = ranks.share if ranks else lambda work: work()
     sets, lines = cached(lambda: data_key(s, template, recipe, guard), make, share)
     return {name: tokenise(s, template, recipe, stored=x) for name, x in sets.items()}, lines
 
@@ -518,7 +521,7 @@ class Run:
                 export(aside, config, tensors, template.directory, dtype, template.source)
         else:
             list(tensors)  # sends its rows
-        dist.barrier()
+        self.ranks.share(lambda: None)  # until rank 0 has written
 
     def save(self, step, metrics):
         """OUT/checkpoints/step-N, written in the background from a copy made here."""

@@ -38,8 +38,8 @@ def measure(config, tokens, dtype=torch.bfloat16):
         "block": one,  # bytes that backward needs of a row and block
         "activations": config.n_layers * one + ends,  # bytes that backward needs of a row
         "recomputed": config.n_layers * stream + one + ends,  # with --checkpoint_activations
-        # a chunk of logits, twice in fp32 and once in the compute dtype
-        "head": ScoredLogps.LOGITS * (2 * 4 + dtype.itemsize),
+        # a chunk of logits on CUDA, twice in fp32 and once in the compute dtype
+        "head": 4 * ScoredLogps.LOGITS * (2 * 4 + dtype.itemsize),
     }
 
 

@@ -18,11 +18,15 @@ ANSWERS = ("safe", "\n\nsafe", "unsafe", "\n\nunsafe")  # some guards open with 
 
 
 class Guard:
-    """A guard by its HF directory or hub id; weights are loaded when it is first asked."""
+    """A guard by its HF directory or hub id; weights are loaded when it is first asked.
+
+    judge: what a call runs, `verdicts` or what shares it over processes (train.load_data).
+    """
 
     def __init__(self, source, device="auto", attend=plain_attention):
         self.directory = resolve(source, "--guard")
         self.device, self.attend = device, attend  # the latter as in model.Transformer
+        self.judge = self.verdicts
 
     @cached_property
     def template(self):
@@ -41,24 +45,26 @@ class Guard:
         weights, template = Weights(self.directory).digest(), self.template.source
         return hashlib.sha256(b"".join([weights.encode(), *files, template.encode()])).hexdigest()
 
-    def __call__(self, dialogues, label="guard"):
+    def __call__(self, dialogues):
+        return self.judge(dialogues)
+
+    def verdicts(self, dialogues):
         """{key: messages} -> yields (key, probability of unsafe), in no particular order.
 
-        nan where the guard's template refuses the dialogue. label: of the progress bar.
+        nan where the guard's template refuses the dialogue.
         """
-        answers, keys, paths = self.template.encode(ANSWERS), [], []
+        texts = {}
         for key, messages in dialogues.items():
             try:
-                text = self.template.render(messages, generation=True)
+                texts[key] = self.template.render(messages, generation=True)
             except Refused:
                 yield key, math.nan
-            else:
-                (prompt,) = self.template.encode([text])
-                keys.append(key)
-                paths.append([([prompt, answer], len(answer)) for answer in answers])
-        if not keys:
+        if not texts:
             return
+        keys, answers = list(texts), self.template.encode(ANSWERS)
+        prompts = self.template.encode(list(texts.values()))
+        paths = [[([prompt, answer], len(answer)) for answer in answers] for prompt in prompts]
         trie, sizes = (lambda n: lay_out(paths[n])), [trie_size(four) for four in paths]
-        for items, row, values in scored_rows(self.model, trie, sizes, len(ANSWERS), label=label):
+        for items, row, values in scored_rows(self.model, trie, sizes, len(ANSWERS), label=None):
             unsafe = row.sums(values).softmax(1)[:, 2:].sum(1)  # (B, 4) -> (B,)
             yield from zip((keys[n] for n in items), unsafe.tolist(), strict=True)

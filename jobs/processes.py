@@ -4,7 +4,9 @@ The same code runs as one process and under torchrun, on CPU (gloo) and CUDA (nc
 over all processes, or with --shard_group over groups of them that hold copies of each other.
 """
 
+import contextlib
 import ctypes
+import itertools
 import os
 import platform
 import resource
@@ -13,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -47,9 +50,9 @@ class Ranks:
             torch.cuda.set_device(self.device)
         else:
             keep_freed_memory()
-            if (processes := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1:
-                # torchrun leaves each of several processes a single thread
-                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+        if (processes := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1:
+            # torchrun leaves each of several processes a single thread: also to AdamW of --offload
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
         backend = "cuda:nccl,cpu:gloo" if self.kind == "cuda" else "gloo"
         self.store, rank, world = dist.HashStore(), 0, 1
         if "RANK" in os.environ:
@@ -58,6 +61,9 @@ class Ranks:
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self.store = dist.PrefixStore(f"attempt-{attempt}", store)
         dist.init_process_group(backend, store=self.store, rank=rank, world_size=world)
+        # gloo gives up after 30 minutes and nccl after 10; a download, a guard or a full disk may
+        # take longer. Whoever is killed meanwhile closes its connections, which ends the others
+        self.patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))
         self.rank, self.world, self.first, self.node_first = rank, world, rank == 0, local == 0
         self.stopping, self.deferred, self.ending = False, False, threading.Event()
 
@@ -131,9 +137,12 @@ class Ranks:
         if self.first:
             tqdm.write(text)
 
-    def share(self, make):
-        """What rank 0 makes, on every rank; an error of rank 0 is raised on every rank."""
-        return on_all(lambda: make() if self.first else None)[0]
+    def share(self, make, meanwhile=lambda: None):
+        """What rank 0 makes, on every rank; an error of rank 0 is raised on every rank.
+
+        It may take as long as it likes. meanwhile: what the other ranks do.
+        """
+        return on_all(make if self.first else meanwhile, self.patient)[0]
 
     def sum(self, tensor):
         """Sum over ranks, in place."""
@@ -156,12 +165,59 @@ class Ranks:
         return init_device_mesh(self.kind, shape, mesh_dim_names=names)
 
 
+class SharedWork:
+    """Work on items that rank 0 alone comes upon, shared over all ranks in blocks of items.
+
+    work: {key: item} -> yields rows. Called on rank 0, within what `lead` makes, this yields the
+    rows of all ranks; meanwhile the others do their share.
+    """
+
+    def __init__(self, ranks, work, block=64):
+        self.ranks, self.work, self.block = ranks, work, block * ranks.world
+
+    def lead(self, make):
+        """What make() makes on rank 0, on every rank."""
+        return self.ranks.share(lambda: self._lead(make), self._help)
+
+    def __call__(self, items):
+        keys = list(items)
+        for i in range(0, len(keys), self.block):
+            yield from self._block({key: items[key] for key in keys[i : i + self.block]})
+
+    def _lead(self, make):
+        made = fault = None
+        try:
+            made = make()
+        except TOLD as error:
+            fault = error
+        self._block(None)  # the others may go on
+        if fault:
+            raise fault
+        return made
+
+    def _help(self):
+        going = True
+        while going:
+            with contextlib.suppress(*TOLD):  # rank 0 has it too, and tells
+                going = self._block(None) is not None
+
+    def _block(self, items):
+        """The rows of one block of rank 0's items, on every rank; None where there is no more."""
+        if (items := self.ranks.share(lambda: items)) is None:
+            return None
+        own = dict(list(items.items())[self.ranks.rank :: self.ranks.world])
+        return list(itertools.chain(*on_all(lambda: list(self.work(own)), self.ranks.patient)))
+
+
+TOLD = (UserError, OSError, SafetensorError)  # errors that a rank tells the others of
+
+
 def on_all(make, group=None):
     """Computes [make() of every rank] on every rank; an error of any is raised on all of them."""
     made = fault = None
     try:
         made = make()
-    except (UserError, OSError, SafetensorError) as error:
+    except TOLD as error:
         fault = str(error)
     boxes = [None] * dist.get_world_size()
     dist.all_gather_object(boxes, (made, fault), group)
@@ -185,9 +241,9 @@ def keep_freed_memory():
 
 def lost_contact(error):
     """Whether an error of torch.distributed means that another process is gone."""
-    signs = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "timed out")
+    signs = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "timed out")
     return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+        isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
     )
 
 
@@ -206,9 +262,14 @@ def by_device(s, kind):
     if attention == "flex" and kind != "cuda":
         raise UserError("--attention flex: FlexAttention trains on CUDA only; use sdpa")
     compiled = kind == "cuda" if s.compile is None else s.compile
-    name = os.environ.get("CXX", "clang++" if platform.system() == "Darwin" else "g++")
-    if compiled and kind == "cpu" and shutil.which(name) is None:
-        raise UserError(f"--compile: there is no {name}; install it, or name yours in CXX")
+    # what inductor compiles with on a CPU, and what Triton compiles its launchers with on CUDA
+    name, known = "CXX", ("clang++" if platform.system() == "Darwin" else "g++",)
+    if kind == "cuda":
+        name, known = "CC", ("gcc", "clang")
+    known = (os.environ[name],) if name in os.environ else known
+    if (compiled or attention == "flex") and not any(map(shutil.which, known)):
+        flags = "--compile" if kind == "cpu" else "--compile and --attention flex, defaults on CUDA"
+        raise UserError(f"{flags}: there is no {known[0]}; install it, or name yours in {name}")
     # `torchrun --max-restarts` starts the same command again: it goes on where it was
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     return {

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from model import masked_attention, sees
 
 SHORT = 256  # tokens; a shorter trie is computed whole, which costs less than several small calls
+# cuDNN's attention, which SDPA prefers on Hopper, plans 0.4 s for each new shape: here all are new
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def attend(row, config, *kinds):
@@ -75,9 +77,10 @@ def fast_attention(q, k, v, mask, scale=None, cap=None):
     slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and mask.shape[-1] <= 1024
     if cap is not None or (slow and q.requires_grad):
         return masked_attention(q, k, v, mask, scale, cap)
-    if q.is_cuda:  # there, with fewer key heads only the kernel that keeps all scores would run
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     grouped = q.shape[1] != k.shape[1]
+    if q.is_cuda and grouped:  # there only the kernel that keeps all scores would run
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        grouped = False
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
 
 

@@ -4,8 +4,8 @@ Each rule is a flag, off by default; the paper has answers of 32 to 2048 tokens.
 
 A guard's verdict is the probability that a dialogue is unsafe, or nan where its chat template
 refuses it. Verdicts are kept in `.FILE.guard` beside each data file (or in the cache's folder,
-where that is read-only), so that the model runs once: before a run on many GPUs let
-`python evaluate.py describe --guard …` do it on one. The model is families/llama_guard.py.
+where that is read-only), so that the model runs once. All processes of a run share the work
+(train.load_data). The model is families/llama_guard.py.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.cli import UserError, flag
+from jobs.cli import UserError, flag, progress
 from jobs.files import Store
 from pairs.token_cache import cache_folder
 
@@ -82,8 +82,8 @@ def wrong_lengths(pairs, rules, template):
 def without_unsafe(pairs, guard, threshold, drops):
     """Pairs of which neither dialogue is unsafe with a probability over `threshold`.
 
-    guard: guard.identity is a digest of all that decides its verdicts; guard(dialogues, label)
-    takes {key: messages} and yields (key, probability of unsafe). The others go to `drops`.
+    guard: guard.identity is a digest of all that decides its verdicts; guard(dialogues) takes
+    {key: messages} and yields (key, probability of unsafe). The others go to `drops`.
     """
     files, verdicts, reasons = defaultdict(dict), {}, []
     for pair in pairs:
@@ -92,8 +92,10 @@ def without_unsafe(pairs, guard, threshold, drops):
     for file, asked in files.items():
         store = verdict_store(file, guard.identity)
         missing = {key: messages for key, messages in asked.items() if key not in store}
-        for key, unsafe in guard(missing, f"guard {os.path.basename(file)}"):
-            store[key] = unsafe  # as they come, so that a stopped run goes on
+        with progress(f"guard {os.path.basename(file)}", len(missing), "dialogue") as bar:
+            for key, unsafe in guard(missing):
+                store[key] = unsafe  # as they come, so that a stopped run goes on
+                bar.update()
         verdicts |= store
     for pair in pairs:
         unsafe = [verdicts[dialogue_key(messages)] for messages in dialogues(pair)]

@@ -109,6 +109,10 @@ def test_attention_spelt_out_in_bf16_equals_sdpa_in_value_and_gradient(kv_heads)
         assert (a - b).norm() < 0.02 * b.norm()
 
 
+def test_cudnn_which_plans_anew_for_every_shape_is_switched_off():
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 # ----------------------------------------------------------------------------- FlexAttention
 
 

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import tiny
 import torch
+from ranks import on_ranks
 
 from conftest import write_model
 from families import llama_guard
@@ -57,8 +58,8 @@ def runs(monkeypatch):
     """A list of the dialogues that a guard was run on."""
     seen, judge = [], Guard.__call__
 
-    def counted(self, dialogues, label):
-        for verdict in judge(self, dialogues, label):
+    def counted(self, dialogues):
+        for verdict in judge(self, dialogues):
             seen.append(dialogues[verdict[0]])
             yield verdict
 
@@ -171,6 +172,32 @@ def test_in_a_run_it_is_a_flag(guard_dir, tiny_model_dir, data):
     sets, lines = load_data(s, Template(tiny_model_dir), recipe("dpo"))
     assert len(sets["train"]) == 3
     assert lines[1].startswith("cleaned: 3 pairs; dropped: 1 unsafe (")
+
+
+def test_all_processes_of_a_run_share_the_dialogues(guard_dir, tiny_model_dir, data, monkeypatch):
+    """Each runs a part, none runs one twice, and the sets are those of one process."""
+    file, _ = data
+    flags = {"model": tiny_model_dir, "data": file, "max_len": 200, "eval_pairs": 0, "loss": "dpo",
+             "guard": guard_dir, "guard_threshold": 0.3, "device": "cpu"}  # fmt: skip
+    s = parse(TrainFlags, "", [w for k, v in flags.items() for w in (f"--{k}", str(v))])
+
+    def load(ranks):
+        judged, verdicts = [], Guard.verdicts
+
+        def counted(self, dialogues):
+            judged.extend(dialogues)
+            return verdicts(self, dialogues)
+
+        monkeypatch.setattr(Guard, "verdicts", counted)
+        sets, lines = load_data(s, Template(tiny_model_dir), recipe("dpo"), ranks)
+        return judged, sets["train"].examples.where, lines
+
+    parts, places, lines = zip(*on_ranks(3, load), strict=True)
+    judged = sum(parts, [])
+    assert min(map(len, parts)) >= 2 and len(set(judged)) == len(judged) == 2 * len(TEXTS)
+    assert places[0] == places[1] == places[2] and lines[0] == lines[2]
+    alone, told = load_data(s, Template(tiny_model_dir), recipe("dpo"))
+    assert alone["train"].examples.where == places[0] and told == lines[0]
 
 
 # ----------------------------------------------------------------------------- once
