@@ -29,9 +29,10 @@ import heapq
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain
 from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -78,6 +79,7 @@ class Example(NamedTuple):
     rejected: np.ndarray
     closed: dict  # answer -> whether it has its end token; one that was cut has none
     where: str  # "file:row"
+    crc: int  # checksum of the whole prompt, before any cut: tells which pairs share one
 
 
 @dataclass
@@ -91,6 +93,7 @@ class Examples:
     starts: np.ndarray  # (N,) where each example begins in ids
     lengths: np.ndarray  # (N, 4) tokens of each of its PARTS; instruct 0: it is the prompt
     closed: np.ndarray  # (N, 2) whether chosen and rejected have their end token
+    crc: np.ndarray  # (N,) checksums of the whole prompts
     where: list  # N places "file:row"
 
     def __len__(self):
@@ -105,7 +108,7 @@ class Examples:
         prompt, instruct, chosen, rejected = parts
         instruct = instruct if len(instruct) else prompt
         closed = dict(zip(("chosen", "rejected"), self.closed[i].tolist(), strict=True))
-        return Example(prompt, instruct, chosen, rejected, closed, self.where[i])
+        return Example(prompt, instruct, chosen, rejected, closed, self.where[i], self.crc[i])
 
     @classmethod
     def flat(cls, examples):
@@ -119,7 +122,8 @@ class Examples:
         closed = [[e.closed["chosen"], e.closed["rejected"]] for e in examples]
         closed = np.array(closed, bool).reshape(-1, 2)  # (N, 2)
         ids = np.concatenate([none, *chain.from_iterable(parts)])
-        return cls(ids, sizes.cumsum() - sizes, lengths, closed, [e.where for e in examples])
+        crc, where = np.array([e.crc for e in examples], np.int64), [e.where for e in examples]
+        return cls(ids, sizes.cumsum() - sizes, lengths, closed, crc, where)
 
 
 class Limits(NamedTuple):
@@ -136,15 +140,15 @@ class Dataset:
     recipe: losses.Recipe, whose paths decide which texts are needed and how long they may be.
     instruction: a key of INSTRUCTIONS or a text. sep: None takes the template's separator.
     stored: what `stored` gave in an earlier run, in place of pairs. shown: a progress bar.
+    seed: of the order in which KTO borrows answers.
     drops: pairs without an Example, by reason. cuts: how many prompts and answers were shortened.
     """
 
     BLOCK = 512  # pairs that are rendered and tokenised at once
 
-    def __init__(
-        self, pairs, template, recipe, limits, instruction, sep=None, shown=False, stored=None
-    ):
-        self.template, self.recipe, self.limits = template, recipe, limits
+    def __init__(self, pairs, template, recipe, limits, instruction, sep=None, shown=False,
+                 stored=None, seed=0):  # fmt: skip
+        self.template, self.recipe, self.limits, self.seed = template, recipe, limits, seed
         self.score = "last" if recipe.objective.head == "reward" else "tokens"
         self.instruction = INSTRUCTIONS.get(instruction, instruction)
         contexts = {path.context for path in recipe.paths}
@@ -232,6 +236,7 @@ class Dataset:
         is left to be scored.
         """
         *prompts, chosen, rejected = ids  # the prompt, and the instructed one where a path asks
+        crc = crc32(prompts[0])
         free = self.limits.max_len - self.bridge_len
         both = (len(chosen), len(rejected))  # a path with a context answer holds both of them
         room = max(self.limits.max_len // 2, free - (sum(both) if self.in_context else max(both)))
@@ -254,7 +259,7 @@ class Dataset:
         n = min(map(len, kept.values()))  # whatever told them apart was trimmed or cut off
         if pair.rejected is not None and (kept["chosen"][:n] == kept["rejected"][:n]).all():
             return self.drops.add("identical answers", pair.where)
-        return Example(prompts[0], prompts[-1], **kept, closed=closed, where=pair.where)
+        return Example(prompts[0], prompts[-1], **kept, closed=closed, where=pair.where, crc=crc)
 
     def _rooms(self, room, chosen, rejected):
         """Most tokens of the rejected and of the chosen answer, which share `room` on one path.
@@ -297,14 +302,30 @@ class Dataset:
             segments += self._bridged(example, path.context)
         elif path.context not in (None, "instruct"):
             raise ValueError(f"{path}: unknown context; give None, instruct, chosen or rejected")
-        if path.target == "mismatched":  # KTO: the next pair's chosen answer, whatever its length
-            other = self.examples[(i + 1) % len(self.examples)]
+        if path.target == "mismatched":  # KTO: an answer to another prompt, whatever its length
+            other = self.examples[self.mismatched[i]]
             room = self.limits.max_len - sum(map(len, segments))
             target, closed = other.chosen[: max(1, room)], other.closed["chosen"]
             closed = closed and len(other.chosen) <= room
         else:
             target, closed = getattr(example, path.target), example.closed[path.target]
         return [*segments, target], self._scored(target, closed)
+
+    @cached_property
+    def mismatched(self):
+        """(N,) the pair whose chosen answer KTO scores behind each prompt: one of another prompt.
+
+        It is the next such pair in the order of the first epoch. In the file's order neighbours
+        often share a prompt, and all of them would borrow the same answer.
+        """
+        order = permutation(len(self), self.seed, 0)
+        prompts = self.examples.crc[order]
+        last = np.flatnonzero(prompts != np.roll(prompts, -1))  # pairs before one of another prompt
+        if not len(last):
+            fault = f"{self.examples.where[0]}: all {len(self)} pairs have the same prompt"
+            raise UserError(f"{fault}; KTO needs answers to other prompts, too")
+        after = last[np.searchsorted(last, np.arange(len(self))) % len(last)] + 1  # round the end
+        return order[after % len(self)][np.argsort(order)]
 
     def _bridged(self, example, context):
         """The segments from the end of the prompt to the opening of the answer that is scored.

@@ -7,7 +7,7 @@ losses. Its positional arguments say what it needs, in these names:
     mean_chosen, mean_rejected  A   their mean per token
     ref_chosen, ref_rejected    R   the sum under the reference model
     len_chosen, len_rejected    |y| number of scored tokens
-    kl                          z   KTO's reference point, one number for the whole batch
+    kl                          z   KTO's reference point, one number for the whole batch and view
 
 Its keyword arguments are its hyperparameters, with the papers' defaults; they are also the
 command-line flags. No objective can tell log pi(y_w | x) from log pi(y_w | x, y_l): on which
@@ -111,7 +111,8 @@ def kto(chosen, rejected, ref_chosen, ref_rejected, kl, *, beta=0.1, lambda_w=1.
     """lambda_w (1 - sigmoid(beta (S_w - R_w - z))) + lambda_l (1 - sigmoid(beta (z - (S_l - R_l))))
     (KTO, Ethayarajh et al. 2024, Eq. 8)
 
-    z = max(0, mean log-ratio of mismatched answers), taken over the whole batch without gradient.
+    z = max(0, mean log-ratio of mismatched answers), taken over the whole batch without gradient;
+    with `averaged` each of the two losses has a z of its own.
     """
     # each answer is held against z alone, so unpaired data would do as well
     wins = torch.sigmoid(beta * (chosen - ref_chosen - kl))
@@ -261,8 +262,11 @@ class Recipe:
         """A mismatched answer behind each context, for KTO's reference point; else none."""
         if "kl" not in self.objective.inputs:
             return []
-        # the other pair's answer stands where this pair's would, behind the same context
-        return unique(Path(path.context, "mismatched") for path in self.paths)
+        return unique(path for view in self.views for path in self._mismatched(view))
+
+    def _mismatched(self, view):
+        """The other pair's answer stands where this pair's would, behind the same contexts."""
+        return unique(Path(path.context, "mismatched") for path in view.values())
 
     def reference_path(self, path):
         """The path on which the reference scores what the policy scores on `path`."""
@@ -278,22 +282,28 @@ class Recipe:
         return unique(self.reference_path(path) for path in self.paths + self.kl_paths)
 
     def kl(self, sums, reference):
-        """KTO's z from (B,) values of the kl_paths: the mean log-ratio, at least 0; else None.
+        """KTO's z of each view, from (B,) values of the kl_paths: the mean log-ratio, at least 0.
 
-        Without gradient: the caller hands in detached values.
+        Without gradient: the caller hands in detached values. None where the loss has no z.
         """
         if not self.kl_paths:
             return None
-        ratios = [sums[path] - reference[self.reference_path(path)] for path in self.kl_paths]
-        return torch.stack(ratios).mean().clamp(min=0)
+
+        def ratios(view):
+            paths = self._mismatched(view)
+            return torch.stack([sums[p] - reference[self.reference_path(p)] for p in paths])
+
+        return [ratios(view).mean().clamp(min=0) for view in self.views]
 
     def __call__(self, sums, counts, reference, kl=None):
         """Losses of B pairs.
 
         sums, counts, reference: {Path: (B,)} log-probability under the policy, scored tokens,
-        log-probability under the reference. kl: KTO's z. Returns PairLosses.
+        log-probability under the reference. kl: KTO's z of each view. Returns PairLosses.
         """
-        per_view = [self._view(view, sums, counts, reference, kl) for view in self.views]
+        kl = kl or [None] * len(self.views)
+        views = zip(self.views, kl, strict=True)
+        per_view = [self._view(view, sums, counts, reference, z) for view, z in views]
         losses = sum(losses for losses, _ in per_view)  # (B,)
         answers, n = self.objective.answers, len(per_view)
         rewards = {answer: sum(found[answer] for _, found in per_view) / n for answer in answers}

@@ -153,7 +153,7 @@ def read_and_tokenise(s, template, recipe, guard=None, shown=False):
 def tokenise(s, template, recipe, pairs=(), **options):
     """The Dataset of these pairs under these settings."""
     limits = Limits(s.max_len, s.draft_cap, s.score_eos)
-    return Dataset(pairs, template, recipe, limits, s.instruction, s.sep, **options)
+    return Dataset(pairs, template, recipe, limits, s.instruction, s.sep, seed=s.seed, **options)
 
 
 def fit_to_data(s, ranks, recipe, sets, plan):

@@ -2,12 +2,14 @@
 
 import shutil
 import string
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from dialogues import say
 
-from data import Dataset, Limits, lay_out, plain_paths, trie_size
+import train
+from data import Dataset, Limits, lay_out, permutation, plain_paths, trie_size
 from hub.template import Template
 from jobs.cli import UserError
 from losses import CONDITIONS, Path, recipe, unique
@@ -98,10 +100,48 @@ def test_the_paths_are_those_of_the_papers(condition, bridge, chat):
     assert paths == GOLDEN[condition, bridge]
 
 
-def test_the_last_pair_borrows_the_mismatched_answer_of_the_first(tiny):
-    dataset = Dataset(TWO, tiny, recipe("kto"), ROOMY, "better")
-    segments, _ = dataset.path(1, Path(None, "mismatched"))
-    assert tiny.decode(segments[-1], skip_special=False) == W
+def by_prompt(*numbers):
+    """Pairs as OASST and SHP have them, where neighbours share a prompt; one too long for ROOM."""
+    questions = [f"Question {n}{'?' * 500 * (n == 2)}" for n in numbers]
+    return [Pair(say(q), f"w{i}", f"l{i}" * (3 * i + 1), f"f:{i}") for i, q in enumerate(questions)]
+
+
+ROOM = Limits(max_len=200, draft_cap=0.4)
+GROUPS = by_prompt(1, 1, 1, 2, 2, 2, 3, 1, 4, 4)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_kto_borrows_the_next_answer_to_another_prompt(seed, tiny):
+    """Next in the order of the first epoch, found by a naive loop. A prompt that is cut to one
+    length behind one pair and to another behind the next is still the same prompt."""
+    rule = recipe("ifsr_kto")
+    dataset = Dataset(GROUPS, tiny, rule, ROOM, "better", seed=seed)
+    assert len(dataset) == len(GROUPS) and len({len(e.prompt) for e in dataset.examples}) > 2
+    order = [*permutation(len(GROUPS), seed, 0)] * 2
+    for place, i in enumerate(order[: len(GROUPS)]):
+        later = (j for j in order[place:] if GROUPS[j].prompt != GROUPS[i].prompt)
+        segments, _ = dataset.path(int(i), Path("rejected", "mismatched"))
+        assert tiny.decode(segments[-1]) == GROUPS[next(later)].chosen
+    others = {str(Dataset(GROUPS, tiny, rule, ROOM, "better", seed=s).mismatched) for s in range(5)}
+    assert len(others) == 5
+
+
+def test_the_reference_of_a_run_with_another_seed_is_not_taken_over(tiny):
+    """Its mismatched answers are others: the cache's key covers whose answer is scored."""
+    rule, keys = recipe("kto"), []
+    for seed in (0, 0, 1):
+        dataset = Dataset(GROUPS, tiny, rule, ROOM, "better", seed=seed)
+        s = SimpleNamespace(dtype="fp32", attention="sdpa", score_eos=True)
+        run = SimpleNamespace(s=s, wanted={"train": rule.reference_paths}, sets={"train": dataset})
+        keys.append(train.Run.reference_key(run, "weights"))
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_kto_asks_for_a_second_prompt(tiny):
+    dataset = Dataset(by_prompt(2, 2, 2), tiny, recipe("kto"), ROOM, "better")
+    assert dataset.path(0, Path(None, "chosen"))  # margins, say, need no other prompt
+    with pytest.raises(UserError, match="f:0: all 3 pairs have the same prompt; KTO needs"):
+        dataset.size(0, [Path(None, "mismatched")])
 
 
 OWN = {"worse": "please generate a worse response", "Shorter, please": "Shorter, please"}
@@ -196,6 +236,8 @@ def test_max_len_holds_for_every_path_and_every_path_has_something_to_score(
         dataset, _, rule = random_dataset(rng, tiny, condition)
         for i in range(len(dataset or ())):
             paths = [*rule.paths, *rule.kl_paths, *rule.reference_paths, *plain_paths(rule)]
+            if len(set(dataset.examples.crc)) == 1:  # no other prompt to borrow an answer from
+                paths = [path for path in paths if path.target != "mismatched"]
             for segments, n in (dataset.path(i, path) for path in unique(paths)):
                 assert sum(map(len, segments)) <= dataset.limits.max_len
                 ended = segments[-1][-1] == tiny.end_ids[0]  # as it is where nothing was cut

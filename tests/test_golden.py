@@ -32,7 +32,7 @@ PAIR = Pair(  # hh-rlhf, harmless-base, test split, row 649
     "Hello, I am doing well. What is your name?",
     "harmless-base/test.jsonl.gz:649",
 )
-OTHER = Pair([{"role": "user", "content": "?"}], "(the next pair's answer)", "No.", "")
+OTHER = Pair([{"role": "user", "content": "?"}], "(another pair's answer)", "No.", "")
 WHO = {"none": "dpo, …", "cross": {"sep": "ins_dpo, …", "turn": "ifsr_dpo, …"}}
 HEAD = """# What is scored, and behind what
 
@@ -40,8 +40,8 @@ One real pair (hh-rlhf, harmless-base, test, row 649) on every path set, in four
 Each entry is one log-probability: what its first scored token sees in its row, piece by piece,
 and behind `*` the text whose tokens are scored. `↵` is a newline, `·` a space at an end. InSPO Eq.
 14-15 are *cross, sep*; IFSR Eq. 4 is *cross, turn*. A reference is scored on the *none* paths where
-it is `plain` (`ins_`), else on the policy's own. `kto` also scores, without gradient, the next
-pair's chosen answer behind each of its contexts.
+it is `plain` (`ins_`), else on the policy's own. `kto` also scores, without gradient, the
+chosen answer of a pair with another prompt behind each of its contexts.
 
 This page is read off packed rows by `tests/test_golden.py`, which fails when it is no longer true.
 """

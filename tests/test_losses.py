@@ -117,7 +117,7 @@ def step(rule, seed=0, n=4, at_start=False):
     noise = {p: 0 if at_start else torch.randn(n, generator=g) for p in paths}
     reference = {p: sums[p] + noise[p] for p in paths}
     sums = {p: sums[p].clone().requires_grad_() for p in rule.paths}
-    return sums, counts, reference, t(0.0 if at_start else 0.7)
+    return sums, counts, reference, [t(0.0 if at_start else 0.7)] * len(rule.views)
 
 
 def test_presets_score_the_paths_of_the_papers():
@@ -227,6 +227,25 @@ def test_kto_at_zero_log_ratio_is_a_half_per_side(name):
         assert torch.equal(out.losses, t(0.5).expand(4))
 
 
+def test_averaged_kto_is_the_mean_of_two_losses_each_with_its_own_z():
+    """By a loop over single numbers, and over kto on each of the two conditions alone."""
+    rules = {c: recipe("ifsr_kto", c) for c in ("averaged", "none", "cross")}
+    g, n = torch.Generator().manual_seed(0), 5
+    every = [*rules["averaged"].paths, *rules["averaged"].kl_paths]
+    sums, ref = ({p: 9 * torch.randn(n, generator=g) for p in every} for _ in range(2))
+    z = {c: rule.kl(sums, ref) for c, rule in rules.items()}
+    contexts = {"none": [None], "cross": ["rejected", "chosen"]}
+    for (c, shown), found in zip(contexts.items(), z["averaged"], strict=True):
+        paths = [Path(context, "mismatched") for context in shown]
+        ratios = [(sums[p][i] - ref[p][i]).item() for p in paths for i in range(n)]
+        close(found, max(0.0, sum(ratios) / len(ratios)))
+        assert z[c] == [found]
+    counts = {p: torch.ones(n) for p in every}
+    both = {c: rule(sums, counts, ref, z[c]).losses for c, rule in rules.items()}
+    close(both["averaged"], (both["none"] + both["cross"]) / 2)
+    assert z["none"] != z["cross"] and max(*z["none"], *z["cross"]) > 0
+
+
 @pytest.mark.parametrize("name", BOTH)
 @pytest.mark.parametrize("condition", ["none", "cross", "averaged", "instruct"])
 def test_swapping_w_and_l_negates_every_margin(name, condition):
@@ -313,7 +332,7 @@ def test_averaged_is_half_the_loss_each(name):
     """InSPO section 5.3 (iv)."""
     rule = recipe(name, "averaged")
     sums, counts, reference, kl = step(rule)
-    none, cross = (recipe(name, c)(sums, counts, reference, kl) for c in ("none", "cross"))
+    none, cross = (recipe(name, c)(sums, counts, reference, kl[:1]) for c in ("none", "cross"))
     both = rule(sums, counts, reference, kl)
     close(both.losses, (none.losses + cross.losses) / 2)
     close(both.rewards["chosen"], (none.rewards["chosen"] + cross.rewards["chosen"]) / 2)
