@@ -23,6 +23,7 @@ from evals.results import refuse, save_results, table
 from evals.rewardbench import sections
 from evals.stats import estimate, win_rate
 from generate import load_model
+from hub.benchmarks import json_digest, write_rows
 from hub.weights import Weights, pinned
 from jobs import cli
 from jobs.cli import UserError, as_user_error, flag, parse, require, run
@@ -33,11 +34,9 @@ from pairs.read import Drops, read_pairs
 
 
 @dataclass(frozen=True)
-class RewardFlags(cli.ModelFlags, cli.VerdictFlags):
+class ScoreFlags(cli.ModelFlags, cli.VerdictFlags):
     model: str | None = flag(None, "reward model: HF directory or hub id")
     answers: str | None = flag(None, "rows of prompt, answer (or instruction, output)")
-    against: str | None = flag(None, "answers to the same prompts, or pairs: the chosen answers")
-    pairs: str | None = flag(None, "instead of answers: how often the chosen beats the rejected")
     pool: str = flag("last", "token of the score; not_pad: last no padding", ("last", "not_pad"))
     limit: int | None = flag(None, "only the first N answers")
     row_tokens: int | None = flag(None, "tokens per row; default: 8192 on CUDA, else 2048")
@@ -45,16 +44,20 @@ class RewardFlags(cli.ModelFlags, cli.VerdictFlags):
     max_missing: float = flag(0.0, "largest share of scores that are no number")
 
 
+@dataclass(frozen=True)
+class RewardFlags(ScoreFlags):
+    against: str | None = flag(None, "answers to the same prompts, or pairs: the chosen answers")
+    pairs: str | None = flag(None, "instead of answers: how often the chosen beats the rejected")
+
+
 def evaluate_reward(s):
     """Score --answers, and --against or both sides of --pairs; print and write what came out."""
     require(s, "model", *(() if s.pairs else ("answers",)))
     sides = read_sides(s)
-    model, template = load_model(s.model, s.dtype, s.device, head="reward")
-    cache = open_scores(s.cache, model, template.directory) if s.cache else {}
     # Both sides at once, so that the same answer on both is scored once and ties: in another row
     # its score might differ in the last bit, and count as a win.
     every = [answer for _, rows in sides for answer in rows]
-    scores = reward_scores(model, template, every, s.pool, s.row_tokens, cache)  # (sides x N,)
+    scores = scored(s, every)  # (sides x N,)
     scores = np.split(scores, len(sides))  # (N,) each
     found = [side_results(*side, own, s) for side, own in zip(sides, scores, strict=True)]
     results = {"command": "reward", "model": s.model, "seed": s.seed}
@@ -81,6 +84,13 @@ def read_sides(s):
         return [(s.answers, answers)]
     others = align(answers, read_answers(s.against, "--against"), f"--against {s.against}")
     return [(s.answers, answers), (s.against, others)]
+
+
+def scored(s, answers):
+    """(N,) scores of answers under --model, those in --cache first."""
+    model, template = load_model(s.model, s.dtype, s.device, head="reward")
+    cache = open_scores(s.cache, model, template.directory) if s.cache else {}
+    return reward_scores(model, template, answers, s.pool, s.row_tokens, cache)
 
 
 def side_results(file, rows, scores, s):
@@ -177,6 +187,43 @@ def reward_scores(model, template, answers, pool="last", row_tokens=None, cache=
 
 
 @dataclass(frozen=True)
+class BestOfFlags(ScoreFlags):
+    answers: str | None = flag(None, "files of generate.py --n K, or of several models; commas")
+    out: str | None = flag(None, "jsonl file of pairs, which train.py --data reads")
+
+
+def evaluate_best_of(s):
+    """Score several answers to each question; the best and the worst of them become a pair."""
+    require(s, "model", "answers", "out")
+    answers = read_answers(s.answers, "--answers")[: s.limit]
+    scores = scored(s, answers)  # (N,)
+    side_results(s.answers, answers, scores, s)  # tells of them, and counts what is no number
+    questions, drops, rows = {}, Drops(), []
+    for answer, value in zip(answers, scores.tolist(), strict=True):
+        # by all that stands before the answer: second turns lie behind different first answers
+        where, ranked = questions.setdefault(json_digest(answer.prompt), (answer.where, []))
+        if answer.text.strip() and np.isfinite(value):
+            ranked.append((value, answer))
+    for where, ranked in questions.values():
+        ranked.sort(key=lambda pair: pair[0])
+        if len(ranked) < 2:
+            drops.add("fewer than two answers with text and score", where)
+        elif ranked[0][0] == ranked[-1][0]:
+            drops.add("all answers score the same", where)
+        else:
+            (low, worst), (high, best) = ranked[0], ranked[-1]
+            pair = {"prompt": best.prompt, "chosen": best.text, "rejected": worst.text}
+            rows.append(pair | {"score_chosen": high, "score_rejected": low})
+    told = f"{len(answers)} answers to {len(questions)} questions"
+    print(f"{told}: {len(rows)} pairs, dropped: {drops}")
+    if not rows:
+        raise UserError(f"{s.answers}: no pair; generate.py --n K gives K answers per question")
+    high, low = (np.mean([row[f"score_{side}"] for row in rows]) for side in ("chosen", "rejected"))
+    print(f"{s.out}: reward of the best {high:.4f}, of the worst {low:.4f}")
+    write_rows(s.out, rows, lines=True)
+
+
+@dataclass(frozen=True)
 class PairsFlags(cli.ModelFlags, cli.DataFlags, cli.PathFlags, cli.ResultFlags):
     model: str | None = flag(None, "the policy: HF directory or hub id")
     ref: str | None = flag(None, "the reference, if the objective has one: where training started")
@@ -223,7 +270,7 @@ def evaluate_pairs(s):
     drops = Drops()
     rows = read_pairs(s.data, drops, s.limit, bad_rows=s.bad_rows, revision=s.data_revision)
     model, template = load_model(s.model, s.dtype, s.device)
-    limits = Limits(s.max_len, s.draft_cap)
+    limits = Limits(s.max_len, s.draft_cap, s.score_eos)
     dataset = Dataset(rows, template, every, limits, s.instruction, s.sep, shown=True)
     print(f"{s.data}: {len(rows)} pairs read, dropped: {drops}; scored: {dataset.report()}")
     vocab = model.config.vocab
@@ -251,6 +298,7 @@ COMMANDS = {  # name: what it does
     "reward": "score answers with a reward model, and count wins against other answers",
     "pairs": "accuracy and margin of the implicit reward on preference pairs: of the plain policy, "
     "which gets deployed, and of the cross-conditioned one, which was trained",
+    "best_of": "best and worst of several answers per question, by a reward model, as pairs",
     "world": "exact win rate in the embedded small world",
     "alpaca": "AlpacaEval 2: win rate, raw and length-controlled, from annotations",
     "arena": "Arena-Hard: scores from verdicts, raw and style-controlled",
@@ -275,7 +323,7 @@ def find_command(name):
     if name not in COMMANDS:
         raise UserError(f"unknown command {name}; the commands are {', '.join(COMMANDS)}")
     flags = f"{name.title().replace('_', '')}Flags"
-    if name in ("reward", "pairs"):  # those of this file
+    if name in ("reward", "best_of", "pairs"):  # those of this file
         return globals()[flags], globals()[f"evaluate_{name}"]
     home = importlib.import_module(f"evals.{'context' if name == 'next_token' else name}")
     return getattr(home, flags), getattr(home, name)

@@ -268,15 +268,17 @@ MODES = ("plain", "instruct", "refine")
 class Dialogue:
     """An Ask on its way through its turns, in one of the MODES, and the row that it becomes.
 
-    Turn t of Ask n draws its random numbers from (seed, n, 2 t), its refinement from
-    (seed, n, 2 t + 1), whatever else is asked and in whatever order: so a run that was cut off
-    goes on with the numbers that it would have drawn.
+    Of `n` per question, answer k to question q is number q n + k. Its turn t draws its random
+    numbers from (seed, q, 2 t, k), its refinement from (seed, q, 2 t + 1, k), whatever else is
+    asked and in whatever order: so a run that was cut off goes on with the numbers that it would
+    have drawn, and a larger n leaves the answers of a smaller one as they are.
     """
 
-    def __init__(self, ask, number, mode="plain", instruction=INSTRUCTIONS["better"], seed=0):
+    def __init__(self, ask, number, mode="plain", instruction=INSTRUCTIONS["better"], seed=0, n=1):
         self.ask, self.number, self.mode, self.instruction = ask, number, mode, instruction
         self._seed, self.turn = seed, 0  # turns that are answered and left behind
-        self.row = {"prompt": ask.prompt} | ask.about
+        self._question, self._sample = divmod(number, n)
+        self.row = {"prompt": ask.prompt} | ask.about | ({"sample": self._sample} if n > 1 else {})
         if ask.turns:
             self.row["turns"] = 1 + len(ask.turns)
         if mode == "refine" and ask.draft is not None:
@@ -289,7 +291,8 @@ class Dialogue:
 
     @property
     def seed(self):
-        return (self._seed, self.number, 2 * self.turn + ("draft" in self.row))
+        stage = 2 * self.turn + ("draft" in self.row)
+        return (self._seed, self._question, stage, self._sample)
 
     @property
     def question(self):
@@ -416,6 +419,7 @@ class GenerateFlags(cli.ModelFlags, cli.InstructionFlags, cli.SamplingFlags, cli
     out: str | None = flag(None, "file, continued if it is there; default: standard output")
     format: str = flag("jsonl", "of --out; README has them", tuple(ANSWER_FORMATS))
     name: str | None = flag(None, "what the benchmark's file calls the model; default: --model")
+    n: int = flag(1, "answers per question, each with random numbers of its own")
     seed: int = flag(0, "random numbers: prompt i draws from (seed, i)")
     limit: int | None = flag(None, "only the first N prompts")
 
@@ -428,11 +432,14 @@ def check_flags(s, world=1):
         raise UserError("give either --prompt TEXT or --data FILE")
     if s.temperature < 0 or not 0 < s.top_p <= 1:
         raise UserError("--temperature must not be negative, --top_p must be in (0, 1]")
-    for name in ("max_new_tokens", "batch", "limit", "concurrency"):
+    for name in ("max_new_tokens", "batch", "limit", "concurrency", "n"):
         if getattr(s, name) is not None and getattr(s, name) < 1:
             raise UserError(f"--{name} {getattr(s, name)}: must be at least 1")
     if not s.out and (s.format != "jsonl" or world > 1):
         raise UserError("--out FILE is needed for a benchmark's format and for several processes")
+    if s.n > 1 and (s.format != "jsonl" or s.temperature == 0):
+        cure = "a benchmark's file holds one answer per question, and --temperature 0 knows but one"
+        raise UserError(f"--n {s.n}: {cure}")
     if s.format == "alpaca_eval" and not s.out.endswith(".json"):
         raise UserError(f"--out {s.out}: alpaca_eval reads .json files alone")
     if s.endpoint and world > 1:
@@ -468,6 +475,7 @@ def open_rows(s, asks, settings, rank, world):
         same = isinstance(said, list) and said[:first] + said[first + 1 :: 2] == users
         faults = [] if same else ["prompt"]
         faults += [name for name, value in settings.items() if row.get(name) != value]
+        faults += ["n"] if row.get("sample", 0) != n % s.n else []
         if row.get("endpoint") and "endpoint" in faults:  # a server may have moved since
             faults.remove("endpoint")
         if faults:
@@ -512,9 +520,9 @@ def produce(s, asks, numbers, store, settings):
     An answer to --prompt streams to the terminal as well; a server's is printed when it is whole.
     """
     one, answers, stream = s.prompt is not None, answerer(s), None
-    if one and not s.endpoint:
+    if one and s.n == 1 and not s.endpoint:
         answers.on_token = stream = Stream(answers.template)
-    how = (s.mode, settings.get("instruction"), s.seed)
+    how = (s.mode, settings.get("instruction"), s.seed, s.n)
     numbered = answers(Dialogue(asks[n], n, *how) for n in numbers)
     if store is None:
         numbered = enumerate(in_order(numbered, numbers))
@@ -548,6 +556,7 @@ def main():
     check_flags(s, world)
     one = [Ask([{"role": "user", "content": s.prompt}])]
     asks, tokens = one if s.data is None else read_asks(s.data, s.limit), None
+    asks = [ask for ask in asks for _ in range(s.n)]
     if s.format == "arena_hard":
         refuse_twins(asks, s.data or "--prompt")
         tokens = token_counter(s.model)

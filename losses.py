@@ -60,7 +60,8 @@ def rdpo(
     (R-DPO, Park et al. 2024, Eq. 9, in the sign of InSPO Table 1)
 
     A pair whose chosen answer is the longer one counts as partly won already, so length is
-    rewarded less; a larger alpha pushes harder against length.
+    rewarded less; a larger alpha pushes harder against length. Lengths are scored tokens, so
+    alpha 0.1 means that ten more tokens weigh as much as a margin of 1.
     """
     margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
     return -logsigmoid(margin + alpha * (len_chosen - len_rejected))
@@ -103,7 +104,11 @@ def slic(chosen, rejected, mean_chosen, *, delta=1.0, lam=0.1):
 
 
 def rrhf(mean_chosen, mean_rejected, *, lam=1.0):
-    """max(0, A_l - A_w) - lam A_w                              (RRHF, Yuan et al. 2023, Eq. 2-4)"""
+    """max(0, A_l - A_w) - lam A_w                              (RRHF, Yuan et al. 2023, Eq. 2-4)
+
+    The paper adds both terms as they are: lam 1. Its published code, and so InSPO's baseline,
+    weighs the ranking term 100 times the likelihood: lam 0.01, and 100 times the loss.
+    """
     return (mean_rejected - mean_chosen).clamp(min=0) - lam * mean_chosen
 
 

@@ -57,7 +57,6 @@ class TrainFlags(cli.RunFlags, CleaningFlags, cli.PathFlags, cli.DataFlags, cli.
     ref_model: str | None = flag(None, "reference model; default: --model")
     condition: str | None = flag(None, "what answers are conditioned on", tuple(losses.CONDITIONS))
     reference: str | None = flag(None, "paths of the reference", ("plain", "conditioned"))
-    score_eos: bool = flag(True, "score the end token too")
     steps: int | None = flag(None, "optimizer steps; default: by --epochs")
     epochs: float | None = flag(None, "passes over the data (default 3)")
     batch: int | None = flag(None, "pairs per optimizer step, over all ranks (default 128)")

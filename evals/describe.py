@@ -80,7 +80,7 @@ def figures_of(s):
     if (rules := CleaningFlags.of(s)) != CleaningFlags():
         guard = Guard(s.guard, s.device, chains.attend) if s.guard else None
         pairs = clean(pairs, rules, template, drops, guard)
-    limits = Limits(s.max_len, s.draft_cap)
+    limits = Limits(s.max_len, s.draft_cap, s.score_eos)
     data = Dataset(pairs, template, rule, limits, s.instruction, s.sep, shown=True)
     # lengths are those of the pairs as they lie, without the limits
     uncut = (pairs, template, rule, Limits(10**9, 1.0), s.instruction)

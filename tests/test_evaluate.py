@@ -23,6 +23,7 @@ from generate import load_model
 from hub.template import Template
 from jobs.cli import UserError
 from model import load
+from pairs.read import Drops, read_pairs
 
 ROOT = Path(__file__).parent.parent
 
@@ -98,8 +99,11 @@ def sum_of_logps(model, context, target):
     return sum(logps[p, t].item() for p, t in zip(place, target, strict=True)), len(target)
 
 
-def margins_by_hand(policy, reference, template, row, beta, bridge):
-    """{reading: margin} of one pair: texts joined here, by the formulas of the papers."""
+def margins_by_hand(policy, reference, template, row, beta, bridge, unscored=0):
+    """{reading: margin} of one pair: texts joined here, by the formulas of the papers.
+
+    unscored: how many tokens at the end of an answer are left out.
+    """
     x = template.encode([template.render(say(row["prompt"]), generation=True)])[0].tolist()
     texts = [row["chosen"] + "<|im_end|>", row["rejected"] + "<|im_end|>"]
     w, l = (ids.tolist() for ids in template.encode(texts))
@@ -111,6 +115,7 @@ def margins_by_hand(policy, reference, template, row, beta, bridge):
         x_l, x_w = [*x, *sep, *l[:-1], *sep], [*x, *sep, *w[:-1], *sep]
 
     def ratio(target, context, ref_context):
+        target = target[: len(target) - unscored]
         total, n = sum_of_logps(policy, context, target)
         if reference is None:
             return total / n
@@ -161,6 +166,20 @@ def test_margins_without_a_reference(pairs_of, tiny_model_dir):
     for name, ours in (("plain", "plain"), ("cross, same paths", "cross")):
         expected = [row[name] for row in rows]
         np.testing.assert_allclose(results[ours]["margins"], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("loss, ref", [("ins_dpo", "start"), ("simpo", None)])
+def test_without_score_eos_the_end_token_is_neither_scored_nor_counted(
+    pairs_of, tiny_model_dir, start_dir, loss, ref
+):
+    """As a model is to be read that was trained with --no-score_eos; simpo divides by the count."""
+    results = pairs_of(loss=loss, bridge="turn", ref=ref and start_dir, score_eos=False)
+    policy, template = load(tiny_model_dir), Template(tiny_model_dir)
+    beta, reference = (0.1, load(start_dir)) if ref else (2.0, None)
+    rest = (template, PAIRS[0], beta, "turn")
+    for name, unscored, same in (("plain", 1, True), ("plain", 0, False)):
+        expected = margins_by_hand(policy, reference, *rest, unscored)[name]
+        assert (abs(results[name]["margins"][0] - expected) < 1e-4) == same
 
 
 def test_a_model_against_itself_has_no_margin(pairs_of, tiny_model_dir):
@@ -292,6 +311,33 @@ def test_cached_scores(reward_dir, tmp_path, monkeypatch):
     assert open_scores(tmp_path, model, other) == {}
 
 
+def test_best_and_worst_become_pairs(reward_dir, command, tmp_path):
+    """By reward_scores. A single answer, answers that tie, and one without text: counted."""
+    asked = {"a?": ["one", "two", "three", " "], "b?": ["x", "yy"], "c?": ["same", "same"],
+             "d?": ["alone"], "e?": ["alone", ""]}  # fmt: skip
+    rows = [{"prompt": q, "answer": text, "sample": k} for q, texts in asked.items()
+            for k, text in enumerate(texts)]  # fmt: skip
+    files = [write_rows(tmp_path / f"{n}.jsonl", rows[n::2]) for n in range(2)]  # of two runs
+    out = tmp_path / "deep" / "pairs.jsonl"
+    words = ["--answers", f"{files[0]},{files[1]}", "--model", reward_dir, "--out", out]
+    said, error, status = command("best_of", *words)
+    assert status == 0, error
+    assert "11 answers to 5 questions: 2 pairs, dropped: 1 all answers score the same (" in said
+    assert "2 fewer than two answers with text and score (" in said
+    model, template = load(reward_dir), Template(reward_dir)
+    pairs = read_pairs(str(out), Drops())
+    assert {pair.prompt[0]["content"] for pair in pairs} == {"a?", "b?"}
+    for pair in pairs:
+        texts = [text for text in asked[pair.prompt[0]["content"]] if text.strip()]
+        scores = reward_scores(model, template, [Answer(pair.prompt, t) for t in texts])
+        best = [texts[scores.argmax()], texts[scores.argmin()]]
+        assert [pair.chosen, pair.rejected] == best and len(texts) > 1
+        assert pair.margin == pytest.approx(np.ptp(scores), abs=1e-5)
+    write_rows(files[0], rows[-3:-2])
+    _, error, status = command("best_of", *words[:1], files[0], *words[2:])
+    assert status == 2 and "no pair; generate.py --n K gives K answers per question" in error
+
+
 def test_scores_that_are_no_number_are_counted(reward_dir, files, command, monkeypatch, tmp_path):
     monkeypatch.setattr(
         evaluate, "reward_scores", lambda *a: np.array([1, np.nan, 3, np.inf, 5] * 2)
@@ -339,8 +385,8 @@ def test_answers_are_joined_by_prompt(files, tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([], "the commands are reward, pairs, world, alpaca, arena, mtbench, compare, report"),
-        (["score"], "unknown command score; the commands are reward, pairs, world"),
+        ([], "the commands are reward, pairs, best_of, world, alpaca, arena, mtbench, compare, "),
+        (["score"], "unknown command score; the commands are reward, pairs, best_of"),
         (["reward"], "--model is missing"),
         (["reward", "--model", "RM"], "--answers is missing"),
         (["reward", "--model", "RM", "--answers", "no.jsonl"], "--answers no.jsonl: no such file"),

@@ -85,7 +85,7 @@ def test_refine_joins_its_own_draft(model, template, monkeypatch):
     joined = [[*x, *y, *template.end_ids, *turn] for x, y in drafts.items()]
     refined = [seq for seq in seen if seq.tag[0] == "answer"]
     assert sorted(joined) == sorted(seq.prompt for seq in refined)
-    assert {seq.seed for seq in refined} == {(0, 0, 1), (0, 1, 1)}  # not the draft's numbers again
+    assert {seq.seed for seq in refined} == {(0, 0, 1, 0), (0, 1, 1, 0)}  # not the draft's
 
 
 def test_rows_come_in_order(model, template):
@@ -194,6 +194,40 @@ def test_a_file_is_continued(command):
     assert command.out.read_bytes() == whole
 
 
+@pytest.mark.parametrize("mode", ["plain", "refine"])
+def test_several_answers_per_question(command, mode, capsys):
+    """Each from numbers of its own, the first as if it were alone, and a cut file is continued."""
+    flags = ["--data", command.data, "--limit", 2, "--temperature", 1, "--mode", mode]
+    single, out = command.out.with_name("one.jsonl"), ["--out", command.out]
+    command(*flags, "--out", single)
+    command(*flags, "--n", 3, *out)
+    rows, whole = read_rows(command.out), command.out.read_bytes()
+    assert [row.pop("sample") for row in rows] == [0, 1, 2] * 2
+    assert rows[::3] == read_rows(single)
+    assert len({row["answer"] for row in rows}) == 6
+    command.out.write_bytes(whole[: len(whole) // 2])
+    command(*flags, "--n", 3, *out)
+    assert command.out.read_bytes() == whole
+    for n, message in (
+        (1, "6 rows for 2 prompts"),
+        (4, "jsonl:4: of another run (prompt differs)"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            command(*flags, "--n", n, *out)
+        assert message in capsys.readouterr().err
+
+
+def test_several_answers_to_one_prompt_are_printed_in_order(command, capfd):
+    """Not streamed, or those of one batch would run into each other."""
+    ask = ["--prompt", "Why?", "--temperature", 1, "--n", 3]
+    command(*ask, "--out", command.out)
+    capfd.readouterr()
+    command(*ask)
+    answers = [row["answer"] for row in read_rows(command.out)]
+    assert capfd.readouterr().out == "".join(f"{answer}\n" for answer in answers)
+
+
 def test_a_file_of_another_run_is_left_alone(command, capsys):
     command("--data", command.data, "--out", command.out)
     whole = command.out.read_bytes()
@@ -239,6 +273,9 @@ def test_a_single_prompt_streams_its_answer(command, capfd):
         ([], "either --prompt TEXT or --data FILE"),
         (["--prompt", "a", "--top_p", "0"], "--top_p must be in (0, 1]"),
         (["--prompt", "a", "--batch", "0"], "--batch 0: must be at least 1"),
+        (["--prompt", "a", "--n", "0"], "--n 0: must be at least 1"),
+        (["--prompt", "a", "--n", "2", "--temperature", "0"], "--temperature 0 knows but one"),
+        (["--data", "prompts", "--n", "2", "--format", "mt_bench", "--out", "x"], "one answer per"),
         (["--prompt", "a", "--model", "no/where/at/all"], "--model no/where/at/all: no such"),
         (["--data", "no-such-file.jsonl"], "no such file"),
         (["--data", "prompts", "--out", "/dev/null/x"], "--out /dev/null/x: "),
