@@ -62,6 +62,10 @@ def cached(key, make, share=lambda work: work()):
         made.append(make(shown=True))
         try:
             write(place, *made[0])
+            sizes = {file: file.stat().st_size / 1e6 for file in place.parent.glob("*/*.npy")}
+            own = sum(size for file, size in sizes.items() if file.parent == place)
+            told = f"{own:.1f} MB, of all data {sum(sizes.values()):.1f} MB; delete it at any time"
+            notes.append(f"token cache: {place}, {told}")
         except OSError as error:
             return name, [f"no token cache in {place.parent}: {error.strerror or error}"]
         made.clear()  # its pages are mapped from now on, and shared
