@@ -2,12 +2,11 @@
 
 Reads, cleans and tokenises as train.py does, and tells what every rule dropped, how long prompts
 and answers are, what the limits cut, how full rows get, what the trie saves, and how each path
-reads. As a table, as JSON (`--out FILE.json`) and as a picture (`FILE.png`).
+reads. As a page for people, and with `--out FILE.json` as JSON and a picture (`FILE.png`) too.
 """
 
 import dataclasses
 import functools
-import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +43,7 @@ def describe(s):
     require(s, "model", "data")
     picture = s.out and figure_file(s.out)
     figures, lengths = figures_of(s)
+    print(f"{s.data} as {s.loss} would train {s.model} on it\n")
     lost = sum(rule["pairs"] for rule in figures["dropped"].values())
     print(f"read {figures['records_read']} records: kept {figures['pairs_kept']}, dropped {lost}")
     for rule, told in figures["dropped"].items():
@@ -58,10 +58,11 @@ def describe(s):
     print(told.format(**sets))
     rows = [{"path set": name} | told for name, told in sets["conditions"].items()]
     print(table(rows, {"saved": ".1%"}))
+    print("\npaths of the first pair: an answer|what stands before it, scored tokens in [[ ]]")
     for path, text in figures["examples"].items():
         print(f"\n--- {path} ([[scored]])\n{text}")
     if s.out is None:
-        return print(f"\n{json.dumps(figures, indent=1, ensure_ascii=False)}")
+        return print("\n--out FILE.json keeps these figures, and a picture of the lengths")
     save_results(s.out, figures)
     longest = max(values.max() for values in lengths.values())
     limit = {"max_len": s.max_len} if s.max_len <= 2 * longest else {}

@@ -162,7 +162,8 @@ def test_a_cache_that_is_written_says_where_it_lies_and_how_large_it_is(start, c
     (*_, first), (*_, second) = (start(loss=loss)[1] for loss in ("ins_dpo", "ifsr_dpo"))
     places = sorted(cache.iterdir(), key=lambda place: place.stat().st_mtime_ns)
     sizes = [sum(file.stat().st_size for file in place.glob("*.npy")) / 1e6 for place in places]
-    for line, place, own, whole in zip((first, second), places, sizes, np.cumsum(sizes)):
+    told = zip((first, second), places, sizes, np.cumsum(sizes), strict=True)
+    for line, place, own, whole in told:
         assert line.startswith(f"token cache: {place}, {own:.1f} MB, of all data {whole:.1f} MB")
     assert start()[1][-1].startswith("validation: ")  # read: nothing to be told
 
