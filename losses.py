@@ -154,8 +154,11 @@ class Objective:
 
     @cached_property
     def defaults(self):
-        """Hyperparameters and their default values."""
-        return inspect.getfullargspec(self.loss).kwonlydefaults or {}
+        """Hyperparameters and their default values: numbers, as they become flags."""
+        known, names = self.loss.__kwdefaults__ or {}, inspect.getfullargspec(self.loss).kwonlyargs
+        if faults := [n for n in names if not isinstance(known.get(n), int | float)]:
+            raise ValueError(f"losses.{self.loss.__name__}: {faults[0]} needs a number as default")
+        return known
 
     @property
     def uses_reference(self):
@@ -168,6 +171,10 @@ class Objective:
         both = {"rejected", "mean_rejected"} & set(self.inputs)
         return ("chosen", "rejected") if both else ("chosen",)
 
+
+# what a function may ask for
+INPUTS = ("chosen", "rejected", "mean_chosen", "mean_rejected", "ref_chosen", "ref_rejected",
+          "len_chosen", "len_rejected", "kl")  # fmt: skip
 
 OBJECTIVES = {
     "dpo": Objective(dpo),
@@ -203,6 +210,9 @@ class Path(NamedTuple):
         return f"{self.target}|{self.context or 'prompt'}"
 
 
+CONTEXTS = (None, "chosen", "rejected", "instruct")
+REFERENCES = ("plain", "conditioned")  # on the prompt alone, or on the policy's paths
+
 # What stands between prompt and answer: one (context of chosen, context of rejected) per view.
 # The loss is the mean over views.
 CONDITIONS = {
@@ -220,7 +230,7 @@ class Preset(NamedTuple):
     objective: str
     condition: str = "none"
     bridge: str = "sep"
-    reference: str = "conditioned"  # on the policy's paths, or "plain": on the prompt alone
+    reference: str = "conditioned"
 
 
 PRESETS = {name: Preset(name) for name in OBJECTIVES}
@@ -351,16 +361,36 @@ def unique(items):
     return list(dict.fromkeys(items))
 
 
+def _check(name, objective, condition, reference):
+    """ValueError for what no table has, and for a row of them that could go wrong in silence."""
+    if unknown := [x for x in objective.inputs if x not in INPUTS]:
+        raise ValueError(
+            f"--loss {name}: unknown input {unknown[0]}; known are {', '.join(INPUTS)}"
+        )
+    choices = {"condition": (condition, CONDITIONS), "reference": (reference, REFERENCES)}
+    for flag, (value, known) in choices.items():
+        if value not in known:
+            raise ValueError(f"--{flag} {value}: unknown; choose from {', '.join(known)}")
+    for view in CONDITIONS[condition]:
+        if not isinstance(view, tuple) or len(view) != 2 or not {*view} <= {*CONTEXTS}:
+            fault = (
+                f"--condition {condition}: {view!r} is no (context of chosen, context of rejected)"
+            )
+            raise ValueError(f"{fault}; a context is one of {', '.join(map(str, CONTEXTS))}")
+
+
 def recipe(name, condition=None, bridge=None, reference=None, **hyper):
     """Resolve `--loss NAME`, its overrides and hyperparameters (None: the table's value).
 
-    Raises ValueError for an unknown name or a hyperparameter that the objective does not have.
+    Raises ValueError for an unknown name, a hyperparameter that the objective does not have, or a
+    row of the tables that names something unknown.
     """
     if name not in PRESETS:
         raise ValueError(f"--loss {name}: unknown objective; choose from {', '.join(PRESETS)}")
     overrides = {"condition": condition, "bridge": bridge, "reference": reference}
     preset = PRESETS[name]._replace(**{key: value for key, value in overrides.items() if value})
     objective = OBJECTIVES[preset.objective]
+    _check(name, objective, preset.condition, preset.reference)
     # None: the flag was not given, so the table's default holds
     given = {key: value for key, value in hyper.items() if value is not None}
     for key in given:

@@ -56,7 +56,7 @@ class TrainFlags(cli.RunFlags, CleaningFlags, cli.PathFlags, cli.DataFlags, cli.
     eval_revision: str | None = flag(None, "as --data_revision, of --eval_data; default: the same")
     ref_model: str | None = flag(None, "reference model; default: --model")
     condition: str | None = flag(None, "what answers are conditioned on", tuple(losses.CONDITIONS))
-    reference: str | None = flag(None, "paths of the reference", ("plain", "conditioned"))
+    reference: str | None = flag(None, "paths of the reference", losses.REFERENCES)
     steps: int | None = flag(None, "optimizer steps; default: by --epochs")
     epochs: float | None = flag(None, "passes over the data (default 3)")
     batch: int | None = flag(None, "pairs per optimizer step, over all ranks (default 128)")

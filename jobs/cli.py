@@ -62,6 +62,10 @@ def parser_of(settings, description):
     parser = Parser(description=description, formatter_class=form, allow_abbrev=False)
     hints = typing.get_type_hints(settings)
     own = settings.__annotations__  # before those that a command inherits
+    for base in {*settings.__mro__} - {HyperFlags} if issubclass(settings, HyperFlags) else ():
+        if clash := HYPER.keys() & vars(base).get("__annotations__", {}):
+            fault = f"losses.py: the hyperparameter {min(clash)} is also another flag"
+            raise UserError(f"{fault}, which would be taken for it; rename it")
     for field in sorted(dataclasses.fields(settings), key=lambda field: field.name not in own):
         kind, name, told = hints[field.name], field.name, {"help": field.metadata["help"]}
         if kind is tuple:  # what stands on the command line without a flag

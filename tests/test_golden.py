@@ -1,6 +1,6 @@
 """What every objective scores, and behind what, written out for eyes: tests/golden_paths.md.
 
-    PYTHONPATH=.:tests/tools python tests/test_golden.py    writes it again, after a change
+    PYTHONPATH=.:tests/tools python tests/test_golden.py    writes it again: COMMAND, below
 
 The page is read off packed rows by the attention rule, not off the segments that were put in: what
 a path's first scored token sees, and the labels that are scored.
@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 from chat_templates import CHATML, LLAMA3, MISTRAL, SPECIAL, write_checkpoint
 
-from data import Dataset, Limits, build_row
+from data import BRIDGES, Dataset, Limits, build_row
 from hub.template import Template
 from losses import CONDITIONS, recipe
 from model import visible
 from pairs.layouts import Pair
 
+COMMAND = "PYTHONPATH=.:tests/tools python tests/test_golden.py"
 PAGE = Path(__file__).parent / "golden_paths.md"
 BOS, RESERVED = "<|begin_of_text|>", "<|reserved_special_token_0|>"
 TEMPLATES = {  # name: (chat template, its first token, further special tokens)
@@ -34,7 +35,7 @@ PAIR = Pair(  # hh-rlhf, harmless-base, test split, row 649
 )
 OTHER = Pair([{"role": "user", "content": "?"}], "(another pair's answer)", "No.", "")
 WHO = {"none": "dpo, …", "cross": {"sep": "ins_dpo, …", "turn": "ifsr_dpo, …"}}
-HEAD = """# What is scored, and behind what
+HEAD = f"""# What is scored, and behind what
 
 One real pair (hh-rlhf, harmless-base, test, row 649) on every path set, in four chat templates.
 Each entry is one log-probability: what its first scored token sees in its row, piece by piece,
@@ -44,6 +45,9 @@ it is `plain` (`ins_`), else on the policy's own. `kto` also scores, without gra
 chosen answer of a pair with another prompt behind each of its contexts.
 
 This page is read off packed rows by `tests/test_golden.py`, which fails when it is no longer true.
+After a new condition or bridge write it again, and read what was added:
+
+    {COMMAND}
 """
 
 
@@ -87,10 +91,11 @@ def section(name, template):
     """The page's part on one template."""
     lines = [f"## {name}"]
     for condition in CONDITIONS:
-        free = condition in ("none", "instruct")  # no answer in the context: the bridges agree
-        for bridge in ("turn",) if free else ("sep", "turn"):
+        contexts = {context for view in CONDITIONS[condition] for context in view}
+        free = not contexts & {"chosen", "rejected"}  # no answer in the context: the bridges agree
+        for bridge in ("turn",) if free else BRIDGES:
             who = WHO.get(condition, "")
-            who = who if isinstance(who, str) else who[bridge]
+            who = who if isinstance(who, str) else who.get(bridge, "")
             title = condition if free else f"{condition}, {bridge}"
             lines += [f"\n**{title}**" + f" ({who})" * bool(who), "\n```"]
             for path, pieces, scored in entries(template, condition, bridge):
@@ -109,7 +114,8 @@ def page(directory):
 
 
 def test_the_page_shows_what_rows_score(tmp_path):
-    assert page(tmp_path) == PAGE.read_text(encoding="utf-8")
+    same = page(tmp_path) == PAGE.read_text(encoding="utf-8")
+    assert same, f"is the change meant? then write the page again, and look at it: {COMMAND}"
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -118,14 +124,14 @@ def test_no_path_sees_what_it_is_to_say(name, tmp_path):
     template = load(name, tmp_path)
     texts = {"chosen": PAIR.chosen, "rejected": PAIR.rejected, "mismatched": OTHER.chosen}
     for condition in CONDITIONS:
-        for bridge in ("sep", "turn"):
+        for bridge in BRIDGES:
             for path, pieces, scored in entries(template, condition, bridge, "kto"):
                 context = "".join(pieces)
                 seen = {answer for answer, text in texts.items() if text in context}
                 assert seen == {path.context} & texts.keys()
                 assert scored.strip() == texts[path.target] + template.end
                 assert ("please generate a better response" in context) == (
-                    path.context == "instruct" or (bool(seen) and bridge == "turn")
+                    path.context == "instruct" or (bool(seen) and "{turn}" in BRIDGES[bridge].after)
                 )
 
 

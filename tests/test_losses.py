@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import losses
-from losses import CONDITIONS, OBJECTIVES, PRESETS, Path, recipe
+from losses import CONDITIONS, OBJECTIVES, PRESETS, Objective, Path, recipe
 
 LN2, LN3 = math.log(2), math.log(3)
 W, L = Path(None, "chosen"), Path(None, "rejected")
@@ -182,6 +182,40 @@ def test_an_explicit_hyperparameter_wins_and_none_is_the_default():
 def test_mistakes_are_told(name, hyper, told):
     with pytest.raises(ValueError, match=told):
         recipe(name, **hyper)
+
+
+def unclear(chosen, rejceted, *, kappa=1.0):
+    return -kappa * (chosen - rejceted)
+
+
+def unset(chosen, *, kappa):
+    return -kappa * chosen
+
+
+@pytest.mark.parametrize(
+    "row, told",
+    [
+        ((("rejcted", "chosen"),), "--condition new: .'rejcted', 'chosen'. is no .context of ch"),
+        ((("rejected",),), "--condition new: .'rejected',. is no .context of chosen, context of"),
+        (("rejected", "chosen"), "--condition new: 'rejected' is no .*; a context is one of None"),
+        ((None, None), "--condition new: None is no .context of chosen, context of rejected."),
+        (Objective(unclear), "--loss new: unknown input rejceted; known are chosen, rejected, me"),
+        (Objective(unset), "losses.unset: kappa needs a number as default"),
+    ],
+)
+def test_a_row_that_would_go_wrong_in_silence_is_told_at_once(row, told, monkeypatch):
+    rows = OBJECTIVES if isinstance(row, Objective) else CONDITIONS
+    monkeypatch.setitem(rows, "new", row)
+    monkeypatch.setitem(PRESETS, "new", losses.Preset("new"))
+    with pytest.raises(ValueError, match=told):
+        recipe("new") if rows is OBJECTIVES else recipe("dpo", "new")
+
+
+@pytest.mark.parametrize("choice", [{"condition": "crss"}, {"reference": "plian"}])
+def test_an_unknown_choice_is_told(choice):
+    ((flag, value),) = choice.items()
+    with pytest.raises(ValueError, match=f"--{flag} {value}: unknown; choose from"):
+        recipe("ins_dpo", **choice)
 
 
 HANDED = {  # what a recipe makes of S_w = -10, S_l = -9, R_w = -12, R_l = -8, |y_w| = 4, |y_l| = 6

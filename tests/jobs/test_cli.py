@@ -2,6 +2,7 @@
 
 import pytest
 
+from jobs import cli
 from jobs.cli import UserError, parse
 from train import TrainFlags, resolve_flags
 
@@ -39,3 +40,10 @@ def test_compile_without_a_compiler_is_refused_before_anything_is_read(monkeypat
 def test_context_grad_false_refuses_what_it_cannot_do(other):
     with pytest.raises(UserError, match="--context_grad false"):
         resolve_flags(TrainFlags(context_grad=False, **other), "cuda")
+
+
+def test_a_hyperparameter_with_the_name_of_another_flag_is_told(monkeypatch):
+    """--clip 0.2 would be the gradient norm's limit and, in silence, the new loss's."""
+    monkeypatch.setitem(cli.HYPER, "clip", {"new": 0.2})
+    with pytest.raises(UserError, match="the hyperparameter clip is also another flag"):
+        cli.parse(TrainFlags, "", [])
