@@ -6,6 +6,7 @@ over prompts or pairs (evals/stats.py).
 Legend: N answers or pairs, P paths, Q questions, A answers of a question.
 """
 
+import jobs.waiting  # noqa: F401  # isort: skip  (before torch loads OpenMP)
 import dataclasses
 import hashlib
 import importlib

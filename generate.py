@@ -17,6 +17,7 @@ Legend: B sequences at work, T new tokens of each, H heads, K key/value heads, G
 C head width, U slots in use, D width, V vocabulary, N candidates.
 """
 
+import jobs.waiting  # noqa: F401  # isort: skip  (before torch loads OpenMP)
 import os
 import sys
 from collections import Counter, deque

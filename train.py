@@ -11,6 +11,7 @@ the run directory.
 Legend: N pairs of a dataset, B pairs of a row, P paths per pair, S scored tokens of a row.
 """
 
+import jobs.waiting  # noqa: F401  # isort: skip  (before torch loads OpenMP)
 import dataclasses
 import hashlib
 import itertools

@@ -4,10 +4,12 @@ No time is asserted. Every command runs here with a tiny model, in this process 
 others.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -21,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import (
+    busy,
     context_grad,
     data_preparation,
     generation,
@@ -43,11 +46,9 @@ from model import load
 from train import TrainFlags
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = {
-    module.__name__.partition(".")[2]: module
-    for module in (context_grad, data_preparation, generation, growth, memory, pairs_per_second)
-    + (profile_step, small_world)
-}
+MODULES = (busy, context_grad, data_preparation, generation, growth, memory, pairs_per_second)
+MODULES += (profile_step, small_world)
+COMMANDS = {module.__name__.partition(".")[2]: module for module in MODULES}
 
 
 @pytest.fixture
@@ -420,3 +421,34 @@ def test_a_run_keeps_freed_memory_and_the_benchmarks_do_not_count_it_as_held(kee
     program += "x = torch.ones(2**26); del x; print(kept_bytes())"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert (int(done.stdout) >= 2**28) is keep, done.stderr
+
+
+# ----------------------------------------------------------------------------- a busy machine
+
+
+def test_what_busy_processes_cost_is_told_by_ratios(monkeypatch, tmp_path, capsys):
+    seconds = {(): {0: 10.0, 2: 25.0}, ("GOMP_SPINCOUNT",): {0: 8.0, 2: 80.0}}
+
+    def scripted(s, variables, loops):
+        return {"run": seconds[tuple(variables)][loops], "step": None, "load": 0.0}
+
+    monkeypatch.setattr(busy, "measure", scripted)
+    words = ["--only", "chosen here; as OpenMP does", "--out", str(tmp_path / "busy.json")]
+    monkeypatch.setattr(sys, "argv", ["busy", *words])
+    busy.main()
+    rows = [line.strip("| ").split(" | ")[5:] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert rows == [["10", "25", "2.50x", "1.25x"], ["8", "80", "10.00x", "1.00x"]]
+
+
+def test_the_busy_loops_end_with_their_block():
+    with busy.busy(1):
+        (pid,) = [int(p.name) for p in Path("/proc").glob("[0-9]*") if is_loop(p)]
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def is_loop(process):
+    """Whether a directory of /proc is a loop that this process started."""
+    with contextlib.suppress(OSError):
+        words = (process / "cmdline").read_bytes()
+        parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
+        return b"while True: pass" in words and int(parent) == os.getpid()
