@@ -10,6 +10,7 @@ import jobs.waiting  # noqa: F401  # isort: skip  (before torch loads OpenMP)
 import dataclasses
 import hashlib
 import importlib
+import math
 import os
 import sys
 import textwrap
@@ -25,11 +26,13 @@ from evals.rewardbench import sections
 from evals.stats import estimate, win_rate
 from generate import load_model
 from hub.benchmarks import json_digest, write_rows
-from hub.weights import Weights, pinned
+from hub.tokenizer import refuse_other_ids
+from hub.weights import Weights, pinned, resolve
 from jobs import cli
 from jobs.cli import UserError, as_user_error, flag, parse, require, run
 from jobs.files import Store, read_json
 from losses import recipe
+from model import path_limit
 from pairs.layouts import number
 from pairs.read import Drops, read_pairs
 
@@ -173,6 +176,12 @@ def reward_scores(model, template, answers, pool="last", row_tokens=None, cache=
         if pad is not None:  # without the padding at their ends
             ids = [x[: np.flatnonzero(x != pad).max(initial=-1) + 1] for x in ids]
     pairs = list(zip(ids[: len(answers)], ids[len(answers) :], strict=True))
+    most = model.config.positions or math.inf
+    if long := sum(len(x) + len(y) > most for x, y in pairs):
+        told = (
+            f"{long} of {len(pairs)} dialogues are longer than the reward model's {most} positions"
+        )
+        print(f"{told}: scored whole, as transformers does without truncation", file=sys.stderr)
     # a score is kept by the tokens that it depends on, so equal answers are scored once
     keys = [hashlib.sha256(x.tobytes() + b"|" + y.tobytes()).hexdigest() for x, y in pairs]
     first = {key: n for n, key in enumerate(keys) if key not in known}
@@ -270,18 +279,20 @@ def evaluate_pairs(s):
     rules, every = readings(s)
     drops = Drops()
     rows = read_pairs(s.data, drops, s.limit, bad_rows=s.bad_rows, revision=s.data_revision)
+    directories = [resolve(s.model)]
+    if every.objective.uses_reference:
+        directories.append(resolve(s.ref, "--ref"))
+        refuse_other_ids(*directories, "--ref")
+    limit = path_limit(s.max_len, *directories)
     model, template = load_model(s.model, s.dtype, s.device)
-    limits = Limits(s.max_len, s.draft_cap, s.score_eos)
+    limits = Limits(limit, s.draft_cap, s.score_eos)
     dataset = Dataset(rows, template, every, limits, s.instruction, s.sep, shown=True)
     print(f"{s.data}: {len(rows)} pairs read, dropped: {drops}; scored: {dataset.report()}")
-    vocab = model.config.vocab
     sums, counts = pair_logps(model, dataset, every.paths, s.row_tokens, "policy")
     del model  # one model in memory at a time
     reference = {}
     if every.objective.uses_reference:
         other, _ = load_model(s.ref, s.dtype, s.device, name="--ref")
-        if other.config.vocab != vocab:  # the same ids would mean other texts
-            raise UserError(f"--ref {s.ref}: its vocabulary is not that of {s.model}")
         reference, _ = pair_logps(other, dataset, every.paths, s.row_tokens, "reference")
     results = {"model": s.model, "ref": s.ref, "loss": s.loss, "bridge": every.bridge}
     results |= {"hyper": every.hyper, "n": len(dataset)}

@@ -18,6 +18,7 @@ C head width, U slots in use, D width, V vocabulary, N candidates.
 """
 
 import jobs.waiting  # noqa: F401  # isort: skip  (before torch loads OpenMP)
+import math
 import os
 import sys
 from collections import Counter, deque
@@ -148,6 +149,7 @@ class Sequence:
     tag: object = None  # whatever the caller wants to find again
     answer: list = field(default_factory=list)  # ids, without the one that stopped it
     finished: bool = False  # it stopped by itself
+    room: float = 0  # tokens that the answer may have: --max_new_tokens, or positions that are left
 
     def __post_init__(self):
         self.rng = np.random.default_rng(self.seed)
@@ -159,7 +161,7 @@ class Sequence:
             self.answer.append(token)
             if self.on_token:
                 self.on_token(token)
-        return self.finished or len(self.answer) == sampling.max_new_tokens
+        return self.finished or len(self.answer) == self.room
 
 
 @torch.no_grad()
@@ -167,14 +169,22 @@ def complete(model, queue, sampling, batch=16):
     """Yields the Sequences of a deque as they end; the caller may append to it meanwhile.
 
     At most `batch` are at work. One that ends makes room for the next at once, so a long answer
-    holds up no other (continuous batching).
+    holds up no other (continuous batching). No answer goes beyond the positions of the model.
     """
+    positions = model.config.positions or math.inf
     cache, active = KVCache(model, batch), []  # row r of the cache belongs to active[r]
     while queue or active:
         while queue and len(active) < batch:  # one by one: a batch of prompts would need padding
-            active.append(queue.popleft())
+            seq = queue.popleft()
+            seq.room = min(sampling.max_new_tokens, positions - len(seq.prompt))
+            if seq.room < 1:
+                yield seq
+                continue
+            active.append(seq)
             if ids := active[-1].prompt[:-1]:  # the last token is the next step's
                 feed(model, cache, len(active) - 1, [ids], [list(range(len(ids)))])
+        if not active:
+            continue
         # every sequence is fed its last token, and draws the next
         last = [[(seq.answer or seq.prompt)[-1]] for seq in active]  # (B, 1)
         places = [[len(seq.prompt) + len(seq.answer) - 1] for seq in active]  # (B, 1)
@@ -330,12 +340,17 @@ class Answers:
     sampling: Sampling
     batch: int = 16
     on_token: object = None  # called with "draft" or "answer", and every token as it comes
+    beyond: bool = False  # whether an answer was cut where the model has no more positions
 
     def __call__(self, dialogues):
         """Yields (number, row {prompt, answer, [draft,] finished, …}) as Dialogues end."""
-        queue = deque(self.sequence(dialogue) for dialogue in dialogues)
+        queue, most = deque(map(self.sequence, dialogues)), self.model.config.positions or math.inf
+        if long := [seq for seq in queue if len(seq.prompt) >= most]:
+            fault = f"prompt {long[0].seed[1] + 1} has {len(long[0].prompt)} tokens"
+            raise UserError(f"{fault}, and the model {most} positions; shorten it")
         for seq in complete(self.model, queue, self.sampling, self.batch):
             stage, dialogue = seq.tag
+            self.beyond |= not seq.finished and seq.room < self.sampling.max_new_tokens
             if dialogue.take(self.template.decode(seq.answer), seq.finished):
                 yield dialogue.number, dialogue.row
             else:
@@ -543,6 +558,8 @@ def produce(s, asks, numbers, store, settings):
     if stream:
         stream.close()
     for fault, count in faults.items():
+        if "cut" in fault and not s.endpoint and answers.beyond:
+            fault += f" or the model's {answers.model.config.positions} positions"
         if count:
             print(f"{count} answers {fault}", file=sys.stderr)
     if s.endpoint and answers.refused:

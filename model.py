@@ -15,10 +15,11 @@ heads, C head width, R of it rotate, U keys, F feed-forward width, V vocabulary.
 """
 
 import importlib
+import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,6 +51,7 @@ class Config:
     tied: bool  # the head is the embedding
     head: str  # "logps": a language model; "reward": a scalar score
     windows: tuple  # per layer: sliding window in tokens, or None
+    positions: int | None = None  # that the model was made for; None: not said
     qkv_bias: bool = False
     out_bias: bool = False
     scale: float | None = None  # of the attention scores; None: 1 / sqrt(head_width)
@@ -451,6 +453,7 @@ def config_of(raw, where="config.json"):
             "tied": bool(raw.get("tie_word_embeddings", False)),
             "windows": (None,) * n_layers,
         } | family.read(raw)
+        values["positions"] = raw.positions(values["rope"])
         if family.stem:
             values["head"] = read_head(raw, classes[0] or f"{family.stem}ForCausalLM")
     except (TypeError, ValueError) as error:  # text or a list where a number is expected, …
@@ -489,6 +492,36 @@ def read_config(directory):
     return raw, config_of(raw, str(file))
 
 
+def path_limit(max_len, *directories, most=4096):
+    """--max_len: None is `most`, or as many tokens as these models have positions for.
+
+    UserError for more than that: what a model computes at positions that it never saw is noise.
+    """
+    for directory in directories:
+        positions = read_config(directory)[1].positions or math.inf
+        most = min(most, positions)
+        if max_len is not None and max_len > positions:
+            fault = f"{directory} was made for {positions} positions"
+            cure = "lower --max_len, or let config.json say how rope_scaling stretches them"
+            raise UserError(f"--max_len {max_len}: {fault} (max_position_embeddings); {cure}")
+    return most if max_len is None else max_len
+
+
+def outline(directory, head=None, flag="--model", new_head=False):
+    """Transformer on the meta device, shapes without memory; UserError where the files differ.
+
+    head: "logps" or "reward", if it must be one of these; new_head: a reward head may be new.
+    """
+    _, config = read_config(directory)
+    if head not in (None, config.head) and (head == "logps" or not new_head):
+        kinds = {"logps": "a language model", "reward": "a reward model"}
+        raise UserError(f"{flag} {directory} is {kinds[config.head]}; {kinds[head]} is needed")
+    with torch.device("meta"):  # no random weights are drawn to be overwritten
+        model = Transformer(replace(config, head=head or config.head))
+    load_weights(model, directory, lambda p: (torch.empty(0, *p.shape[1:]), slice(0, 0)))
+    return model
+
+
 def load(directory, dtype=torch.float32, device="cpu", head=None, flag="--model"):
     """HF directory or hub id -> Transformer in eval mode, without gradients; `.directory` is where.
 
@@ -503,12 +536,7 @@ def load(directory, dtype=torch.float32, device="cpu", head=None, flag="--model"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # each of torchrun's its own
     dtype = dtype or ("bf16" if torch.device(device).type == "cuda" else "fp32")
     directory = resolve(directory, flag)
-    _, config = read_config(directory)
-    if head not in (None, config.head):
-        kinds = {"logps": "a language model", "reward": "a reward model"}
-        raise UserError(f"{flag} {directory} is {kinds[config.head]}; {kinds[head]} is needed")
-    with torch.device("meta"):  # shapes only: no random weights are drawn to be overwritten
-        model = Transformer(config)
+    model = outline(directory, head, flag)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(dtype, dtype)
     model = model.to(dtype).to_empty(device=device)
     model.directory = directory

@@ -29,13 +29,14 @@ import losses
 from data import Dataset, Limits, Plan, build_row, pack, plain_paths
 from hub import weights
 from hub.template import Template
+from hub.tokenizer import refuse_other_ids
 from jobs import checkpoint, cli, processes, rundir
 from jobs.cli import UserError, as_user_error, flag, parse, progress, run
 from jobs.files import ASSETS, written_whole
 from jobs.processes import Ranks, Stopped
 from kernels import chains, detached, flex
 from losses import unique
-from model import Transformer, export, load_weights, read_config
+from model import export, load_weights, outline, path_limit, read_config
 from pairs.cleaning import CleaningFlags, clean
 from pairs.read import Drops, hold_out, parse_sources, read_pairs
 from pairs.token_cache import cache_key, cached
@@ -43,7 +44,7 @@ from pairs.token_cache import cache_key, cached
 # ----------------------------------------------------------------------------- flags
 
 # InSPO D.1, where a flag is not given; the embedded default brings its own.
-PAPER = {"lr": 5e-7, "batch": 128, "epochs": 3.0, "max_len": 4096}
+PAPER = {"lr": 5e-7, "batch": 128, "epochs": 3.0}  # and 4,096 tokens, if the model has positions
 EMBEDDED = {"lr": 3e-4, "batch": 32, "steps": 60, "max_len": 256}
 
 
@@ -61,7 +62,7 @@ class TrainFlags(cli.RunFlags, CleaningFlags, cli.PathFlags, cli.DataFlags, cli.
     steps: int | None = flag(None, "optimizer steps; default: by --epochs")
     epochs: float | None = flag(None, "passes over the data (default 3)")
     batch: int | None = flag(None, "pairs per optimizer step, over all ranks (default 128)")
-    max_len: int | None = flag(None, "tokens of every single path (default 4096)")
+    max_len: int | None = flag(None, "tokens of a path; default: 4096, or the model's positions")
     lr: float | None = flag(None, "peak learning rate (default 5e-7)")
     warmup: float = flag(0.1, "share of the steps with rising learning rate")
     final_lr: float = flag(0.1, "share of the peak that the cosine ends at")
@@ -205,6 +206,11 @@ def fit(s, ranks, recipe):
     """Set up, train, export."""
     source = fetch(ranks, s.model, "--model")
     reference_source = fetch(ranks, s.ref_model, "--ref_model") if s.ref_model else source
+    outline(source, recipe.objective.head, new_head=True)  # what is wrong with it is told now
+    if reference_source != source:
+        outline(reference_source, "logps", "--ref_model")
+        refuse_other_ids(source, reference_source, "--ref_model")
+    s = dataclasses.replace(s, max_len=path_limit(s.max_len, source, reference_source))
     template = Template(source)
     if template.fallback:
         ranks.say(f"{s.model} has no chat template: using the plain one of hub/template.py")
@@ -252,12 +258,7 @@ def build_model(s, ranks, source, head):
 
     So that an 8B model loads without any rank ever holding 8B.
     """
-    _, config = read_config(source)
-    if head == "logps" and config.head != head:
-        fault = f"--model {source} is a reward model"
-        raise UserError(f"{fault}; --loss {s.loss} needs a language model")
-    with torch.device("meta"):  # shapes without memory
-        model = Transformer(dataclasses.replace(config, head=head))
+    model = outline(source, head, new_head=True)
     model.attend = (flex if s.attention == "flex" else chains).attend
     if not s.context_grad:  # an inexact gradient (InSPO D.5)
         model.states = detached.states

@@ -20,6 +20,7 @@ from bench.measuring import Flops, held_gib, synchronize
 from data import Plan
 from hub.template import Template
 from jobs.processes import Ranks, peak_memory
+from model import path_limit
 from train import Run, TrainFlags, build_model, fit_to_data, load_data, resolve_flags
 
 IMPORTED = time.perf_counter()
@@ -80,6 +81,7 @@ def set_up(s, ranks, clock):
     """What train.fit does before its loop -> train.Run."""
     recipe = losses.recipe(s.loss, s.condition, s.bridge, s.reference)
     with clock.stage("template"):
+        s = dataclasses.replace(s, max_len=path_limit(s.max_len, s.model))
         template = Template(s.model)
     with clock.stage("data"):
         sets, _ = load_data(s, template, recipe, ranks)

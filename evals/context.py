@@ -26,6 +26,7 @@ from evals.results import save_results, table
 from evals.stats import estimate
 from generate import load_model
 from jobs.cli import DataFlags, ModelFlags, ResultFlags, UserError, flag, progress, require
+from model import path_limit
 from pairs.read import Drops, read_pairs
 
 
@@ -101,7 +102,7 @@ def view_of(columns, i):
 
 @dataclass(frozen=True)
 class AnalysisFlags(ModelFlags, DataFlags, ResultFlags):
-    max_len: int = flag(2048, "tokens of every single path; longer pairs are left out")
+    max_len: int | None = flag(None, "longest path; default: 2048, or the model's positions")
     out: str | None = flag(None, "json file for the numbers; a figure goes beside it as png")
 
 
@@ -109,7 +110,8 @@ def open_views(s, template, contexts):
     """Reads --data, says what was left out -> Views."""
     drops = Drops()
     pairs = read_pairs(s.data, drops, s.limit, bad_rows=s.bad_rows, revision=s.data_revision)
-    views = Views(pairs, template, contexts, s.max_len)
+    limit = path_limit(s.max_len, template.directory, most=2048)
+    views = Views(pairs, template, contexts, limit)
     told = f"compared: {len(views)} pairs, dropped: {views.drops}"
     print(f"{s.data}: {len(pairs)} pairs read, dropped: {drops}; {told}")
     return views

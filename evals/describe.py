@@ -19,6 +19,7 @@ from hub.weights import resolve
 from jobs.cli import CheckpointFlags, DataFlags, PathFlags, as_user_error, flag, require
 from kernels import chains
 from losses import CONDITIONS, recipe
+from model import path_limit
 from pairs.cleaning import CleaningFlags, clean
 from pairs.read import Drops, read_pairs
 
@@ -42,6 +43,7 @@ def describe(s):
     """Tell what a training run would make of its data, before it costs a GPU."""
     require(s, "model", "data")
     picture = s.out and figure_file(s.out)
+    s = dataclasses.replace(s, max_len=path_limit(s.max_len, resolve(s.model)))
     figures, lengths = figures_of(s)
     print(f"{s.data} as {s.loss} would train {s.model} on it\n")
     lost = sum(rule["pairs"] for rule in figures["dropped"].values())

@@ -35,19 +35,50 @@ def pinned(s):
 
 
 def resolve(source, flag="--model"):
-    """A local directory, or a hub id or ID@REVISION, which is downloaded -> Path."""
-    if Path(source).is_dir():
+    """A local directory, or a hub id or ID@REVISION, which is downloaded -> Path.
+
+    UserError for what is no model directory but something near to one, with the way out.
+    """
+    if Path(source).exists():
+        refuse_other_kinds(Path(source), flag)
         return Path(source)
     if not (found := re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(source))):
         raise UserError(f"{flag} {source}: no such directory")
     try:
         name, revision = found.groups()
         wanted = {"allow_patterns": ["*.safetensors", "*.json", "*.jinja"], "revision": revision}
-        return Path(huggingface_hub.snapshot_download(name, **wanted))
+        found = Path(huggingface_hub.snapshot_download(name, **wanted))
     except Exception as error:  # the hub client raises some twenty kinds; all mean: not reachable
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         fault = f"no such directory, and the hub did not serve it: {reason}"
         raise UserError(f"{flag} {source}: {fault}") from error
+    refuse_other_kinds(found, flag)
+    return found
+
+
+def refuse_other_kinds(path, flag):
+    """UserError for an adapter, a GGUF, a run directory, a checkpoint or a single file."""
+    config, adapter = path / "config.json", path / "adapter_config.json"
+    inner = [file.parent for file in path.glob("*/config.json")]
+    inner = sorted([*inner, *(file.parent for file in path.glob("snapshots/*/config.json"))])
+    if adapter.exists():  # also beside whole weights: transformers would add it to its base
+        base = read_json(adapter).get("base_model_name_or_path")
+        fault = f"an adapter (LoRA) of {base}, not a whole model; merge it: "
+        fault += "peft's AutoPeftModelForCausalLM.from_pretrained, merge_and_unload, "
+        fault += "save_pretrained, and copy the tokenizer's files beside the weights"
+    elif path.suffix == ".gguf" or not config.exists() and any(path.glob("*.gguf")):
+        fault = "a GGUF, quantised for llama.cpp; take the safetensors that it was made from"
+    elif path.is_file():
+        fault = "a file; give the directory that holds config.json and *.safetensors"
+    elif (path / "state.json").exists() and any(path.glob("rank-*.safetensors")):
+        fault = "a checkpoint of train.py, to --resume from; models are OUT/final and OUT/best"
+    elif config.exists() and "settings" in read_json(config) or not config.exists() and inner:
+        named = [d for d in inner if d.name in ("final", "best")][::-1] or inner
+        cure = f"its models: {', '.join(map(str, named))}" if named else "it has no model yet"
+        fault = f"a folder around models, as a run of train.py makes it; {cure}"
+    else:
+        return
+    raise UserError(f"{flag} {path} is {fault}")
 
 
 class ConfigFields:
@@ -108,6 +139,19 @@ class ConfigFields:
             if rope[name] and (name != "partial_rotary_factor" or share == 1 != rope[name]):
                 self.refuse(f"rope_parameters: {name}", rope[name])
         return rope | {"partial_rotary_factor": rope["partial_rotary_factor"] or share}
+
+    def positions(self, rope):
+        """How many positions the model was made for, or None where it does not say.
+
+        Linear scaling (and yarn, dynamic) stretches what max_position_embeddings says, unless it
+        names another original; llama3's says what came of it. As vLLM reads it.
+        """
+        if (said := self.get("max_position_embeddings")) is None:
+            return None
+        said = self.size("max_position_embeddings")
+        if rope["rope_type"] in ("default", "llama3"):
+            return said
+        return max(said, int(rope.get("original_max_position_embeddings", said) * rope["factor"]))
 
     def refuse(self, name, value, cure=""):
         raise UserError(f"{self.where}: {name} {value!r} is not supported{cure}")

@@ -178,7 +178,7 @@ class PathFlags(InstructionFlags):
 
     bridge: str | None = flag(None, "what joins a context answer to its surroundings: sep, turn")
     sep: str | None = flag(None, "InSPO's separator; default: a reserved token, else a blank line")
-    max_len: int | None = flag(4096, "tokens of every single path")
+    max_len: int | None = flag(None, "tokens of a path; default: 4096, or the model's positions")
     draft_cap: float = flag(0.4, "share of max_len that a rejected context answer may take")
     score_eos: bool = flag(True, "score the end token too, and count it")
     row_tokens: int | None = flag(None, "tokens per row; default: 8192 on CUDA, else 2048")

@@ -338,6 +338,36 @@ def test_best_and_worst_become_pairs(reward_dir, command, tmp_path):
     assert status == 2 and "no pair; generate.py --n K gives K answers per question" in error
 
 
+def test_dialogues_beyond_the_reward_models_positions_are_scored_whole_and_counted(
+    command, reward_dir, files, tmp_path
+):
+    """As transformers scores them: the rotary angles go on."""
+    short = write_model(tmp_path / "rm", tiny.REWARD | {"max_position_embeddings": 60})
+    longer = write_rows(tmp_path / "long.jsonl", [{"prompt": "a", "answer": "b" * 60}])
+    found = {}
+    for model in (reward_dir, short):
+        words = ["--model", model, "--answers", longer, "--out", tmp_path / "out.json"]
+        _, error, status = command("reward", *words)
+        found[model] = json.loads((tmp_path / "out.json").read_text())["answers"]["scores"]
+        told = "1 of 1 dialogues are longer than the reward model's 60 positions: scored whole"
+        assert status == 0 and (told in error) == (model == short)
+    assert found[short] == found[reward_dir]
+
+
+def test_a_reference_of_other_tokens_is_told_before_anything_is_scored(
+    command, tiny_model_dir, pairs_file, tmp_path
+):
+    other = write_model(tmp_path / "other", tiny.LLAMA | {"max_position_embeddings": 100})
+    words = ["pairs", "--model", tiny_model_dir, "--ref", other, "--data", pairs_file]
+    _, error, status = command(*words, "--max_len", 101)
+    assert status == 2 and f"--max_len 101: {other} was made for 100 positions" in error
+    file = other / "tokenizer.json"
+    file.write_text(file.read_text().replace("<|endoftext|>", "<|pad|>"))
+    _, error, status = command(*words)
+    assert status == 2 and error.count("\n") == 1
+    assert f"--ref {other}: '<|endoftext|>' has id None, not 256" in error
+
+
 def test_scores_that_are_no_number_are_counted(reward_dir, files, command, monkeypatch, tmp_path):
     monkeypatch.setattr(
         evaluate, "reward_scores", lambda *a: np.array([1, np.nan, 3, np.inf, 5] * 2)

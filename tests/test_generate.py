@@ -293,3 +293,22 @@ def test_a_reward_model_does_not_answer(tmp_path, command, capsys):
     with pytest.raises(SystemExit):
         command("--model", reward, "--prompt", "a")
     assert "is a reward model; a language model is needed" in capsys.readouterr().err
+
+
+def test_answers_end_at_the_models_positions_and_a_prompt_beyond_them_is_named(
+    tmp_path, command, capsys
+):
+    model = write_model(tmp_path / "short", tiny.LLAMA | {"max_position_embeddings": 60})
+    short = ["--model", model, "--data", command.data, "--max_new_tokens", 100]
+    for mode in ("plain", "refine"):  # which asks once more, and has no room for it
+        command(*short, "--mode", mode, "--out", tmp_path / mode)
+        told = " answers were cut at --max_new_tokens or the model's 60 positions"
+        assert told in capsys.readouterr().err
+        cut = [len(row["answer"]) for row in read_rows(tmp_path / mode) if not row["finished"]]
+        assert cut and (max(cut) <= 60 - 30) and (min(cut) > 0) == (mode == "plain")
+    command.data.write_text('{"prompt": "a"}\n{"prompt": "' + 60 * "b" + '"}\n')
+    with pytest.raises(SystemExit) as stop:
+        command(*short)
+    told = capsys.readouterr()
+    assert stop.value.code == 2 and told.out == "" and told.err.count("\n") == 1
+    assert "prompt 2 has 79 tokens, and the model 60 positions" in told.err

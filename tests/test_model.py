@@ -13,7 +13,7 @@ import model as model_file
 from conftest import write_model
 from data import build_row, lay_out
 from jobs.cli import UserError
-from model import ScoredLogps, config_of, hf_name, load
+from model import ScoredLogps, config_of, hf_name, load, path_limit
 
 
 def new_spelling(config):
@@ -246,3 +246,37 @@ def test_a_reward_head_scores_each_answer_as_transformers_does(family, tmp_path)
     assert found.dtype == torch.float32
     assert torch.allclose(found, expected, atol=1e-5)
     assert (expected[0] - expected[1]).abs() > 1e-3
+
+
+# ----------------------------------------------------------------------------- positions
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 1024}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes, positions",
+    [
+        ({}, 2048),
+        ({"max_position_embeddings": None}, None),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 8192),  # LongChat, Vicuna 16k
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0,
+                           "original_max_position_embeddings": 512}}, 2048),
+        ({"rope_scaling": LLAMA3}, 2048),  # Llama 3.1: what it says is what came of the scaling
+        ({"rope_scaling": {"rope_type": "default"}}, 2048),
+    ],
+)  # fmt: skip
+def test_positions_are_those_of_config_json_stretched_by_its_scaling(changes, positions):
+    assert config_of(tiny.LLAMA | changes).positions == positions
+
+
+def test_max_len_is_at_most_the_positions(tmp_path):
+    """By itself; more by hand is refused, whichever of the models has too few."""
+    long, short = tmp_path / "long", tmp_path / "short"
+    tiny.build(long, tiny.LLAMA | {"max_position_embeddings": 10**6})
+    tiny.build(short, tiny.LLAMA | {"max_position_embeddings": 64})
+    assert path_limit(None, long) == 4096 and path_limit(None, long, short) == 64
+    assert path_limit(None, long, most=100) == 100 and path_limit(5000, long) == 5000
+    assert path_limit(64, short) == 64
+    with pytest.raises(UserError, match=f"--max_len 65: {short} was made for 64 positions"):
+        path_limit(65, long, short)

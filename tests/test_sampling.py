@@ -219,3 +219,12 @@ def test_tokens_are_heard_as_they_come(model):
     sequences = list(queue)
     list(complete(model, queue, GREEDY))
     assert heard == [seq.answer for seq in sequences] == sample(model, prompts([4, 9]), GREEDY)
+
+
+def test_no_answer_goes_beyond_the_models_positions(tmp_path):
+    """An answer ends there, unfinished; a prompt that leaves no room has none."""
+    model = load(tiny.build(tmp_path, tiny.LLAMA | {"max_position_embeddings": 12}))
+    queue = deque(Sequence(ids, tag=len(ids)) for ids in prompts([4, 11, 12, 13, 2]))
+    found = {seq.tag: seq for seq in complete(model, queue, GREEDY._replace(max_new_tokens=9), 2)}
+    assert {n: len(seq.answer) for n, seq in found.items()} == {4: 8, 11: 1, 12: 0, 13: 0, 2: 9}
+    assert not any(seq.finished for seq in found.values())

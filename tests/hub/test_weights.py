@@ -334,6 +334,72 @@ def test_the_digest_changes_with_the_weights_alone(tiny_model_dir, broken):
     assert weights.Weights(broken).digest() != before
 
 
+# ----------------------------------------------------------------------------- other kinds
+
+
+def write_adapter(directory, **base):
+    write_json(directory / "adapter_config.json", {"peft_type": "LORA"} | base)
+
+
+def write_run(directory, *models):
+    write_json(directory / "config.json", {"settings": {}, "versions": {}})
+    for name in models:
+        (directory / name).mkdir()
+        write_json(directory / name / "config.json", tiny.LLAMA)
+
+
+def write_checkpoint(directory):
+    write_json(directory / "state.json", {"step": 3})
+    (directory / "rank-0.safetensors").write_bytes(b"")
+
+
+def write_snapshot(directory):
+    (directory / "snapshots" / "0a1b").mkdir(parents=True)
+    write_json(directory / "snapshots" / "0a1b" / "config.json", tiny.LLAMA)
+
+
+OTHER_KINDS = {  # what a directory holds -> what is told
+    "an adapter": (
+        lambda d: write_adapter(d, base_model_name_or_path="some/base"),
+        r"an adapter \(LoRA\) of some/base.*merge_and_unload",
+    ),
+    "an adapter beside a model": (
+        lambda d: (write_adapter(d), write_json(d / "config.json", tiny.LLAMA)),
+        "an adapter",
+    ),
+    "a gguf": (lambda d: (d / "model-q4.gguf").write_bytes(b"GGUF"), "a GGUF.*safetensors"),
+    "a run": (lambda d: write_run(d, "best", "final"), "a folder.*its models: .*/final, .*/best$"),
+    "a run with its best alone": (lambda d: write_run(d, "best"), "a folder.*its models: .*/best$"),
+    "a run that has not ended": (write_run, "a folder.*it has no model yet"),
+    "a checkpoint": (write_checkpoint, "a checkpoint of train.py, to --resume from"),
+    "the hub's cache": (write_snapshot, "a folder.*its models: .*/snapshots/0a1b$"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_what_is_near_to_a_model_is_named_with_the_way_out(kind, tmp_path):
+    write, told = OTHER_KINDS[kind]
+    write(tmp_path)
+    with pytest.raises(UserError, match=f"^--ref_model {tmp_path} is {told}") as caught:
+        weights.resolve(tmp_path, "--ref_model")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_of_the_hub_is_named_too(tmp_path, monkeypatch):
+    write_adapter(tmp_path, base_model_name_or_path="some/base")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(tmp_path))
+    with pytest.raises(UserError, match="an adapter"):
+        weights.resolve("someone/an-adapter")
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "model.safetensors"])
+def test_a_file_is_no_model_directory(name, tmp_path):
+    (tmp_path / name).write_bytes(b"")
+    told = "is a GGUF" if name == "model.gguf" else "is a file; give the directory"
+    with pytest.raises(UserError, match=told):
+        weights.resolve(tmp_path / name)
+
+
 # ----------------------------------------------------------------------------- hub ids
 
 

@@ -8,11 +8,12 @@ import tiny
 import torch
 from runs import argv, command, lines, losses, train_here
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train
 from conftest import PAIRS, write_model
 from jobs import checkpoint
+from jobs.files import write_json
 
 
 @pytest.fixture
@@ -52,13 +53,81 @@ def test_mistakes_in_the_data(flags, mistake, tmp_path):
 def test_mistakes_in_the_model(flags, mistake, tmp_path, tiny_model_dir):
     assert "--model nowhere: no such directory" in mistake(flags | {"model": "nowhere"})
     copy = shutil.copytree(tiny_model_dir, tmp_path / "copy")
-    (copy / "model.safetensors").unlink()
-    assert "no model.safetensors; weights must be" in mistake(flags | {"model": copy})
     (copy / "tokenizer.json").unlink()
-    flags |= {"out": tmp_path / "another"}
     assert "no tokenizer.json" in mistake(flags | {"model": copy})
+    (copy / "model.safetensors").unlink()
+    flags |= {"out": tmp_path / "another"}
+    assert "no model.safetensors; weights must be" in mistake(flags | {"model": copy})
     ref = {"ref_model": "nowhere", "loss": "dpo"}
     assert "--ref_model nowhere: no such directory" in mistake(flags | ref)
+
+
+@pytest.fixture
+def no_data(monkeypatch):
+    def read(*args):
+        raise AssertionError("data is read before the models are looked through")
+
+    monkeypatch.setattr(train, "load_data", read)
+
+
+def test_models_are_looked_through_before_data_is_read(flags, mistake, tmp_path, no_data):
+    """The policy and the reference: what they are, their files, their tokens, their positions."""
+    model = flags["model"]
+
+    def other(name, change):
+        copy = shutil.copytree(model, tmp_path / name)
+        change(copy)
+        return copy
+
+    def without(copy):
+        (copy / "model.safetensors").unlink()
+        torch.save({}, copy / "pytorch_model.bin")
+
+    def cut(copy):
+        tensors = load_file(copy / "model.safetensors")
+        tensors["model.norm.weight"] = tensors["model.norm.weight"][:9].clone()
+        save_file(tensors, copy / "model.safetensors")
+
+    def adapter(copy):
+        write_json(copy / "adapter_config.json", {"base_model_name_or_path": "x"})
+
+    def renamed(copy):
+        file = copy / "tokenizer.json"
+        file.write_text(file.read_text().replace("<|endoftext|>", "<|pad|>"))
+
+    def smaller(copy):
+        shutil.rmtree(copy)
+        write_model(copy, tiny.LLAMA | {"vocab_size": 258})
+
+    told = {
+        "pytorch_model.bin is a pickle": other("pickle", without),
+        "model.norm.weight is (9,), expected (32,)": other("cut", cut),
+        "is an adapter (LoRA) of x": other("adapter", adapter),
+    }
+    for fault, copy in told.items():
+        assert fault in mistake(flags | {"model": copy})
+        assert fault in mistake(flags | {"ref_model": copy, "loss": "dpo"})
+    reward = write_model(tmp_path / "reward", tiny.REWARD)
+    told = mistake(flags | {"ref_model": reward, "loss": "dpo"})
+    assert f"--ref_model {reward} is a reward model" in told
+    told = mistake(flags | {"ref_model": other("renamed", renamed), "loss": "dpo"})
+    assert "renamed: '<|endoftext|>' has id None, not 256" in told
+    told = mistake(flags | {"ref_model": other("smaller", smaller), "loss": "dpo"})
+    assert "smaller: it has 258 embeddings, not 260" in told
+    (tmp_path / "smaller" / "tokenizer.json").unlink()
+    told = mistake(flags | {"ref_model": tmp_path / "smaller", "loss": "dpo"})
+    assert "its vocabulary has 258 tokens, not 260" in told
+    told = mistake(flags | {"max_len": 2049})
+    assert f"--max_len 2049: {model} was made for 2048 positions" in told
+
+
+def test_max_len_is_the_positions_of_the_model_by_default(flags, tmp_path):
+    """Of the one that has fewer; and every path of the data holds to it."""
+    short = write_model(tmp_path / "short", tiny.LLAMA | {"max_position_embeddings": 80})
+    flags = {k: v for k, v in flags.items() if k != "max_len"} | {"loss": "dpo", "steps": 1}
+    train_here(flags | {"ref_model": short})
+    settings = json.loads((flags["out"] / "config.json").read_text())["settings"]
+    assert settings["max_len"] == 80
 
 
 def test_a_failed_start_can_be_corrected_in_the_same_out(flags, mistake, no_plots, tmp_path):
