@@ -1,14 +1,27 @@
 """Compares training runs: `python evaluate.py runs OUT1 OUT2 …`.
 
 Draws the curves of their metrics.jsonl over each other, and tabulates where each of them ended.
+Runs whose config.json differs in the seed alone are one group: its mean, and the standard
+deviation of one seed. Against the first group, every other one is paired seed by seed (a seed
+decides the order of the pairs and the hold-out, which then are the same), with a 95% t-interval.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from evals.results import markdown_table, out_file
+from evals.stats import t_interval
 from jobs.cli import UserError, flag
+from jobs.files import read_json
 from jobs.rundir import draw, read_metrics
+
+# Runs of one group may differ in chance, in place and in what changes no number
+NOT_COMPARED = ("seed", "out", "resume", "save_every", "keep", "device", "offload", "shard_group",
+                "checkpoint_activations", "log", "row_tokens", "eval_pairs")  # fmt: skip
+MEASURES_OF_A_SEED = ("best eval loss", "its accuracy", "its plain accuracy", "its plain margin")
 
 
 @dataclass(frozen=True)
@@ -18,25 +31,76 @@ class RunsFlags:
 
 
 def runs(s):
-    """Draw training runs over each other, and print where each of them ended."""
+    """Draw training runs over each other, and print where each of them ended, by seed too."""
     if not s.runs:
         raise UserError("runs: name the run directories, OUT1 OUT2 …")
     lines = {str(Path(run)): read_metrics(Path(run) / "metrics.jsonl") for run in s.runs}
-    rows = [{"run": name} | ends(of) for name, of in lines.items()]
+    found = {name: ends(of) for name, of in lines.items()}
+    rows = [{"run": name} | {k: in_words(v) for k, v in of.items()} for name, of in found.items()]
     print("\n".join(markdown_table(rows[0], [row.values() for row in rows])))
+    groups = by_seed(found)
+    if any(len(seeds) > 1 for seeds in groups.values()):
+        print_seeds(groups)
     with out_file(s.out):
         draw(lines, s.out)
     print(f"drawn: {s.out}")
 
 
+def by_seed(found):
+    """{run: its ends} -> {group: {seed: ends}}; a group is named by the settings that set it apart.
+
+    Runs without a config.json belong to none.
+    """
+    keys, groups = {}, {}
+    for run in found:
+        settings = read_json(Path(run) / "config.json").get("settings") or {}
+        if "seed" in settings:
+            method = {k: v for k, v in settings.items() if k not in NOT_COMPARED}
+            keys[run] = method, settings["seed"]
+    every = [method for method, _ in keys.values()]
+    names = [k for k in dict.fromkeys(k for method in every for k in method)
+             if len({json.dumps(method.get(k)) for method in every}) > 1]  # fmt: skip
+    for run, (method, seed) in keys.items():
+        group = ", ".join(f"{k} {method.get(k)}" for k in names) or f"loss {method.get('loss')}"
+        if seed in groups.setdefault(group, {}):
+            print(f"{run}: {group}, seed {seed} is there already; left out of the groups")
+        groups[group].setdefault(seed, found[run])
+    return groups
+
+
+def print_seeds(groups):
+    """Prints mean and spread of every group, and its paired differences from the first group."""
+    every = [of for seeds in groups.values() for of in seeds.values()]
+    names = [m for m in MEASURES_OF_A_SEED if all(of[m] is not None for of in every)]
+    values = {group: {seed: np.array([of[m] for m in names]) for seed, of in seeds.items()}
+              for group, seeds in groups.items()}  # fmt: skip
+    rows = []
+    for group, seeds in values.items():
+        columns = np.array(list(seeds.values())).T  # (measures, seeds)
+        cells = [f"{of.mean():.4f}" for of in columns]
+        if len(seeds) > 1:
+            cells = [f"{of.mean():.4f} ± {of.std(ddof=1):.4f}" for of in columns]
+        rows.append([group, str(len(seeds)), *cells])
+    print("\n" + "\n".join(markdown_table(["group", "seeds", *names], rows)))
+    first, *others = values
+    for group in others:
+        shared = [seed for seed in values[group] if seed in values[first]]
+        gaps = {seed: values[group][seed] - values[first][seed] for seed in shared}
+        rows = [[f"seed {seed}", *(f"{v:+.4f}" for v in gap)] for seed, gap in gaps.items()]
+        if len(gaps) > 1:
+            means = map(t_interval, np.array(list(gaps.values())).T)  # of (measures, seeds)
+            rows.append(["mean [95%]", *(f"{mean:+.4f}" for mean in means)])
+        print("\n" + "\n".join(markdown_table([f"{group} less {first}", *names], rows)))
+
+
 def ends(lines):
-    """{column: text} of a run: its last step, best validation after the start, mean speed."""
+    """{column: number or None} of a run: last step, best validation after the start, mean speed."""
     steps = [x for x in lines if "loss" in x]
     evals = [x for x in lines if "eval_loss" in x and x["step"] > 0]
     last = steps[-1] if steps else {}
     best = min(evals, key=lambda x: x["eval_loss"], default={})
     seconds = sum(x["seconds"] for x in steps)
-    found = {
+    return {
         "steps": last.get("step"),
         "loss": last.get("loss"),
         "grad norm": last.get("grad_norm"),
@@ -47,5 +111,7 @@ def ends(lines):
         "its plain margin": best.get("eval_plain_margin"),
         "pairs/s": sum(x["pairs"] for x in steps) / seconds if seconds else None,
     }
-    forms = {int: "{}", float: "{:.4f}", type(None): "-"}
-    return {name: forms[type(value)].format(value) for name, value in found.items()}
+
+
+def in_words(value):
+    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
