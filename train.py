@@ -48,6 +48,9 @@ PAPER = {"lr": 5e-7, "batch": 128, "epochs": 3.0}  # and 4,096 tokens, if the mo
 EMBEDDED = {"lr": 3e-4, "batch": 32, "steps": 60, "max_len": 256}
 
 
+SCHEDULES = ("cosine", "linear", "constant")
+
+
 @dataclass(frozen=True)
 class TrainFlags(cli.RunFlags, CleaningFlags, cli.PathFlags, cli.DataFlags, cli.ModelFlags):
     """Every flag. None: decided by the objective, the data or the device, and then printed."""
@@ -64,7 +67,8 @@ class TrainFlags(cli.RunFlags, CleaningFlags, cli.PathFlags, cli.DataFlags, cli.
     batch: int | None = flag(None, "pairs per optimizer step, over all ranks (default 128)")
     max_len: int | None = flag(None, "tokens of a path; default: 4096, or the model's positions")
     lr: float | None = flag(None, "peak learning rate (default 5e-7)")
-    warmup: float = flag(0.1, "share of the steps with rising learning rate")
+    warmup: float = flag(0.1, "share of the steps with rising learning rate; 0: none")
+    schedule: str = flag("cosine", "of the rate after it; linear ends at 0", SCHEDULES)
     final_lr: float = flag(0.1, "share of the peak that the cosine ends at")
     weight_decay: float = flag(0.01, "AdamW weight decay")
     clip: float = flag(1.0, "largest gradient norm")
@@ -409,12 +413,16 @@ class Run:
     # -- one optimizer step
 
     def learning_rate(self, step):
-        """Linear warm-up from 1e-8, then cosine to final_lr times the peak (InSPO D.1)."""
-        s, warm = self.s, max(1, round(self.s.warmup * self.plan.steps))
+        """Linear warm-up from 1e-8, then a cosine to final_lr times the peak (InSPO D.1).
+
+        Or, by --schedule, linear to 0 behind the last step (TRL's default, IFSR's), or constant.
+        """
+        s, warm = self.s, round(self.s.warmup * self.plan.steps)
         if step < warm:
             return 1e-8 + (s.lr - 1e-8) * step / warm
-        done = (step - warm) / max(1, self.plan.steps - warm)  # share of the cosine, 0 to 1
-        return s.lr * (s.final_lr + (1 - s.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
+        done = (step - warm) / max(1, self.plan.steps - warm)  # share of the schedule, 0 to 1
+        cosine = s.final_lr + (1 - s.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
+        return s.lr * {"cosine": cosine, "linear": 1 - done, "constant": 1.0}[s.schedule]
 
     def step(self, step, stopping):
         """One optimizer step on the plan's pairs. Returns (metrics, whether any rank must stop)."""

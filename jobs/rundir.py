@@ -80,7 +80,7 @@ def show(s, ranks, recipe, plan):
         f"{recipe.name}: condition {recipe.condition}, bridge {recipe.bridge}, "
         f"reference {recipe.reference if recipe.objective.uses_reference else 'none'}, {hyper}\n"
         f"model {s.model}, {s.dtype}, {s.attention} on {ranks.world} x {ranks.kind}\n"
-        f"{plan.steps} steps of {s.batch} pairs, lr {s.lr:g}, max_len {s.max_len}, "
+        f"{plan.steps} steps of {s.batch} pairs, lr {s.lr:g} ({s.schedule}), max_len {s.max_len}, "
         f"row_tokens {s.row_tokens}, seed {s.seed}; out {s.out}"
     )
 

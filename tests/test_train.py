@@ -109,13 +109,59 @@ def test_the_loss_at_step_0_tells_the_kinds_of_reference_apart(flags, no_plots):
     assert abs(first["ins_dpo"] - math.log(2)) > 1e-2
 
 
-def test_the_learning_rate_warms_up_and_follows_a_cosine(flags):
-    s = SimpleNamespace(lr=1.0, warmup=0.1, final_lr=0.1)
-    run_of_100 = SimpleNamespace(s=s, plan=SimpleNamespace(steps=100))
-    rates = [train.Run.learning_rate(run_of_100, step) for step in range(101)]
+def rates_of(steps=100, **changes):
+    """Learning rates of all steps, and of the one behind the last, at a peak of 1."""
+    s = SimpleNamespace(
+        **{"lr": 1.0, "warmup": 0.1, "final_lr": 0.1, "schedule": "cosine"} | changes
+    )
+    job = SimpleNamespace(s=s, plan=SimpleNamespace(steps=steps))
+    return [train.Run.learning_rate(job, step) for step in range(steps + 1)]
+
+
+def test_the_learning_rate_warms_up_and_follows_a_cosine():
+    rates = rates_of()
     assert rates[0] == 1e-8 and rates[5] == pytest.approx(0.5) and rates[10] == 1.0
     assert rates[55] == pytest.approx(0.55) and rates[100] == pytest.approx(0.1)
     assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+@pytest.mark.parametrize("schedule", train.SCHEDULES)
+def test_without_a_warm_up_the_first_step_has_the_peak(schedule):
+    """Nor has a run a warm-up that is too short for one: it would be its only step."""
+    assert rates_of(warmup=0.0, schedule=schedule)[0] == 1.0
+    assert rates_of(1, schedule=schedule)[0] == 1.0
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.25])
+@pytest.mark.parametrize(
+    "schedule, theirs, options",
+    [
+        ("cosine", "cosine_with_min_lr", {"min_lr_rate": 0.1}),
+        ("linear", "linear", {}),
+        ("constant", "constant_with_warmup", {}),
+    ],
+)
+def test_schedules_equal_transformers(schedule, theirs, options, warmup):
+    """But for the warm-up's start, 1e-8 (InSPO D.1) instead of 0."""
+    optimization = pytest.importorskip("transformers.optimization")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    steps = {"num_warmup_steps": round(80 * warmup), "num_training_steps": 80}
+    peer = optimization.get_scheduler(theirs, optimizer, **steps, scheduler_specific_kwargs=options)
+    rates = []
+    for _ in range(81):
+        rates.append(peer.get_last_lr()[0])
+        optimizer.step()
+        peer.step()
+    assert rates_of(80, schedule=schedule, warmup=warmup) == pytest.approx(rates, abs=2e-8)
+
+
+def test_a_linear_run_steps_by_its_schedule_and_says_so(flags, no_plots):
+    flags |= {"loss": "simpo", "schedule": "linear", "warmup": 0}
+    train_here(flags)
+    rates = [line["lr"] for line in lines(flags["out"])]
+    assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+    config = json.loads((flags["out"] / "config.json").read_text())
+    assert config["settings"]["schedule"] == "linear"
 
 
 # ----------------------------------------------------------------------------- the same numbers
