@@ -493,21 +493,26 @@ def pack(sizes, row_tokens, multiple=1):
     sizes: tokens per item. Returns a list of rows (lists of item numbers); their number is a
     multiple of `multiple` (the ranks), and no row is over `row_tokens`.
     """
-    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))  # the same on every rank
     n_rows = max(1, -(-sum(sizes) // row_tokens))  # -(-a // b) rounds up
     n_rows = -(-n_rows // multiple) * multiple
     while True:  # with more and more rows, until all fit
-        rows = [[] for _ in range(n_rows)]
-        heap = [(0, r) for r in range(n_rows)]  # (tokens so far, row): the emptiest on top
-        for i in order:
-            filled, r = heapq.heappop(heap)
-            rows[r].append(i)
-            heapq.heappush(heap, (filled + sizes[i], r))
-        if max(filled for filled, _ in heap) <= row_tokens:
+        rows, longest = spread(sizes, n_rows)
+        if longest <= row_tokens:
             return rows
         if n_rows >= len(sizes):
             raise ValueError(f"an item of {max(sizes)} tokens does not fit {row_tokens}")
         n_rows += multiple
+
+
+def spread(sizes, n_rows):
+    """Distributes items over so many rows -> (rows of item numbers, tokens of the longest row)."""
+    rows = [[] for _ in range(n_rows)]
+    heap = [(0, r) for r in range(n_rows)]  # (tokens so far, row): the emptiest on top
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):  # the same on every rank
+        filled, r = heapq.heappop(heap)
+        rows[r].append(i)
+        heapq.heappush(heap, (filled + sizes[i], r))
+    return rows, max(filled for filled, _ in heap)
 
 
 @torch.no_grad()

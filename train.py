@@ -309,12 +309,14 @@ class Run:
     def rows(self, dataset, pairs, paths):
         """This rank's share of the rows that hold these pairs; equally many on every rank."""
         # FSDP gathers parameters on all ranks together: a row more on one would wait for ever
-        sizes = [dataset.size(i, paths) for i in pairs]
-        packed = pack(sizes, self.s.row_tokens, self.ranks.world)
+        sizes, length = [dataset.size(i, paths) for i in pairs], 0
+        if self.s.attention == "flex":
+            packed, length = flex.pack_alike(sizes, self.s.row_tokens, self.ranks.world)
+        else:
+            packed = pack(sizes, self.s.row_tokens, self.ranks.world)
         for row in packed[self.ranks.rank :: self.ranks.world]:
             tries = [dataset.trie(pairs[j], paths) for j in row]
-            pad_to = self.s.row_tokens if self.s.attention == "flex" else 0  # its one length
-            yield build_row(tries, row, len(paths), pad_to).to(self.ranks.device)
+            yield build_row(tries, row, len(paths), length).to(self.ranks.device)
 
     @torch.no_grad()
     def score(self, model, dataset, pairs, paths, label=None):
@@ -332,7 +334,7 @@ class Run:
                 for unit in (*model.blocks, model):  # as no backward does after this forward
                     unit.reshard()
                 parts.append(self.ranks.sum(out))  # a pair is 0 on every rank but one
-                if label and self.ranks.most(self.ranks.stopping):
+                if label and self.ranks.most(self.ranks.stopping)[0]:
                     raise Stopped
         return torch.cat(parts)  # (len(pairs), P)
 
@@ -452,12 +454,14 @@ class Run:
             line |= {"rejected_reward": rejected / n}
         line |= {"chosen_reward": chosen / n, "lr": self.learning_rate(step)}
         line |= {"grad_norm": norm, "pairs": n, "tokens": int(tokens)}
-        fill = tokens / (len(rows) * self.ranks.world * self.s.row_tokens)  # the rest is padding
+        memory, longest = self.ranks.most(  # of the fullest process, of the longest row
+            processes.peak_memory(self.ranks.kind), max(len(row.tokens) for row in rows)
+        )
+        fill = tokens / (len(rows) * self.ranks.world * longest)  # the rest is padding, or waiting
         seconds = time.monotonic() - start
         line |= {"row_fill": round(fill, 4), "seconds": round(seconds, 4)}
         line |= {"pairs_per_second": round(n / seconds, 2)}
         line |= {"tokens_per_second": round(tokens / seconds, 2)}
-        memory = self.ranks.most(processes.peak_memory(self.ranks.kind))  # of the fullest process
         return line | {"memory_gib": round(memory, 3)}, stop > 0
 
     def backward(self, row, pairs, paths, kl, units):

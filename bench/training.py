@@ -138,7 +138,7 @@ def figures(job, clock, lines):
         "loss": lines[-1]["loss"],
         "dataset_gib": clock.gib["data"] - clock.gib["template"],
         "held_gib": clock.gib["reference"],
-        "peak_gib": job.ranks.most(peak_memory(job.ranks.kind)),
+        "peak_gib": job.ranks.most(peak_memory(job.ranks.kind))[0],
     } | {f"{stage} seconds": clock.seconds.get(stage, 0.0) for stage in STAGES}
 
 

@@ -149,11 +149,11 @@ class Ranks:
         dist.all_reduce(tensor)
         return tensor
 
-    def most(self, value):
-        """The largest of the ranks' values."""
-        tensor = torch.tensor(float(value), device=self.device)
+    def most(self, *values):
+        """The largest of each of the ranks' values."""
+        tensor = torch.tensor(values, dtype=torch.float32, device=self.device)
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return tensor.item()
+        return tensor.tolist()
 
     def mesh(self, shard_group=None):
         """Device mesh of the shards; 2-D, (copies, shards), where groups of ranks hold copies."""
@@ -299,10 +299,16 @@ def shard(model, s, ranks):
     for block in model.blocks:
         block.recompute = s.checkpoint_activations
         if s.compile:
-            block.body = torch.compile(block.body)
+            compile_block(block, s.attention)
         fsdp.fully_shard(block, **options)
     fsdp.fully_shard(model, **options | {"reshard_after_forward": False})
     model.to_empty(device="cpu" if s.offload else ranks.device)
+
+
+def compile_block(block, attention, backend="inductor"):
+    """Fuses what a block computes: once for FlexAttention's every length, else for all at once."""
+    dynamic = False if attention == "flex" else None
+    block.body = torch.compile(block.body, dynamic=dynamic, backend=backend)
 
 
 def rows_of_shard(n, rank, world):

@@ -33,6 +33,7 @@ from bench import (
     memory,
     pairs_per_second,
     profile_step,
+    row_fill,
     small_world,
     small_world_report,
     training,
@@ -47,7 +48,7 @@ from train import TrainFlags
 
 ROOT = Path(__file__).parent.parent
 MODULES = (busy, context_grad, data_preparation, generation, growth, memory, pairs_per_second)
-MODULES += (profile_step, small_world)
+MODULES += (profile_step, row_fill, small_world)
 COMMANDS = {module.__name__.partition(".")[2]: module for module in MODULES}
 
 
@@ -301,6 +302,12 @@ def test_data_preparation(measured, tiny_model_dir, pairs_file):
     flags = f"--model {tiny_model_dir} --source {pairs_file} --sizes 8 --peer_pairs 0"
     lines, written = measured(data_preparation, flags)
     assert [line[:2] for line in lines[2:]] == [["8, first", "8"], ["8, cached", "8"]]
+
+
+def test_rows_of_a_steps_own_length_are_fuller(measured, pairs_file):
+    lines, _ = measured(row_fill, f"--data {pairs_file} --losses dpo --batch 8 --row_tokens 1024")
+    assert [line[1] for line in lines[2:]] == ["8", "16"]
+    assert all(float(limit) < float(alike) <= 1 for _, _, limit, alike, _ in lines[2:])
 
 
 def test_gradients_without_contexts(measured, tiny_model_dir, pairs_file):

@@ -9,7 +9,7 @@ from tries import random_paths
 
 from conftest import write_model
 from data import build_row, lay_out
-from kernels import chains, detached, flex
+from kernels import chains, detached
 from model import load, plain_attention, scored_states, visible
 
 CONFIGS = {name: MODELS[name] for name in ("llama tied", "mistral sliding")}
@@ -113,20 +113,6 @@ def test_cudnn_which_plans_anew_for_every_shape_is_switched_off():
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
-# ----------------------------------------------------------------------------- FlexAttention
-
-
-@pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize("seed", range(3))
-def test_flex_equals_the_plain_rule_on_random_tries(seed, family, tmp_path):
-    """Forward only: FlexAttention has no backward on a CPU."""
-    config, row = load(write_model(tmp_path, CONFIGS[family])).config, a_row(seed, pad_to=256)
-    qkv = [x.detach() for x in random_qkv(seed, config, 256)]
-    rules = zip(plain_attention(row, config), flex.attend(row, config), strict=True)
-    for plain, fused in rules:
-        torch.testing.assert_close(fused(*qkv), plain(*qkv), rtol=1e-4, atol=1e-6)
-
-
 # ----------------------------------------------------------------------------- detached contexts
 
 
@@ -186,32 +172,23 @@ def test_a_row_without_pairs_still_reaches_every_parameter(tiny_model_dir):
         ("chains", "Gemma 2"),
         ("chains", "Pythia"),
         ("without context gradient", "Llama 3"),
-        ("flex", "Llama 3"),
     ],
 )
 def test_blocks_are_compiled_for_rows_of_any_length_and_all_layers(kind, family, tmp_path):
-    """Once, and once more where lengths turn out to vary; from then on a recompilation is an error.
-
-    Flex has rows of one length, and is forward only: it has no backward on a CPU.
-    """
+    """Once, and once more where lengths turn out to vary; a recompilation after it is an error."""
     torch.compiler.reset()
-    fused = kind == "flex"
-    model = load(write_model(tmp_path, parity.CONFIGS[family]))
-    model.requires_grad_(not fused)
+    model = load(write_model(tmp_path, parity.CONFIGS[family])).requires_grad_(True)
     model.attend = chains.attend
     model.states = detached.states if kind == "without context gradient" else scored_states
-    weights = [] if fused else list(model.parameters())
+    weights = list(model.parameters())
 
     def values(seed):
-        out = model(a_row(seed, tries=seed + 1, pad_to=256 if fused else 0))
-        return [out, *(torch.autograd.grad(out.sum(), weights) if weights else ())]
+        out = model(a_row(seed, tries=seed + 1))
+        return [out, *torch.autograd.grad(out.sum(), weights)]
 
-    with torch.set_grad_enabled(not fused):
-        expected = [values(seed) for seed in range(5)]
-        model.attend = (flex if fused else chains).attend
-        for block in model.blocks:
-            block.body = torch.compile(block.body)
-        for seed in range(5):
-            strict = seed >= (1 if fused else 2)
-            with torch._dynamo.config.patch(error_on_recompile=strict):
-                torch.testing.assert_close(values(seed), expected[seed], rtol=1e-4, atol=1e-4)
+    expected = [values(seed) for seed in range(5)]
+    for block in model.blocks:
+        block.body = torch.compile(block.body)
+    for seed in range(5):
+        with torch._dynamo.config.patch(error_on_recompile=seed >= 2):
+            torch.testing.assert_close(values(seed), expected[seed], rtol=1e-4, atol=1e-4)
