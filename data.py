@@ -37,7 +37,7 @@ from zlib import crc32
 import numpy as np
 import torch
 
-from hub.template import INSTRUCTIONS, Refused, with_suffix
+from hub.template import INSTRUCTIONS, PROBE, Refused, with_suffix
 from hub.template import Template as Template
 from jobs.cli import UserError, progress
 from losses import Path
@@ -67,7 +67,9 @@ BRIDGES = {  # --bridge; a new row here is a new bridge
 
 # ----------------------------------------------------------------------------- tokenised pairs
 
-PARTS = ("prompt", "instruct", "chosen", "rejected")
+PARTS = ("prompt", "instruct", "chosen", "rejected", "bridged_chosen", "bridged_rejected")
+ANSWERS = ("chosen", "rejected")
+SAME = {"instruct": "prompt", "bridged_chosen": "chosen", "bridged_rejected": "rejected"}
 
 
 class Example(NamedTuple):
@@ -77,9 +79,15 @@ class Example(NamedTuple):
     instruct: np.ndarray  # the prompt with the refining instruction, or the prompt itself
     chosen: np.ndarray
     rejected: np.ndarray
+    bridged_chosen: np.ndarray  # behind a bridge; other ids than behind a prompt where a
+    bridged_rejected: np.ndarray  # SentencePiece tokenizer puts its mark at one of the two only
     closed: dict  # answer -> whether it has its end token; one that was cut has none
     where: str  # "file:row"
     crc: int  # checksum of the whole prompt, before any cut: tells which pairs share one
+
+    def answer(self, name, bridged):
+        """-> (ids of "chosen" or "rejected", whether it has its end token)."""
+        return getattr(self, f"bridged_{name}" if bridged else name), self.closed[name]
 
 
 @dataclass
@@ -91,7 +99,7 @@ class Examples:
 
     ids: np.ndarray  # (all tokens,) the PARTS of one example after the other
     starts: np.ndarray  # (N,) where each example begins in ids
-    lengths: np.ndarray  # (N, 4) tokens of each of its PARTS; instruct 0: it is the prompt
+    lengths: np.ndarray  # (N, 6) tokens of each of its PARTS; 0: the part that it is the SAME as
     closed: np.ndarray  # (N, 2) whether chosen and rejected have their end token
     crc: np.ndarray  # (N,) checksums of the whole prompts
     where: list  # N places "file:row"
@@ -101,23 +109,22 @@ class Examples:
 
     def __getitem__(self, i):
         i = range(len(self))[i]  # IndexError where there is none: a for loop ends by it
-        end, parts = self.starts[i].item(), []  # Python's numbers: numpy's are slower one by one
-        for length in self.lengths[i].tolist():
-            parts.append(self.ids[end : end + length])  # a view: nothing is copied
+        end, parts = self.starts[i].item(), {}  # Python's numbers: numpy's are slower one by one
+        for part, length in zip(PARTS, self.lengths[i].tolist(), strict=True):
+            view = self.ids[end : end + length]  # nothing is copied
+            parts[part] = view if length else parts.get(SAME.get(part), view)
             end += length
-        prompt, instruct, chosen, rejected = parts
-        instruct = instruct if len(instruct) else prompt
         closed = dict(zip(("chosen", "rejected"), self.closed[i].tolist(), strict=True))
-        return Example(prompt, instruct, chosen, rejected, closed, self.where[i], self.crc[i])
+        return Example(**parts, closed=closed, where=self.where[i], crc=self.crc[i])
 
     @classmethod
     def flat(cls, examples):
         """A list of Example -> Examples."""
         none = np.empty(0, np.int32)
-        parts = [[e.prompt, none if e.instruct is e.prompt else e.instruct, e.chosen, e.rejected]
-                 for e in examples]  # fmt: skip
+        parts = [[none if getattr(e, SAME.get(part, ""), none) is ids else ids
+                  for part, ids in zip(PARTS, e, strict=False)] for e in examples]  # fmt: skip
         lengths = [[len(part) for part in own] for own in parts]
-        lengths = np.array(lengths, np.int32).reshape(-1, 4)  # (N, 4), also where N is 0
+        lengths = np.array(lengths, np.int32).reshape(-1, len(PARTS))  # also where N is 0
         sizes = lengths.sum(1, dtype=np.int64)  # (N,)
         closed = [[e.closed["chosen"], e.closed["rejected"]] for e in examples]
         closed = np.array(closed, bool).reshape(-1, 2)  # (N, 2)
@@ -180,12 +187,21 @@ class Dataset:
         if self.recipe.bridge not in BRIDGES:
             known = ", ".join(BRIDGES)
             raise UserError(f"--bridge {self.recipe.bridge}: unknown; choose from {known}")
-        end = self.template.end_ids
-        if set(self.template.encode([sep])[0]) & set(end):
+        t, end = self.template, self.template.end_ids
+        if set(t.encode([sep])[0]) & set(end):
             raise UserError(f"--sep {sep!r} holds the token that ends generation; choose another")
         *texts, self.ended = BRIDGES[self.recipe.bridge]
-        known = {"sep": sep, "turn": self.template.turn(self.instruction)}
-        self.before, self.after = self.template.encode(text.format(**known) for text in texts)
+        known = {"sep": sep, "turn": t.turn(self.instruction)}
+        before, after = (text.format(**known) for text in texts)
+        (self.before,) = t.encode([before], behind=t.opening)
+        (self.after,) = t.encode([after], behind=t.end if self.ended else PROBE)
+        asked = ("prompt", "instruct") if self.instructed else ("prompt",)
+        self.behind = dict.fromkeys(asked, "") | dict.fromkeys(ANSWERS, t.opening)
+        # where the context answer and the scored one are encoded otherwise than behind a prompt
+        places = {"context": before or t.opening, "target": after}
+        self.places = {k: text for k, text in places.items() if not t.alike(text, t.opening)}
+        for text in self.places.values():
+            self.behind |= {f"bridged_{name}": text for name in ANSWERS}
         bridge = len(self.before) + len(self.after) + len(end)  # a cut context may need its end
         self.bridge_len = bridge if self.in_context else 0
 
@@ -203,16 +219,14 @@ class Dataset:
             for start in range(0, len(pairs) + self.BLOCK, self.BLOCK):  # the last one is empty
                 block = pairs[start : start + self.BLOCK]
                 rendered = [(pair, texts) for pair in block if (texts := self._render(pair))]
-                every = [text for _, texts in rendered for text in texts]
                 # hand this block to the tokenizer's thread, then wait for the one before
-                last, waiting = waiting, (rendered, encoder.submit(self.template.encode, every))
-                ids = iter(last[1].result())
-                cut = (self._cut(pair, [next(ids) for _ in texts]) for pair, texts in last[0])
-                yield from filter(None, cut)
+                last, waiting = waiting, (rendered, encoder.submit(self._encode, rendered))
+                both = zip(last[0], last[1].result(), strict=True)
+                yield from filter(None, (self._cut(pair, ids) for (pair, _), ids in both))
                 bar.update(len(block))
 
     def _render(self, pair):
-        """Texts of prompt, instructed prompt where a path asks for it, chosen and rejected.
+        """{part: text}: prompt, instructed prompt where a path asks for it, chosen and rejected.
 
         None where the template refuses the dialogue (a system turn, say), counted with its reason.
         """
@@ -220,45 +234,58 @@ class Dataset:
         t, closed = self.template, self.score == "tokens" or self.in_context
         try:
             prompt = t.render(pair.prompt, generation=True)
-            texts = [prompt]
+            texts = {"prompt": prompt}
             if self.instructed:
-                texts += [t.render(with_suffix(pair.prompt, self.instruction), generation=True)]
-            texts += [t.answer(pair.prompt, pair.chosen, closed, prompt)]
+                asked = with_suffix(pair.prompt, self.instruction)
+                texts["instruct"] = t.render(asked, generation=True)
+            texts["chosen"] = t.answer(pair.prompt, pair.chosen, closed, prompt)
             rejected = pair.rejected and t.answer(pair.prompt, pair.rejected, closed, prompt)
-            return [*texts, rejected or ""]  # supervised training has no rejected answer
+            return texts | {"rejected": rejected or ""}  # supervised training has none
         except Refused as error:
             return self.drops.add(f"the chat template refuses: {error.reason}", pair.where)
+
+    def _encode(self, rendered):
+        """Tokenises what `_render` gave of some pairs -> {part: ids} of each."""
+        columns = []
+        for part, behind in self.behind.items():
+            texts = [texts[part.removeprefix("bridged_")] for _, texts in rendered]
+            columns.append(self.template.encode(texts, behind))
+        return [dict(zip(self.behind, ids, strict=True)) for ids in zip(*columns, strict=True)]
 
     def _cut(self, pair, ids):
         """Shortens the prompt to at least half of max_len, then the rejected, then the chosen one.
 
-        ids: of what `_render` gave. Answers lose their right end. -> Example, or None where nothing
-        is left to be scored.
+        ids: what `_encode` gave. Answers lose their right end. -> Example, or None where nothing is
+        left to be scored.
         """
-        *prompts, chosen, rejected = ids  # the prompt, and the instructed one where a path asks
+        prompts = [ids.pop(part) for part in ("prompt", "instruct") if part in ids]
+        both = [max(len(ids[part]) for part in ids if part.endswith(name)) for name in ANSWERS]
         crc = crc32(prompts[0])
         free = self.limits.max_len - self.bridge_len
-        both = (len(chosen), len(rejected))  # a path with a context answer holds both of them
         room = max(self.limits.max_len // 2, free - (sum(both) if self.in_context else max(both)))
         if len(prompts[-1]) > room:
             self.cuts["prompts"] += 1
         dialogues = pair.prompt, with_suffix(pair.prompt, self.instruction)
-        prompts = [self._shorten(m, ids, room) for m, ids in zip(dialogues, prompts, strict=False)]
+        shorten = self.template.shortened
+        prompts = [shorten(m, ids, room) for m, ids in zip(dialogues, prompts, strict=False)]
+        if not all(map(len, prompts)):  # nothing would predict the answer's first token
+            return self.drops.add("no room for a question", pair.where)
         room = free - max(map(len, prompts))  # what is left for the answers
         rooms = self._rooms(room, *both) if self.in_context else (room, room)
         kept, closed = {}, {}
-        for name, ids, room in zip(("rejected", "chosen"), (rejected, chosen), rooms, strict=True):
-            kept[name], closed[name] = ids[: max(0, room)], len(ids) <= room
+        for name, size, room in zip(ANSWERS, both, reversed(rooms), strict=True):
+            closed[name], over = size <= room, max(0, size - room)
+            for part in (part for part in ids if part.endswith(name)):
+                kept[part] = ids[part][: max(0, len(ids[part]) - over)]
             if not closed[name]:
                 self.cuts[f"{name} answers"] += 1
-        if not len(prompts[0]):  # nothing would predict the answer's first token
-            return self.drops.add("empty prompt", pair.where)
         answers = ("chosen",) if pair.rejected is None else ("chosen", "rejected")
         if any(self._scored(kept[name], closed[name]) < 1 for name in answers):
             return self.drops.add("no room for an answer", pair.where)
-        n = min(map(len, kept.values()))  # whatever told them apart was trimmed or cut off
+        n = min(len(kept[name]) for name in ANSWERS)  # the rest was trimmed or cut off
         if pair.rejected is not None and (kept["chosen"][:n] == kept["rejected"][:n]).all():
             return self.drops.add("identical answers", pair.where)
+        kept = {f"bridged_{name}": kept[name] for name in ANSWERS} | kept
         return Example(prompts[0], prompts[-1], **kept, closed=closed, where=pair.where, crc=crc)
 
     def _rooms(self, room, chosen, rejected):
@@ -270,17 +297,6 @@ class Dataset:
         capped = min(int(self.limits.draft_cap * self.limits.max_len), half)
         left = room - min(rejected, capped)
         return capped, min(left, room // 2) if "chosen" in self.twice else left
-
-    def _shorten(self, messages, ids, room):
-        """Drops whole turns from the left (a system turn stays), then tokens from the left."""
-        if len(ids) <= room:
-            return ids
-        system = messages[:1] if messages[0]["role"] == "system" else []
-        turns = messages[len(system) :]
-        while len(ids) > room and len(turns) > 2:
-            turns = turns[2:]  # a question and its answer, so that roles still alternate
-            ids = self.template.encode([self.template.render(system + turns, generation=True)])[0]
-        return ids[max(0, len(ids) - room) :]
 
     def _scored(self, answer, closed):
         """How many of an answer's tokens are scored: all, or all but its end token (InSPO C.1)."""
@@ -298,17 +314,17 @@ class Dataset:
         if path.context == "instruct" and not self.instructed:
             raise ValueError(f"{path}: the recipe of this dataset has no instructed path")
         segments = [example.instruct if path.context == "instruct" else example.prompt]
-        if path.context in ("chosen", "rejected"):
+        bridged = path.context in ANSWERS and "target" in self.places
+        if path.context in ANSWERS:
             segments += self._bridged(example, path.context)
         elif path.context not in (None, "instruct"):
             raise ValueError(f"{path}: unknown context; give None, instruct, chosen or rejected")
         if path.target == "mismatched":  # KTO: an answer to another prompt, whatever its length
-            other = self.examples[self.mismatched[i]]
             room = self.limits.max_len - sum(map(len, segments))
-            target, closed = other.chosen[: max(1, room)], other.closed["chosen"]
-            closed = closed and len(other.chosen) <= room
+            target, closed = self.examples[self.mismatched[i]].answer("chosen", bridged)
+            target, closed = target[: max(1, room)], closed and len(target) <= room
         else:
-            target, closed = getattr(example, path.target), example.closed[path.target]
+            target, closed = example.answer(path.target, bridged)
         return [*segments, target], self._scored(target, closed)
 
     @cached_property
@@ -333,7 +349,7 @@ class Dataset:
         A context answer that ends as it does where it is scored is the very same segment there, so
         that the trie stores it once.
         """
-        answer, closed = getattr(example, context), example.closed[context]
+        answer, closed = example.answer(context, "context" in self.places)
         end, ending = self.template.end_ids, []
         if self.ended and not closed:  # one that was cut gets its end token back
             ending = [end]

@@ -167,10 +167,10 @@ def reward_scores(model, template, answers, pool="last", row_tokens=None, cache=
     cache: {digest of an answer's tokens: score}, asked first.
     """
     known = {} if cache is None else cache
-    texts = [template.render(a.prompt, generation=True) for a in answers]
+    ids = template.encode(template.render(a.prompt, generation=True) for a in answers)
     # closed=False: with all that the template writes behind the answer, as in training
-    texts += [template.answer(a.prompt, a.text, closed=False) for a in answers]
-    ids = template.encode(texts)  # prompts, then answers
+    texts = [template.answer(a.prompt, a.text, closed=False) for a in answers]
+    ids += template.encode(texts, behind=template.opening)
     if pool == "not_pad":
         pad = read_json(template.directory / "config.json").get("pad_token_id")
         if pad is not None:  # without the padding at their ends

@@ -371,7 +371,8 @@ class Answers:
             ids = template.joined(dialogue.question, dialogue.row["draft"])
         else:
             (ids,) = template.encode([template.render(dialogue.question, generation=True)])
-        (turn,) = template.encode([template.turn(dialogue.instruction)]) if refine else ([],)
+        asked = [template.turn(dialogue.instruction)] if refine else [""]
+        (turn,) = template.encode(asked, behind=template.end)
         ids = [int(i) for i in (*ids, *turn)]
         hear = self.on_token and partial(self.on_token, dialogue.stage)
         return Sequence(ids, dialogue.seed, hear, (dialogue.stage, dialogue))

@@ -183,7 +183,7 @@ def next_token(s):
     shows = (None, "rejected" if s.draft else "instruct")
     contexts = {k: c for k, c in (INSTRUCTED | SHOWN).items() if c.shows in shows}
     views = open_views(s, template, contexts)
-    prefix, device = template.encode([s.prefix])[0], model.embed.weight.device
+    (prefix,), device = template.encode([s.prefix], template.opening), model.embed.weight.device
     pairs, measures, bar = [], [], {"iterable": views, "leave": False}
     for n, view in enumerate(progress("next token", len(views), "pair", **bar)):
         logps, tops = [], {}  # {context: [(token's text, probability)]}, the likeliest first

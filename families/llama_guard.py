@@ -61,8 +61,9 @@ class Guard:
                 yield key, math.nan
         if not texts:
             return
-        keys, answers = list(texts), self.template.encode(ANSWERS)
-        prompts = self.template.encode(list(texts.values()))
+        keys, t = list(texts), self.template
+        answers = t.encode(ANSWERS, behind=t.opening)
+        prompts = t.encode(texts.values())
         paths = [[([prompt, answer], len(answer)) for answer in answers] for prompt in prompts]
         trie, sizes = (lambda n: lay_out(paths[n])), [trie_size(four) for four in paths]
         for items, row, values in scored_rows(self.model, trie, sizes, len(ANSWERS), label=None):

@@ -1,7 +1,10 @@
 """Renders dialogues by a checkpoint's chat template and tokenises the text.
 
 Prompt and answer are rendered together and tokenised apart, with no special tokens added, so that
-no merge crosses the boundary and no BOS is doubled.
+no merge crosses the boundary and no BOS is doubled. Their ids join to those that transformers gives
+the whole dialogue. Apart from merges, one thing stands against that: SentencePiece's tokenizers
+(Llama 2, Mistral, Gemma) put a mark before a text, "The" becomes "▁The". So `encode` is told what
+stands before, encodes it again in front of the text and takes its ids away.
 
 What the template writes is control, what a message says is text: "<|im_end|>" inside an answer
 becomes the ids of its letters, never the end token. (transformers' apply_chat_template makes it the
@@ -46,6 +49,8 @@ LONGEST = 10**7  # characters of a rendered dialogue
 SHIELD = "\ufdd0"  # a noncharacter of Unicode: marks the text of a special token inside a message
 PROBE = "qzx-answer-qzx"  # stands for an answer when the template is asked what it puts around one
 PROBE_DIALOGUE = [{"role": "user", "content": "u"}, {"role": "assistant", "content": PROBE}]
+STARTS = ("A", " A", "\nA", "é", ".")  # of texts: does a tokenizer encode them alike behind others?
+INSIDE = "\ufdd1"  # another noncharacter, which no merge joins to what follows it
 
 # For base models, after HALOs' legacy form: a role line, the text, and the end token after answers.
 FALLBACK_TEMPLATE = (
@@ -105,6 +110,7 @@ class Template:
         source = self._find(settings, config.get("model_type"))
         self.fallback, self.source = source is None, source or FALLBACK_TEMPLATE
         self._template = self._compile()
+        self._seams = {"": []}  # what stands before a text -> its ids if they change that text's
         probe = self.render(PROBE_DIALOGUE)
         self.encode([probe])  # tells of control tokens that the model has not
         after = probe.rpartition(PROBE)[2]
@@ -112,7 +118,7 @@ class Template:
         if not self.end:
             cure = "name an eos_token in tokenizer_config.json"
             raise UserError(f"{directory}: no end of turn; {cure}")
-        self.end_ids = self.encode([self.end])[0]
+        (self.end_ids,) = self.encode([self.end], behind=PROBE)
 
     def _find(self, settings, kind):
         """chat_template.jinja, else tokenizer_config.json's (maybe a list), its kind's, or None."""
@@ -180,7 +186,14 @@ class Template:
     def joined(self, messages, answer):
         """Ids of a dialogue up to the end token of its answer: the prompt's, then the answer's."""
         prompt = self.render(messages, generation=True)
-        return np.concatenate(self.encode([prompt, self.answer(messages, answer, prompt=prompt)]))
+        answer = self.encode([self.answer(messages, answer, prompt=prompt)], behind=self.opening)
+        return np.concatenate(self.encode([prompt]) + answer)
+
+    @cached_property
+    def opening(self):
+        """What stands before an answer, from the question's last character on."""
+        question = [{"role": "user", "content": PROBE}]
+        return PROBE[-1] + self.render(question, generation=True).rpartition(PROBE)[2]
 
     def turn(self, instruction):
         """What stands between a closed answer and the next reply when the user asks for another."""
@@ -188,11 +201,43 @@ class Template:
         text = self.render(asked, generation=True)
         return text.partition(PROBE)[2].lstrip().removeprefix(self.end)
 
-    def encode(self, texts):
+    def encode(self, texts, behind=""):
         """Texts -> list of (n,) int32 arrays, no special tokens added.
 
         In a text that `render` marked, marked names of special tokens are text, others control.
+        behind: the end of what stands before each of them, "" at the beginning of a dialogue. Where
+        a merge joins the two, that text keeps its ids, and these are what else would follow it.
         """
+        texts, before = list(texts), self._seam(behind)
+        if not len(before):
+            return self._ids(texts)
+        encoded = self._ids(behind + text for text in texts)
+        for i, ids in enumerate(encoded):
+            if behind == INSIDE or np.array_equal(ids[: len(before)], before):
+                encoded[i] = ids[len(before) :]
+            else:
+                (encoded[i],) = self.encode([texts[i]], INSIDE)
+        return encoded
+
+    def _seam(self, behind):
+        """Ids of a text, if a text behind it has others than alone (a mark less); else none."""
+        if behind not in self._seams:
+            (before,) = self._ids([behind])
+            joined = [ids.tolist() for ids in self._ids(behind + text for text in STARTS)]
+            alone, n = self._ids(STARTS), len(before)
+            changed = any(
+                both[:n] == before.tolist() and both[n:] != own.tolist()
+                for both, own in zip(joined, alone, strict=True)
+            )
+            self._seams[behind] = before if changed else []
+        return self._seams[behind]
+
+    def alike(self, a, b):
+        """Whether a text has the same ids behind a and behind b."""
+        return str(self.encode(STARTS, a)) == str(self.encode(STARTS, b))
+
+    def _ids(self, texts):
+        """Texts, each at the beginning -> their ids, marked names of special tokens as text."""
         texts = list(texts)
         encoded = self.tokenizer.encode_batch(texts, add_special_tokens=False)
         for i, text in enumerate(texts):
@@ -213,6 +258,29 @@ class Template:
                 f"{fault} (vocab_size in config.json); resize them, or mend the tokenizer"
             )
         return ids
+
+    def shortened(self, messages, ids, room):
+        """A dialogue of these ids -> at most `room` ids, or none where no question would be left.
+
+        Whole turns go from the left, then tokens from the middle of the question. What the template
+        opens with (BOS, a system turn, the question's header) and the reply's opening stay.
+        """
+        system = messages[:1] if messages[0]["role"] == "system" else []
+        *turns, question = messages[len(system) :]
+        while len(ids) > room and turns:
+            turns = turns[2:]  # a question and its answer, so that roles still alternate
+            dialogue = [*system, *turns, question]
+            ids = self.encode([self.render(dialogue, generation=True)])[0]
+        if len(ids) <= room:
+            return ids
+        probe = self.render([*system, question | {"content": PROBE}], generation=True)
+        (probe,) = self.encode([probe])
+        n = min(len(ids), len(probe))
+        head = np.append(ids[:n] != probe[:n], True).argmax()  # tokens that open both
+        tail = np.append(ids[::-1][:n] != probe[::-1][:n], True).argmax()
+        kept = room - head - tail  # tokens of the question
+        last = tail + kept // 2
+        return np.concatenate([ids[: room - last], ids[len(ids) - last :]]) if kept > 0 else ids[:0]
 
     def lengths(self, texts):
         """Tokens of each text, as a message says it."""

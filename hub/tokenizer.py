@@ -8,6 +8,7 @@ special_tokens_map.json and added_tokens.json, which count where there is no add
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.pre_tokenizers import Metaspace
 
 from jobs.cli import UserError
 from jobs.files import read_json
@@ -31,6 +32,7 @@ def read_tokenizer(directory):
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # what tokenizers raises is nothing more special
         raise UserError(f"{file}: not readable as a tokenizer: {error}") from error
+    build_anew(tokenizer, directory)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     known = tokenizer.get_added_tokens_decoder()
@@ -53,6 +55,24 @@ def read_tokenizer(directory):
             fault = f"{directory}: {text!r} has id {number}, behind tokenizer.json comes {found}"
             raise UserError(f"{fault}; save the tokenizer again, in its fast form")
     return tokenizer, names
+
+
+def build_anew(tokenizer, directory):
+    """Changes a tokenizer of class LlamaTokenizer as transformers 5 does, which builds it anew.
+
+    Whatever normalizer tokenizer.json has, no mark is put before a text that begins with a space.
+    """
+    settings = read_json(directory / "config.json") | read_json(directory / TOKENIZER_FILES[1])
+    kind = (settings.get("tokenizer_class") or "").removesuffix("Fast")
+    steps = f"{tokenizer.pre_tokenizer} {tokenizer.decoder}"
+    as_it_lies = (
+        settings.get("model_type") in ("mistral", "mixtral", "phi3") or "ByteLevel" in steps
+    )
+    if kind == "LlamaTokenizer" and not as_it_lies:
+        scheme = "always" if settings.get("legacy") else "first"
+        scheme = "never" if settings.get("add_prefix_space") is False else scheme
+        tokenizer.normalizer = None
+        tokenizer.pre_tokenizer = Metaspace(prepend_scheme=scheme, split=False)
 
 
 def tokens_beside(directory, known):

@@ -39,7 +39,7 @@ def cache_key(files, template, choices):
     data = [(str(file), checksum(file)) for file in files]  # rows are told by their file's name
     rest = [checksum(file) for file in (*files_of_tokens, *code) if file.exists()]
     decides = [data, rest, template.source, template.special, template.vocab]
-    decides += [tokenizers.__version__, choices]
+    decides += [str(template.tokenizer.pre_tokenizer), tokenizers.__version__, choices]
     text = json.dumps(decides, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
