@@ -512,7 +512,7 @@ def pack(sizes, row_tokens, multiple=1):
     n_rows = max(1, -(-sum(sizes) // row_tokens))  # -(-a // b) rounds up
     n_rows = -(-n_rows // multiple) * multiple
     while True:  # with more and more rows, until all fit
-        rows, longest = spread(sizes, n_rows)
+        rows, longest = spread_items(sizes, n_rows)
         if longest <= row_tokens:
             return rows
         if n_rows >= len(sizes):
@@ -520,7 +520,7 @@ def pack(sizes, row_tokens, multiple=1):
         n_rows += multiple
 
 
-def spread(sizes, n_rows):
+def spread_items(sizes, n_rows):
     """Distributes items over so many rows -> (rows of item numbers, tokens of the longest row)."""
     rows = [[] for _ in range(n_rows)]
     heap = [(0, r) for r in range(n_rows)]  # (tokens so far, row): the emptiest on top

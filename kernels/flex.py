@@ -10,7 +10,7 @@ from functools import cache, partial
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from data import pack, spread
+from data import pack, spread_items
 from model import sees, soft_cap
 
 
@@ -47,7 +47,7 @@ def pack_alike(sizes, row_tokens, multiple=1):
     """
     fewest, options = len(pack(sizes, row_tokens, multiple)), []
     for n_rows in range(fewest, fewest + 3 * multiple, multiple):
-        rows, longest = spread(sizes, n_rows)
+        rows, longest = spread_items(sizes, n_rows)
         step = max(128, 2 ** (max(longest - 1, 0).bit_length() - 4))
         length = min(-(-max(longest, 1) // step) * step, row_tokens)
         options.append((n_rows * length, rows, length))
