@@ -68,7 +68,7 @@ BRIDGES = {  # --bridge; a new row here is a new bridge
 # ----------------------------------------------------------------------------- tokenised pairs
 
 PARTS = ("prompt", "instruct", "chosen", "rejected", "bridged_chosen", "bridged_rejected")
-ANSWERS = ("chosen", "rejected")
+ANSWER_PARTS = ("chosen", "rejected")
 SAME = {"instruct": "prompt", "bridged_chosen": "chosen", "bridged_rejected": "rejected"}
 
 
@@ -196,12 +196,12 @@ class Dataset:
         (self.before,) = t.encode([before], behind=t.opening)
         (self.after,) = t.encode([after], behind=t.end if self.ended else PROBE)
         asked = ("prompt", "instruct") if self.instructed else ("prompt",)
-        self.behind = dict.fromkeys(asked, "") | dict.fromkeys(ANSWERS, t.opening)
+        self.behind = dict.fromkeys(asked, "") | dict.fromkeys(ANSWER_PARTS, t.opening)
         # where the context answer and the scored one are encoded otherwise than behind a prompt
         places = {"context": before or t.opening, "target": after}
         self.places = {k: text for k, text in places.items() if not t.alike(text, t.opening)}
         for text in self.places.values():
-            self.behind |= {f"bridged_{name}": text for name in ANSWERS}
+            self.behind |= {f"bridged_{name}": text for name in ANSWER_PARTS}
         bridge = len(self.before) + len(self.after) + len(end)  # a cut context may need its end
         self.bridge_len = bridge if self.in_context else 0
 
@@ -259,7 +259,7 @@ class Dataset:
         left to be scored.
         """
         prompts = [ids.pop(part) for part in ("prompt", "instruct") if part in ids]
-        both = [max(len(ids[part]) for part in ids if part.endswith(name)) for name in ANSWERS]
+        both = [max(len(ids[part]) for part in ids if part.endswith(name)) for name in ANSWER_PARTS]
         crc = crc32(prompts[0])
         free = self.limits.max_len - self.bridge_len
         room = max(self.limits.max_len // 2, free - (sum(both) if self.in_context else max(both)))
@@ -273,7 +273,7 @@ class Dataset:
         room = free - max(map(len, prompts))  # what is left for the answers
         rooms = self._rooms(room, *both) if self.in_context else (room, room)
         kept, closed = {}, {}
-        for name, size, room in zip(ANSWERS, both, reversed(rooms), strict=True):
+        for name, size, room in zip(ANSWER_PARTS, both, reversed(rooms), strict=True):
             closed[name], over = size <= room, max(0, size - room)
             for part in (part for part in ids if part.endswith(name)):
                 kept[part] = ids[part][: max(0, len(ids[part]) - over)]
@@ -282,10 +282,10 @@ class Dataset:
         answers = ("chosen",) if pair.rejected is None else ("chosen", "rejected")
         if any(self._scored(kept[name], closed[name]) < 1 for name in answers):
             return self.drops.add("no room for an answer", pair.where)
-        n = min(len(kept[name]) for name in ANSWERS)  # the rest was trimmed or cut off
+        n = min(len(kept[name]) for name in ANSWER_PARTS)  # the rest was trimmed or cut off
         if pair.rejected is not None and (kept["chosen"][:n] == kept["rejected"][:n]).all():
             return self.drops.add("identical answers", pair.where)
-        kept = {f"bridged_{name}": kept[name] for name in ANSWERS} | kept
+        kept = {f"bridged_{name}": kept[name] for name in ANSWER_PARTS} | kept
         return Example(prompts[0], prompts[-1], **kept, closed=closed, where=pair.where, crc=crc)
 
     def _rooms(self, room, chosen, rejected):
@@ -314,8 +314,8 @@ class Dataset:
         if path.context == "instruct" and not self.instructed:
             raise ValueError(f"{path}: the recipe of this dataset has no instructed path")
         segments = [example.instruct if path.context == "instruct" else example.prompt]
-        bridged = path.context in ANSWERS and "target" in self.places
-        if path.context in ANSWERS:
+        bridged = path.context in ANSWER_PARTS and "target" in self.places
+        if path.context in ANSWER_PARTS:
             segments += self._bridged(example, path.context)
         elif path.context not in (None, "instruct"):
             raise ValueError(f"{path}: unknown context; give None, instruct, chosen or rejected")

@@ -14,7 +14,7 @@ from hub.template import Refused, open_template
 from hub.weights import Weights, resolve
 from model import load, plain_attention
 
-VERDICTS = ("safe", "\n\nsafe", "unsafe", "\n\nunsafe")  # some guards open with a blank line
+ANSWERS = ("safe", "\n\nsafe", "unsafe", "\n\nunsafe")  # some guards open with a blank line
 
 
 class Guard:
@@ -62,10 +62,10 @@ class Guard:
         if not texts:
             return
         keys, t = list(texts), self.template
-        answers = t.encode(VERDICTS, behind=t.opening)
+        answers = t.encode(ANSWERS, behind=t.opening)
         prompts = t.encode(texts.values())
         paths = [[([prompt, answer], len(answer)) for answer in answers] for prompt in prompts]
         trie, sizes = (lambda n: lay_out(paths[n])), [trie_size(four) for four in paths]
-        for items, row, values in scored_rows(self.model, trie, sizes, len(VERDICTS), label=None):
+        for items, row, values in scored_rows(self.model, trie, sizes, len(ANSWERS), label=None):
             unsafe = row.sums(values).softmax(1)[:, 2:].sum(1)  # (B, 4) -> (B,)
             yield from zip((keys[n] for n in items), unsafe.tolist(), strict=True)
