@@ -42,10 +42,10 @@ class ScoreFlags(cli.ModelFlags, cli.VerdictFlags):
     model: str | None = flag(None, "reward model: HF directory or hub id")
     answers: str | None = flag(None, "rows of prompt, answer (or instruction, output)")
     pool: str = flag("last", "token of the score; not_pad: last no padding", ("last", "not_pad"))
-    limit: int | None = flag(None, "only the first N answers")
-    row_tokens: int | None = flag(None, "tokens per row; default: 8192 on CUDA, else 2048")
+    limit: int | None = flag(None, "only the first N answers", least=1)
+    row_tokens: int | None = flag(None, "tokens per row; default: 8192, on a CPU 2048", least=1)
     cache: str | None = flag(None, "directory of scores to keep, by model and tokens")
-    max_missing: float = flag(0.0, "largest share of scores that are no number")
+    max_missing: float = flag(0.0, "largest share of scores that are no number", most=1)
 
 
 @dataclass(frozen=True)
@@ -349,7 +349,7 @@ def main():
             print(textwrap.fill(f"{command:12}{about}", 100, subsequent_indent=" " * 12))
     else:
         flags, command = find_command(name)
-        command(pinned(parse(flags, f"evaluate.py {name}: {command.__doc__}", argv)))
+        command(pinned(parse(flags, command.__doc__, argv, name)))
 
 
 if __name__ == "__main__":

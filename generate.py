@@ -436,9 +436,9 @@ class GenerateFlags(cli.ModelFlags, cli.InstructionFlags, cli.SamplingFlags, cli
     out: str | None = flag(None, "file, continued if it is there; default: standard output")
     format: str = flag("jsonl", "of --out; README has them", tuple(ANSWER_FORMATS))
     name: str | None = flag(None, "what the benchmark's file calls the model; default: --model")
-    n: int = flag(1, "answers per question, each with random numbers of its own")
+    n: int = flag(1, "answers per question, each with random numbers of its own", least=1)
     seed: int = flag(0, "random numbers: prompt i draws from (seed, i)")
-    limit: int | None = flag(None, "only the first N prompts")
+    limit: int | None = flag(None, "only the first N prompts", least=1)
 
 
 def check_flags(s, world=1):
@@ -447,11 +447,6 @@ def check_flags(s, world=1):
         raise UserError("--model is missing; give a Hugging Face directory or a hub id")
     if (s.prompt is None) == (s.data is None):
         raise UserError("give either --prompt TEXT or --data FILE")
-    if s.temperature < 0 or not 0 < s.top_p <= 1:
-        raise UserError("--temperature must not be negative, --top_p must be in (0, 1]")
-    for name in ("max_new_tokens", "batch", "limit", "concurrency", "n"):
-        if getattr(s, name) is not None and getattr(s, name) < 1:
-            raise UserError(f"--{name} {getattr(s, name)}: must be at least 1")
     if not s.out and (s.format != "jsonl" or world > 1):
         raise UserError("--out FILE is needed for a benchmark's format and for several processes")
     if s.n > 1 and (s.format != "jsonl" or s.temperature == 0):

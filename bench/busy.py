@@ -66,7 +66,7 @@ def busy(loops):
     words = [sys.executable, "-c", "while True: pass"]
     processes = [subprocess.Popen(words) for _ in range(loops)]
     try:
-        yield
+        yield processes
     finally:
         for process in processes:
             process.kill()

@@ -102,7 +102,7 @@ def view_of(columns, i):
 
 @dataclass(frozen=True)
 class AnalysisFlags(ModelFlags, DataFlags, ResultFlags):
-    max_len: int | None = flag(None, "longest path; default: 2048, or the model's positions")
+    max_len: int | None = flag(None, "longest path; default: 2048, or the model's limit", least=1)
     out: str | None = flag(None, "json file for the numbers; a figure goes beside it as png")
 
 
@@ -120,7 +120,7 @@ def open_views(s, template, contexts):
 @dataclass(frozen=True)
 class ContextFlags(AnalysisFlags):
     sep: str | None = flag(None, "one more separator to look at")
-    row_tokens: int | None = flag(None, "tokens per row; default: 8192 on CUDA, else 2048")
+    row_tokens: int | None = flag(None, "tokens per row; default: 8192, on a CPU 2048", least=1)
 
 
 def context(s):
@@ -172,7 +172,7 @@ def token_statistics(model, views, row_tokens=None):
 class NextTokenFlags(AnalysisFlags):
     draft: bool = flag(False, "show ỹ, and bring the instruction in a second turn")
     prefix: str = flag("", "text that the answer begins with, before the token in question")
-    top: int = flag(10, "tokens in the table")
+    top: int = flag(10, "tokens in the table", least=1)
     show: int = flag(1, "pairs whose table is printed; --out holds all")
 
 

@@ -33,8 +33,8 @@ class DescribeFlags(CheckpointFlags, DataFlags, PathFlags, CleaningFlags):
 
     loss: str = flag("ins_dpo", "objective whose paths are laid out")
     condition: str | None = flag(None, "what each answer is conditioned on", tuple(CONDITIONS))
-    row_tokens: int = flag(8192, "tokens per row")
-    batch: int = flag(128, "pairs per optimizer step")
+    row_tokens: int = flag(8192, "tokens per row", least=1)
+    batch: int = flag(128, "pairs per optimizer step", least=1)
     device: str = flag("auto", "where the guard runs", ("auto", "cpu", "cuda"))
     out: str | None = flag(None, "FILE.json for the figures; the picture goes to FILE.png")
 

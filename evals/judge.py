@@ -142,9 +142,9 @@ class JudgeFlags(ModelFlags, SamplingFlags, EndpointFlags):
     cache: str | None = flag(None, "jsonl of all that judges said; default: OUT.cache.jsonl")
     price_in: float = flag(0.0, "dollars per million tokens that the judge reads")
     price_out: float = flag(0.0, "dollars per million tokens that it writes")
-    limit: int | None = flag(None, "only the first N answers")
+    limit: int | None = flag(None, "only the first N answers", least=1)
     temperature: float = flag(0.0, "of the judge; 0 takes the likeliest token")
-    top_p: float = flag(1.0, "mass of the nucleus that the judge's tokens are drawn from")
+    top_p: float = flag(1.0, "mass of the nucleus that its tokens are drawn from", above=0, most=1)
     seed: int = flag(0, "of the judge and of the bootstrap")
 
 

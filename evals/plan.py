@@ -19,7 +19,7 @@ HEADROOM = 0.9  # of a GPU's memory: CUDA, NCCL and fragmentation have the rest
 
 @dataclass(frozen=True)
 class PlanFlags(CheckpointFlags):
-    row_tokens: int = flag(8192, "tokens per row")
+    row_tokens: int = flag(8192, "tokens per row", least=1)
 
 
 def measure(config, tokens, dtype=torch.bfloat16):

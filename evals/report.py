@@ -27,7 +27,7 @@ class ReportFlags:
     answers: str | None = flag(None, "answer files to show side by side: paths or globs")
     run: str | None = flag(None, "directory of a training run, for its curves")
     title: str = flag("Evaluation", "of the page")
-    limit: int | None = flag(None, "only the first N answers of each file")
+    limit: int | None = flag(None, "only the first N answers of each file", least=1)
     out: str = flag("report.html", "the page")
 
 

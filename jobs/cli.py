@@ -7,6 +7,9 @@ declared once. A command where one has another default or meaning declares it ag
 import argparse
 import contextlib
 import dataclasses
+import difflib
+import math
+import operator
 import os
 import sys
 import types
@@ -37,9 +40,17 @@ def as_user_error():
         raise UserError(str(error)) from error
 
 
-def flag(default, help, choices=None):
-    """A dataclass field that is also a command-line flag. None as default: decided at run time."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+BOUNDS = {"least": ("at least", operator.ge), "most": ("at most", operator.le),
+          "above": ("above", operator.gt), "below": ("below", operator.lt)}  # fmt: skip
+
+
+def flag(default, help, choices=None, **bounds):
+    """A dataclass field that is also a command-line flag. None as default: decided at run time.
+
+    bounds: what a number must keep to, by the names of BOUNDS; `least=0` where nothing is said.
+    """
+    told = {"help": help, "choices": choices, "bounds": bounds}
+    return dataclasses.field(default=default, metadata=told)
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,6 +58,28 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(f"{message}; --help lists the flags")
+
+    def parse_args(self, argv=None):
+        """The flags' values. Dashes may stand for underscores: --max-len is --max_len."""
+        options = {self._plain(option): option for option in self._option_string_actions}
+        words = []
+        for word in sys.argv[1:] if argv is None else argv:
+            name, equals, value = word.partition("=")
+            known = word.startswith("--") and options.get(self._plain(name))
+            words.append(known + equals + value if known else word)
+        found, unknown = self.parse_known_args(words)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            if not name.startswith("-"):
+                self.error(f"unexpected word {name!r}")
+            near = difflib.get_close_matches(self._plain(name), options, 1)
+            meant = f" (did you mean {options[near[0]]}?)" if near else ""
+            self.error(f"unknown flag {name}{meant}")
+        return found
+
+    @staticmethod
+    def _plain(option):
+        return option.lstrip("-").replace("-", "_")
 
 
 def truth(text):
@@ -56,45 +89,70 @@ def truth(text):
     return text.lower() == "true"
 
 
-def parser_of(settings, description):
-    """argparse parser with one flag per field of the dataclass `settings`."""
-    form = argparse.ArgumentDefaultsHelpFormatter
-    parser = Parser(description=description, formatter_class=form, allow_abbrev=False)
-    hints = typing.get_type_hints(settings)
-    own = settings.__annotations__  # before those that a command inherits
+def parser_of(settings, description, command=""):
+    """argparse parser with one flag per field of the dataclass `settings`.
+
+    Help shows them in the groups in which classes declare them, a command's own first.
+    """
+    script = f"{os.path.basename(sys.argv[0])} {command}".strip()
+    parser = Parser(description=description, usage=f"python {script} [flags]", allow_abbrev=False)
     for base in {*settings.__mro__} - {HyperFlags} if issubclass(settings, HyperFlags) else ():
         if clash := HYPER.keys() & vars(base).get("__annotations__", {}):
             fault = f"losses.py: the hyperparameter {min(clash)} is also another flag"
             raise UserError(f"{fault}, which would be taken for it; rename it")
-    for field in sorted(dataclasses.fields(settings), key=lambda field: field.name not in own):
-        kind, name, told = hints[field.name], field.name, {"help": field.metadata["help"]}
-        if kind is tuple:  # what stands on the command line without a flag
-            parser.add_argument(name, nargs="*", **told)
-            continue
-        if isinstance(kind, types.UnionType):  # `float | None`: the flag itself is a float
-            kind = next(t for t in typing.get_args(kind) if t is not types.NoneType)
-        told["default"] = field.default
-        if kind is bool:
-            switch = {"nargs": "?", "const": True, "metavar": "true|false", "type": truth}
-            parser.add_argument(f"--{name}", **switch, **told)
-            off = {"dest": name, "action": "store_false", "default": argparse.SUPPRESS}
-            parser.add_argument(f"--no-{name}", **off, help=argparse.SUPPRESS)
-        else:
-            choices = field.metadata["choices"]
-            parser.add_argument(f"--{name}", type=kind, choices=choices, **told)
+    hints, groups = typing.get_type_hints(settings), {}
+    fields = {field.name: field for field in dataclasses.fields(settings)}
+    for home in settings.__mro__:
+        for name in home.__dict__.get("__annotations__", ()):
+            if field := fields.pop(name, None):
+                if home not in groups:
+                    title = home.__doc__.splitlines()[0].removesuffix(".")
+                    own = home is settings or title.startswith(home.__name__)  # has no docstring
+                    groups[home] = parser.add_argument_group("flags" if own else title)
+                add_flag(groups[home], field, hints[name])
     return parser
 
 
-def parse(settings, description, argv=None):
+def add_flag(group, field, kind):
+    """Adds the flag of a dataclass field whose type hint is `kind` to a group of a parser."""
+    name, told = field.name, {"help": field.metadata["help"]}
+    if kind is tuple:  # what stands on the command line without a flag
+        group.add_argument(name, nargs="*", **told)
+        return
+    if isinstance(kind, types.UnionType):  # `float | None`: the flag itself is a float
+        kind = next(t for t in typing.get_args(kind) if t is not types.NoneType)
+    told["default"] = default = field.default
+    if default is not None:  # which the text explains
+        told["help"] += f" (default {str(default).lower() if kind is bool else default})"
+    if kind is bool:
+        switch = {"nargs": "?", "const": True, "metavar": "true|false", "type": truth}
+        group.add_argument(f"--{name}", **switch, **told)
+        off = {"dest": name, "action": "store_false", "default": argparse.SUPPRESS}
+        group.add_argument(f"--no-{name}", **off, help=argparse.SUPPRESS)
+    else:
+        group.add_argument(f"--{name}", type=kind, choices=field.metadata["choices"], **told)
+
+
+def parse(settings, description, argv=None, command=""):
     """argv -> an instance of the dataclass `settings`; UserError for unknown flags and values."""
-    return settings(**vars(parser_of(settings, description).parse_args(argv)))
+    s = settings(**vars(parser_of(settings, description, command).parse_args(argv)))
+    for field in dataclasses.fields(s):
+        value, bounds = getattr(s, field.name), {"least": 0} | field.metadata["bounds"]
+        if type(value) not in (int, float):
+            continue
+        must = "" if math.isfinite(value) else "a finite number"
+        for name, bound in bounds.items():
+            words, holds = BOUNDS[name]
+            must = must if holds(value, bound) else f"{words} {bound}"
+        if must:
+            raise UserError(f"--{field.name} {value}: must be {must}")
+    return s
 
 
 def require(s, *names):
     """UserError unless these flags of the settings `s` are given."""
-    for name in names:
-        if getattr(s, name) is None:
-            raise UserError(f"--{name} is missing")
+    if missing := [f"--{name}" for name in names if getattr(s, name) is None]:
+        raise UserError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
 
 
 def progress(label, total, unit, hidden=False, **options):
@@ -119,8 +177,10 @@ def run(main):
 # One flag per hyperparameter that an objective names: a new objective brings its flags along.
 HYPER = hyperparameters()  # {name: {objective: default}}
 _told = {name: ", ".join(f"{o} {v:g}" for o, v in of.items()) for name, of in HYPER.items()}
-_fields = [(name, float | None, flag(None, f"default: {told}")) for name, told in _told.items()]
+_any = {"least": -math.inf}
+_fields = [(n, float | None, flag(None, f"default: {told}", **_any)) for n, told in _told.items()]
 HyperFlags = dataclasses.make_dataclass("HyperFlags", _fields, frozen=True)
+HyperFlags.__doc__ = "Hyperparameters of the objectives that name them."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +205,7 @@ class DataFlags:
 
     data: str | None = flag(None, "file, glob, folder or hub id[:split], with @weight; commas")
     data_revision: str | None = flag(None, "branch, tag or commit of --data on the hub")
-    limit: int | None = flag(None, "read only the first N pairs")
+    limit: int | None = flag(None, "read only the first N pairs", least=1)
     bad_rows: str = flag("stop", "at a broken row: stop, or drop and count it", ("stop", "drop"))
 
 
@@ -154,15 +214,19 @@ class RunFlags(HyperFlags):
     """What a long run needs: where it writes, how it goes on, how it fits its machine."""
 
     out: str | None = flag(None, "run directory; default: runs/LOSS, or the next free LOSS-2, …")
-    save_every: int | None = flag(None, "steps between checkpoints; default: as --eval_every")
-    keep: int = flag(2, "newest checkpoints kept, beside the best one")
+    save_every: int | None = flag(
+        None, "steps between checkpoints; default: as --eval_every", least=1
+    )
+    keep: int = flag(2, "newest checkpoints kept, beside the best one", least=1)
     resume: bool = flag(False, "go on from the newest whole checkpoint in --out")
     log: str | None = flag(None, "also report to: tensorboard, wandb, or both with a comma")
     attention: str = flag("auto", "attention kernel; auto: flex on CUDA", ("auto", "sdpa", "flex"))
     compile: bool | None = flag(None, "compile the blocks (some ten seconds); default: on CUDA")
     checkpoint_activations: bool = flag(False, "recompute blocks in backward, to save memory")
     offload: bool = flag(False, "keep parameters and optimizer state in CPU memory")
-    shard_group: int | None = flag(None, "shard over groups of N processes; default: over all")
+    shard_group: int | None = flag(
+        None, "shard over groups of N processes; default: over all", least=1
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,10 +242,10 @@ class PathFlags(InstructionFlags):
 
     bridge: str | None = flag(None, "what joins a context answer to its surroundings: sep, turn")
     sep: str | None = flag(None, "InSPO's separator; default: a reserved token, else a blank line")
-    max_len: int | None = flag(None, "tokens of a path; default: 4096, or the model's positions")
-    draft_cap: float = flag(0.4, "share of max_len that a rejected context answer may take")
+    max_len: int | None = flag(None, "longest path; default: 4096, or the model's limit", least=1)
+    draft_cap: float = flag(0.4, "share of max_len for a rejected context answer", above=0, most=1)
     score_eos: bool = flag(True, "score the end token too, and count it")
-    row_tokens: int | None = flag(None, "tokens per row; default: 8192 on CUDA, else 2048")
+    row_tokens: int | None = flag(None, "tokens per row; default: 8192, on a CPU 2048", least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,9 +253,9 @@ class SamplingFlags:
     """How answers are drawn."""
 
     temperature: float = flag(0.7, "of the softmax; 0 takes the likeliest token")
-    top_p: float = flag(0.95, "mass of the nucleus that tokens are drawn from")
-    max_new_tokens: int = flag(2048, "longest answer")
-    batch: int = flag(16, "sequences that the own sampler has at once")
+    top_p: float = flag(0.95, "mass of the nucleus that tokens are drawn from", above=0, most=1)
+    max_new_tokens: int = flag(2048, "longest answer", least=1)
+    batch: int = flag(16, "sequences that the own sampler has at once", least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,8 +263,8 @@ class EndpointFlags:
     """An OpenAI-compatible chat server in place of the own sampler."""
 
     endpoint: str | None = flag(None, "OpenAI-compatible server, as http://127.0.0.1:8000/v1")
-    concurrency: int = flag(8, "requests that --endpoint has at once")
-    timeout: float = flag(600.0, "seconds that --endpoint may take for one answer")
+    concurrency: int = flag(8, "requests that --endpoint has at once", least=1)
+    timeout: float = flag(600.0, "seconds that --endpoint may take for one answer", above=0)
     retries: int = flag(8, "further tries of a request before --endpoint is given up")
 
 
@@ -216,4 +280,6 @@ class ResultFlags:
 class VerdictFlags(ResultFlags):
     """An evaluation of verdicts or scores, of which some may be missing."""
 
-    max_missing: float = flag(0.05, "largest share of missing or faulty verdicts of a model")
+    max_missing: float = flag(
+        0.05, "largest share of missing or faulty verdicts of a model", most=1
+    )

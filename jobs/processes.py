@@ -159,7 +159,7 @@ class Ranks:
         """Device mesh of the shards; 2-D, (copies, shards), where groups of ranks hold copies."""
         if shard_group in (None, self.world):
             return init_device_mesh(self.kind, (self.world,))
-        if shard_group < 1 or self.world % shard_group:
+        if self.world % shard_group:
             raise UserError(f"--shard_group {shard_group} does not divide {self.world} processes")
         shape, names = (self.world // shard_group, shard_group), ("copy", "shard")
         return init_device_mesh(self.kind, shape, mesh_dim_names=names)

@@ -26,11 +26,11 @@ class CleaningFlags:
     """A rule each; None or False leaves it out."""
 
     dedup: bool = flag(False, "leave out exact duplicates")
-    max_answer: int | None = flag(None, "leave out pairs with an answer over so many tokens")
+    max_answer: int | None = flag(None, "no pairs with an answer over so many tokens", least=1)
     min_answer: int | None = flag(None, "leave out pairs with both answers under so many tokens")
-    min_margin: float | None = flag(None, "leave out pairs with a smaller score difference")
+    min_margin: float | None = flag(None, "no pairs with a smaller score difference", least=-1e9)
     guard: str | None = flag(None, "leave out what this Llama-Guard-style model calls unsafe")
-    guard_threshold: float = flag(0.5, "probability of unsafe from which a pair is left out")
+    guard_threshold: float = flag(0.5, "probability of unsafe that leaves a pair out", most=1)
 
     @classmethod
     def of(cls, s):

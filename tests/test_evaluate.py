@@ -417,7 +417,7 @@ def test_answers_are_joined_by_prompt(files, tmp_path):
     [
         ([], "the commands are reward, pairs, best_of, world, alpaca, arena, mtbench, compare, "),
         (["score"], "unknown command score; the commands are reward, pairs, best_of"),
-        (["reward"], "--model is missing"),
+        (["reward"], "--model, --answers are missing"),
         (["reward", "--model", "RM"], "--answers is missing"),
         (["reward", "--model", "RM", "--answers", "no.jsonl"], "--answers no.jsonl: no such file"),
         (["reward", "--model", "RM", "--answers", "BAD"], "bad.jsonl:2: columns ['prompt'] are"),

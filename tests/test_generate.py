@@ -271,7 +271,7 @@ def test_a_single_prompt_streams_its_answer(command, capfd):
     [
         (["--prompt", "a", "--data", "b"], "either --prompt TEXT or --data FILE"),
         ([], "either --prompt TEXT or --data FILE"),
-        (["--prompt", "a", "--top_p", "0"], "--top_p must be in (0, 1]"),
+        (["--prompt", "a", "--top_p", "0"], "--top_p 0.0: must be above 0"),
         (["--prompt", "a", "--batch", "0"], "--batch 0: must be at least 1"),
         (["--prompt", "a", "--n", "0"], "--n 0: must be at least 1"),
         (["--prompt", "a", "--n", "2", "--temperature", "0"], "--temperature 0 knows but one"),

@@ -143,7 +143,7 @@ def test_entropy_and_distance_by_hand():
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["context"], "--model is missing"),
+        (["context"], "--model, --data are missing"),
         (["next_token", "--model", "LM"], "--data is missing"),
         (["context", "--model", "LM", "--data", "PAIRS", "--max_len", "9"], "24 over --max_len 9"),
         (["context", "--model", "LM", "--data", "PAIRS", "--sep", "<|im_end|>"], "choose another"),
