@@ -245,13 +245,12 @@ def best_worlds():
 # ----------------------------------------------------------------------------- all runs
 
 
-def run_all(jobs, file, known, workers):
+def run_all(jobs, file, known, n, run=run):
     """Run what is not known yet, side by side; every result is appended to `file` at once."""
     jobs = [job for job in jobs if job not in known]
     file.parent.mkdir(parents=True, exist_ok=True)
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), quiet, (file.parent / "log",))
     bar = progress(file.stem, len(jobs), "run")
-    with pool, bar, open(file, "a", encoding="utf-8") as out:
+    with workers(n, file.parent / "log") as pool, bar, open(file, "a", encoding="utf-8") as out:
         for future in as_completed([pool.submit(run, job) for job in jobs]):
             result = future.result()
             known[result["job"]] = result
@@ -259,6 +258,11 @@ def run_all(jobs, file, known, workers):
             out.flush()
             bar.update()
     return known
+
+
+def workers(n, log):
+    """A pool of n processes of one thread each."""
+    return ProcessPoolExecutor(n, get_context("spawn"), quiet, (log,))
 
 
 def quiet(log):

@@ -320,7 +320,7 @@ def test_a_run_in_the_small_world(tmp_path):
     stages = (small_world.Stage("ins_dpo", 3e-4, steps=1),)
     job = small_world.Job(("forms", "dpo", "ins"), "start", "separable", 0, stages)
     file = tmp_path / "results.jsonl"
-    known = small_world.run_all([job], file, {}, workers=1)
+    known = small_world.run_all([job], file, {}, 1)
     assert small_world.read_results(file) == known
     assert known[job].keys() >= {*small_world_report.MEASURES, "cpu_seconds"}
     assert 0.9 < known[job]["mass"] <= 1 and 0.3 < known[job]["plain"] < 0.7

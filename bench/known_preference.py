@@ -1,0 +1,281 @@
+"""Which form should one use? SmolLM2-135M-Instruct under preferences known in closed form.
+
+    python -m bench.known_preference            every run, hours on two cores; a run that is done
+                                                is kept, so it may be stopped and started again
+    python -m bench.known_preference --report   docs/known_preference.{json,png} and the table in
+                                                docs/results.md from what is done so far
+
+The controlled setting of the DPO paper (section 6): the pairs are the start's own, two samples to
+each of 600 short prompts (bench/prompts.py), labelled at random by a known P(y > y' | x):
+
+    separable       Bradley-Terry on the sentiment of a lexicon (VADER, Hutto and Gilbert 2014)
+    intransitive    three observable classes of a text, length, sentiment and form, each of which
+                    beats the next and loses to the one after, as rock, paper and scissors do
+
+A run is train.py's own: one pass over the pairs, the same pairs in the same order for every form.
+Then the policy answers 200 other prompts by fresh samples at temperature 1, which the start's
+samples meet under the known P, so no judge is needed:
+
+    plain       expected win rate of prompt-only answers: what gets deployed
+    shown       the same when the policy is asked to better the very answer that it is to beat
+    refined     the same when it is asked to better an answer of its own: IFSR's stage III
+    reward      mean sentiment of the plain answers; kl: their mean log pi - log start, in nats
+    length      their mean tokens
+
+The learning rate of a form is the one of RATES under which the plain policy's implicit reward
+foretells the known P of pairs held out best (cross-entropy at DPO's beta), on a seed of its own.
+"""
+
+import json
+import re
+import tempfile
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from smollm2 import smollm2_dir
+
+import train
+from bench import known_preference_report
+from bench.prompts import prompts
+from bench.small_world import ranks, run_all, workers
+from data import Dataset, Limits, path_sums
+from generate import Answers, Ask, Dialogue, Sampling, load_model, stop_ids
+from jobs.cli import flag, parse
+from jobs.cli import run as run_command
+from jobs.files import to_line, write_json
+from losses import recipe
+from pairs.layouts import Pair
+
+KINDS = ("separable", "intransitive")
+SEEDS, TUNING_SEED, TEST_SEED = range(3), 100, 10**6
+RATES = (5e-6, 1.5e-5, 4.5e-5)
+BATCH, ANSWERS, HELD, BETA = 16, 48, 60, 0.1
+DRAW = Sampling(max_new_tokens=64, temperature=1.0, top_p=1.0)  # the policy itself, unsharpened
+FORMS = {  # name: stages of (--loss, --condition, --bridge, share of the pass over the pairs)
+    "plain": (("dpo", None, None, 1.0),),
+    "ins": (("ins_dpo", None, None, 1.0),),
+    "ins turn": (("ins_dpo", None, "turn", 1.0),),
+    "averaged": (("ins_dpo", "averaged", "turn", 1.0),),
+    "ifsr": (("ifsr_dpo", None, None, 1.0),),
+    "irft, ifsr": (("irft", None, None, 0.5), ("ifsr_dpo", None, None, 0.5)),
+}
+
+
+class Job(NamedTuple):
+    """One policy: what raters prefer, how it is trained, and whether it is only tuned on."""
+
+    kind: str
+    form: str
+    seed: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class KnownPreferenceFlags:
+    """Flags."""
+
+    out: str = flag("runs/known_preference", "where results are kept")
+    model: str | None = flag(None, "the start; default: SmolLM2-135M-Instruct of the cache")
+    workers: int = flag(2, "runs side by side, of one thread each")
+    report: bool = flag(False, "only write the report")
+
+
+# ----------------------------------------------------------------------------- preferences
+
+
+@cache
+def lexicon():
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    return SentimentIntensityAnalyzer()
+
+
+def sentiment(text):
+    """Of a text, from -1 (all negative) to 1."""
+    return lexicon().polarity_scores(text)["compound"]
+
+
+def classes(text):
+    """(3,) classes 0, 1 or 2 of a text by length, sentiment and form."""
+    words, feeling = len(text.split()), sentiment(text)
+    form = 0 if re.search(r"\b(I|my|me|we|our)\b", text) else 1 if re.search("[?!]", text) else 2
+    return np.array([(words > 15) + (words > 35), (feeling > -0.05) + (feeling > 0.4), form])
+
+
+def prefers(kind, first, second):
+    """P(first > second) of two texts."""
+    if kind == "separable":
+        edge = 4 * (sentiment(first) - sentiment(second))
+    else:  # class c beats class c + 1, of three in a ring
+        ahead = (classes(second) - classes(first)) % 3  # 0: equal, 1: beats it, 2: is beaten
+        edge = 1.5 * ((ahead == 1).sum() - (ahead == 2).sum())
+    return 1 / (1 + np.exp(-edge))
+
+
+def win_rates(kind, answers, others):
+    """(N,) expected wins of one text against another, prompt by prompt."""
+    return np.array([prefers(kind, a, b) for a, b in zip(answers, others, strict=True)])
+
+
+# ----------------------------------------------------------------------------- sampling, scoring
+
+
+def as_prompt(text):
+    return [{"role": "user", "content": text}]
+
+
+def sample(model, template, texts, seed, mode="plain", drafts=None):
+    """One answer to each prompt, in their order; drafts: texts to be refined instead."""
+    sampling = DRAW._replace(stop_ids=stop_ids(template))
+    asks = [Ask(as_prompt(text), draft) for text, draft in
+            zip(texts, drafts or [None] * len(texts), strict=True)]  # fmt: skip
+    dialogues = [Dialogue(ask, n, mode, seed=seed) for n, ask in enumerate(asks)]
+    rows = dict(Answers(model, template, sampling, ANSWERS)(dialogues))
+    return [rows[n]["answer"] for n in range(len(asks))]
+
+
+def logps(model, template, texts, answers):
+    """(N,) log pi(answer | prompt), and (N,) tokens; both without the end token, which a sample
+    that was cut has not drawn. An answer of no token counts 0.
+    """
+    rule, found = recipe("sft"), np.zeros((2, len(texts)))
+    own = [n for n, answer in enumerate(answers) if answer.strip()]
+    pairs = [Pair(as_prompt(texts[n]), answers[n], None, str(n)) for n in own]
+    limits = Limits(1024, 0.4, score_eos=False)
+    dataset = Dataset(pairs, template, rule, limits, "better")
+    sizes = [dataset.size(i, rule.paths) for i in range(len(dataset))]
+    sums = path_sums(model, lambda i: dataset.trie(i, rule.paths), sizes, 1)
+    found[:, [int(where) for where in dataset.examples.where]] = [x[:, 0].numpy() for x in sums]
+    return found
+
+
+# ----------------------------------------------------------------------------- one run
+
+
+def opened(directory):
+    return load_model(directory, "bf16", "cpu")
+
+
+def start_samples(s, name, seed):
+    """The start's answers to all prompts of a split, made once: a text per prompt."""
+    file = Path(s.out) / f"start-{name}-{seed}.json"
+    if not file.exists():
+        model, template = opened(s.model)
+        texts = sample(model, template, prompts()[name], seed)
+        write_json(file, texts)
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def labelled(s, kind, seed):
+    """The pairs of one seed: rows {prompt, chosen, rejected}, both of them the start's own."""
+    one, two = (start_samples(s, "train", 2 * seed + n) for n in (0, 1))
+    rng, rows = np.random.default_rng((seed, 1)), []
+    for x, y, z in zip(prompts()["train"], one, two, strict=True):
+        first = rng.random() < prefers(kind, y, z)  # drawn also where a pair is left out
+        if y.strip() and z.strip() and y.strip() != z.strip():
+            rows.append({"prompt": x, "chosen": y if first else z, "rejected": z if first else y})
+    return rows
+
+
+def run(s, job):
+    """Train the job's stages and measure the policy -> the job's result."""
+    rows, result = labelled(s, job.kind, job.seed), {"job": job}
+    rows, held = rows[HELD:], rows[:HELD]
+    with tempfile.TemporaryDirectory(dir=s.out) as work:
+        model, first = s.model, 0
+        for n, (loss, condition, bridge, share) in enumerate(FORMS[job.form]):
+            last = first + round(share * len(rows))
+            data, out = Path(work) / f"pairs-{n}.jsonl", Path(work) / f"stage-{n}"
+            data.write_bytes(b"".join(map(to_line, rows[first:last])))
+            flags = {"loss": loss, "condition": condition, "bridge": bridge, "lr": job.lr}
+            flags |= {"model": str(model), "data": str(data), "out": str(out), "seed": job.seed}
+            flags |= {"batch": BATCH, "epochs": 1.0, "max_len": 512, "eval_pairs": 0, "keep": 1}
+            flags |= {"device": "cpu", "dtype": "bf16", "save_every": 10**6}
+            train.train(train.TrainFlags(**flags), ranks())
+            model, first = out / "final", last
+        policy, template = opened(model)
+    start, _ = opened(s.model)
+    result["held"] = foresight(job.kind, start, policy, template, held)
+    return result if job.seed == TUNING_SEED else result | measure(s, job, start, policy, template)
+
+
+def foresight(kind, start, policy, template, held):
+    """Cross-entropy of the known P of held-out pairs under the plain policy's implicit reward."""
+    texts, margin = [row["prompt"] for row in held], 0
+    for name, sign in (("chosen", 1), ("rejected", -1)):
+        answers = [row[name] for row in held]
+        own, its = (logps(model, template, texts, answers)[0] for model in (policy, start))
+        margin = margin + sign * BETA * (own - its)
+    p = np.array([prefers(kind, row["chosen"], row["rejected"]) for row in held])
+    return float((p * np.logaddexp(0, -margin) + (1 - p) * np.logaddexp(0, margin)).mean())
+
+
+def measure(s, job, start, policy, template):
+    """The numbers at the head of this file, on the test prompts."""
+    texts, others = prompts()["test"], start_samples(s, "test", TEST_SEED)
+    seed = TEST_SEED + 1 + job.seed
+    answers = {"plain": sample(policy, template, texts, seed)}
+    for name, drafts in (("shown", others), ("refined", answers["plain"])):
+        answers[name] = sample(policy, template, texts, seed, "refine", drafts)
+    wins = {view: win_rates(job.kind, own, others).round(4) for view, own in answers.items()}
+    own, tokens = logps(policy, template, texts, answers["plain"])
+    return {
+        "wins": {view: values.tolist() for view, values in wins.items()},  # by prompt
+        "reward": float(np.mean([sentiment(text) for text in answers["plain"]])),
+        "kl": float((own - logps(start, template, texts, answers["plain"])[0]).mean()),
+        "length": float(tokens.mean()),
+        "examples": {view: texts[:3] for view, texts in answers.items()},
+    }
+
+
+# ----------------------------------------------------------------------------- all runs
+
+
+def tuning_jobs():
+    return [Job(kind, form, TUNING_SEED, lr) for kind in KINDS for form in FORMS for lr in RATES]
+
+
+def best_rates(known):
+    """{(kind, form): lr} with the lowest `held` of the tuning runs."""
+    tuned = {}
+    for job, result in known.items():
+        if job.seed == TUNING_SEED:
+            best = tuned.setdefault((job.kind, job.form), (job.lr, result["held"]))
+            if result["held"] < best[1]:
+                tuned[job.kind, job.form] = job.lr, result["held"]
+    return {key: lr for key, (lr, _) in tuned.items()}
+
+
+def form_jobs(rates):
+    """Seed by seed, so that a table can be drawn before all are done."""
+    return [Job(*key, seed, lr) for seed in SEEDS for key, lr in rates.items()]
+
+
+def read_results(file):
+    """{Job: result} of the runs that are done."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else ()
+    results = [json.loads(line) for line in lines]
+    return {Job(*result["job"]): result | {"job": Job(*result["job"])} for result in results}
+
+
+def main():
+    s = parse(KnownPreferenceFlags, __doc__.splitlines()[0])
+    s = replace(s, model=str(s.model or smollm2_dir(build=True)))
+    file = Path(s.out) / "results.jsonl"
+    known = read_results(file)
+    if not s.report:
+        first = [("test", TEST_SEED)]  # samples of the start, which the runs share
+        first += [("train", 2 * seed + n) for seed in (TUNING_SEED, *SEEDS) for n in (0, 1)]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with workers(s.workers, file.parent / "log") as pool:
+            list(pool.map(partial(start_samples, s), *zip(*first, strict=True)))
+        known = run_all(tuning_jobs(), file, known, s.workers, partial(run, s))
+        known = run_all(form_jobs(best_rates(known)), file, known, s.workers, partial(run, s))
+    print(known_preference_report.write(known))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,77 @@
+"""Tests of bench/known_preference.py: the preferences' closed forms, and one run end to end."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench import known_preference, known_preference_report
+from bench.prompts import prompts
+
+pytest.importorskip("vaderSentiment", reason="vaderSentiment is in requirements-dev.txt")
+START = Path(__file__).parent.parent / "assets" / "start"
+GLAD, SAD = "What a wonderful, happy day!", "This is a terrible, sad failure."
+
+
+def test_the_prompts_are_600_and_200_without_an_overlap():
+    train, test = prompts()["train"], prompts()["test"]
+    assert len(set(train)) == 600 and len(set(test)) == 200 and not set(train) & set(test)
+
+
+@pytest.mark.parametrize("kind", known_preference.KINDS)
+def test_a_preference_and_its_reverse_sum_to_one(kind):
+    texts = [GLAD, SAD, "I see.", "Why? " * 20, "word " * 40]
+    for first in texts:
+        for second in texts:
+            p, q = (
+                known_preference.prefers(kind, first, second),
+                known_preference.prefers(kind, second, first),
+            )
+            assert p + q == pytest.approx(1) and (first != second or p == 0.5)
+
+
+def test_the_separable_preference_is_bradley_terry_on_sentiment():
+    edge = 4 * (known_preference.sentiment(GLAD) - known_preference.sentiment(SAD))
+    assert known_preference.prefers("separable", GLAD, SAD) == pytest.approx(
+        1 / (1 + math.exp(-edge))
+    )
+    assert edge > 4
+
+
+def test_the_intransitive_preference_goes_round_in_a_ring():
+    """Three texts that differ in length alone: each beats one and is beaten by the other."""
+    short, middle, long = ("word " * n for n in (5, 20, 50))
+    assert [known_preference.classes(text)[0] for text in (short, middle, long)] == [0, 1, 2]
+    wins = [known_preference.prefers("intransitive", *both)
+            for both in ((short, middle), (middle, long), (long, short))]  # fmt: skip
+    assert np.allclose(wins, 1 / (1 + math.exp(-1.5)))
+
+
+def test_one_run_from_samples_to_the_table(tmp_path, monkeypatch):
+    """Tuned and measured on the embedded model; results are read again as they were."""
+    few = {"train": prompts()["train"][:12], "test": prompts()["test"][:3]}
+    monkeypatch.setattr(known_preference, "prompts", lambda: few)
+    monkeypatch.setattr(known_preference, "HELD", 4)
+    monkeypatch.setattr(known_preference, "DRAW", known_preference.DRAW._replace(max_new_tokens=12))
+    s = known_preference.KnownPreferenceFlags(out=str(tmp_path), model=str(START))
+    jobs = [
+        known_preference.Job("separable", form, 0, 1e-4) for form in ("plain", "irft, ifsr")
+    ] + [known_preference.Job("intransitive", "ins turn", known_preference.TUNING_SEED, 1e-4)]
+    known = {job: known_preference.run(s, job) for job in jobs}
+    assert all(result["held"] > 0 for result in known.values()) and "wins" not in known[jobs[2]]
+    assert all(0 < rate < 1 for rate in known[jobs[0]]["wins"]["shown"])
+    rows = known_preference.labelled(s, "separable", 0)
+    assert len(rows) <= 12 and all(row["chosen"] != row["rejected"] for row in rows)
+    table = known_preference_report.tables(known_preference_report.cells_of(known))
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [
+        "plain",
+        "irft, ifsr",
+    ]
+
+
+def test_the_rate_of_a_form_is_the_one_that_foretells_best():
+    jobs = [known_preference.Job("separable", "ins", known_preference.TUNING_SEED, lr)
+            for lr in known_preference.RATES]  # fmt: skip
+    known = {job: {"held": held} for job, held in zip(jobs, (0.7, 0.6, 0.65), strict=True)}
+    assert known_preference.best_rates(known) == {("separable", "ins"): known_preference.RATES[1]}
