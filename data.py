@@ -25,6 +25,7 @@ Legend: N pairs of a dataset, T row tokens, S scored tokens, B pairs of a row, P
 x prompt, w chosen ("winning") answer, l rejected ("losing") answer.
 """
 
+import hashlib
 import heapq
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -116,6 +117,13 @@ class Examples:
             end += length
         closed = dict(zip(("chosen", "rejected"), self.closed[i].tolist(), strict=True))
         return Example(**parts, closed=closed, where=self.where[i], crc=self.crc[i])
+
+    def digest(self):
+        """sha256 of the tokens of all pairs, in their order; not of where they were read."""
+        sha = hashlib.sha256()
+        for array in (self.ids, self.lengths, self.closed):
+            sha.update(np.ascontiguousarray(array))  # no copy, where it is mapped from a file
+        return sha.hexdigest()
 
     @classmethod
     def flat(cls, examples):

@@ -231,11 +231,14 @@ def fit(s, ranks, recipe):
     model = build_model(s, ranks, source, recipe.objective.head)
     sources = {source, reference_source}  # one, where the policy is its own reference
     digests = ranks.share(lambda: {x: weights.Weights(x).digest() for x in sources})
-    job = Run(s, ranks, recipe, model, digests[source], sets, plan)
+    of = (digests[source], digests[reference_source], sets)
+    owner = ranks.share(lambda: checkpoint.owner_of(s, recipe, *of))
+    job = Run(s, ranks, recipe, model, owner, sets, plan)
+    found = job.saver.newest() if s.resume else None  # another run's is refused here
     ranks.deferred = True  # from here on a signal waits for the next place to save or stop
     reference = job.score_reference(reference_source, digests[reference_source])
-    if s.resume:
-        job.state |= job.saver.resume(model, job.optimizer)
+    if found:
+        job.state |= job.saver.resume(*found, model, job.optimizer)
     first = job.state["step"]
     if first == 0:
         job.check_start()
@@ -283,7 +286,7 @@ class Run:
     the reference's log-probabilities by pair and path, so that no shuffling can misplace them.
     """
 
-    def __init__(self, s, ranks, recipe, model, digest, sets, plan):
+    def __init__(self, s, ranks, recipe, model, owner, sets, plan):
         self.s, self.ranks, self.recipe, self.model, self.plan = s, ranks, recipe, model, plan
         self.sets, self.train, self.validation = sets, sets["train"], sets.get("validation")
         adam = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": s.weight_decay}
@@ -300,8 +303,6 @@ class Run:
             self.wanted = {name: paths[name] for name in sets if paths[name]}
         # what a checkpoint carries beside weights and moments
         self.state = {"step": 0, "best": math.inf, "best_step": None}
-        choices = (recipe.name, recipe.condition, recipe.bridge, recipe.reference, recipe.hyper)
-        owner = {"model": digest[:16], "objective": " ".join(map(str, choices))}
         self.saver = checkpoint.Saver(Path(s.out) / "checkpoints", owner, s.keep, ranks.say)
 
     # -- rows, and their values without gradient

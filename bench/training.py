@@ -90,7 +90,7 @@ def set_up(s, ranks, clock):
             s = fit_to_data(s, ranks, recipe, sets, plan)
     with clock.stage("load"):
         model = build_model(s, ranks, Path(s.model), recipe.objective.head)
-    return Run(s, ranks, recipe, model, "", sets, plan)
+    return Run(s, ranks, recipe, model, {}, sets, plan)
 
 
 @contextmanager

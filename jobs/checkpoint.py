@@ -38,10 +38,24 @@ def _tensors(model, optimizer):
     return tensors
 
 
+def owner_of(s, recipe, model, reference, sets):
+    """What a checkpoint belongs to: all that stays the same on the way of a run -> {name: text}.
+
+    model, reference: digests of weights; sets: {name: data.Dataset}. Which pairs make up a step is
+    a function of the tokenised pairs, --batch and --seed. How long and how fast (--steps, --lr, …)
+    is no part of it: a run may go on with others.
+    """
+    choices = (recipe.name, recipe.condition, recipe.bridge, recipe.reference, recipe.hyper)
+    owner = {"model": model[:16], "objective": " ".join(map(str, choices))}
+    owner |= {"reference": reference[:16] if recipe.objective.uses_reference else "none"}
+    owner |= {f"{name} data": dataset.examples.digest()[:16] for name, dataset in sets.items()}
+    return owner | {"plan": f"batch {s.batch}, seed {s.seed}"}
+
+
 class Saver:
     """Writes checkpoints of all ranks into `directory`, in the background, one at a time.
 
-    owner: JSON-able dict of what a checkpoint belongs to (`resume` compares it); keep: how many of
+    owner: JSON-able dict of what a checkpoint belongs to (`newest` compares it); keep: how many of
     the newest stay, beside the one of the best validation loss.
     """
 
@@ -73,13 +87,15 @@ class Saver:
         if self.fault:
             raise UserError(f"{self.fault}; free some space, then --resume")
 
-    def resume(self, model, optimizer):
-        """Fills both from the newest whole checkpoint -> its state; {} where there is none."""
+    def newest(self):
+        """(path, state) to resume from; None, and said, where there is no whole checkpoint."""
         found = newest(self.directory, self.owner, self.say)
         if found is None:
             self.say(f"no whole checkpoint in {self.directory}: starting at step 0")
-            return {}
-        path, state = found
+        return found
+
+    def resume(self, path, state, model, optimizer):
+        """Fills both from what `newest` found -> the state."""
         restore(path, state, model, optimizer)
         self.say(f"resuming from {path}")
         return state
@@ -125,25 +141,39 @@ def saved(directory):
 
 
 def newest(directory, owner=None, say=print):
-    """(path, state) of the newest checkpoint that is whole and `owner`'s, or None.
+    """(path, state) of the newest checkpoint that is whole, or None.
 
-    Says in one line each why it passes over another.
+    Says in one line each why it passes over another. UserError for one that is not `owner`'s.
     """
     for path in saved(directory):
         try:
-            return path, on_all(lambda path=path: _read_state(path, owner or {}))[0]
+            state = on_all(lambda path=path: _read_state(path))[0]
         except UserError as fault:
             say(f"{path}: {fault}; trying the one before")
+            continue
+        compare_owners(path, state["owner"], owner or {}, say)
+        return path, state
     return None
 
 
-def _read_state(path, owner):
-    """The state of a checkpoint; UserError for damage to this rank's share of it, or its owner."""
+def compare_owners(path, theirs, ours, say):
+    """UserError, naming what differs, for a checkpoint of another run.
+
+    One of an older version does not tell everything: what it does not is said, and taken as it is.
+    """
+    if other := [name for name, value in ours.items() if theirs.get(name, value) != value]:
+        told = ", ".join(f"{name} ({theirs[name]}, now {ours[name]})" for name in other)
+        cure = "give back what it had, or start anew in another --out"
+        raise UserError(f"--resume: {path} belongs to another {told}; {cure}")
+    if untold := [name for name in ours if name not in theirs]:
+        say(f"{path}: of an older version; not compared: {', '.join(untold)}")
+
+
+def _read_state(path):
+    """The state of a checkpoint; UserError for damage to this rank's share of it."""
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        for name, value in owner.items():
-            if (found := state["owner"].get(name)) != value:
-                raise UserError(f"belongs to another {name} ({found}, not {value})")
+        dict(state["owner"])
         for r in range(dist.get_rank(), state["world"], dist.get_world_size()):
             _check(path / f"rank-{r}.safetensors", state["sha256"][r])
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:

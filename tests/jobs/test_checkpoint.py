@@ -5,12 +5,16 @@ import json
 import os
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import torch.distributed as dist
-from runs import final, furthest, lines, losses, torchrun, train_here
+from runs import argv, final, furthest, lines, losses, torchrun, train_here
 
+import train
+from conftest import PAIRS, write_model
 from jobs import checkpoint
 from jobs.checkpoint import newest, saved
 from jobs.cli import UserError, parse
@@ -162,21 +166,6 @@ def a_link(path):
     return "rank-0.safetensors is a link"
 
 
-def another_model(path):
-    return foreign(path, "model", "belongs to another model (0123456789abcdef, not ")
-
-
-def another_objective(path):
-    return foreign(path, "objective", "belongs to another objective (0123456789abcdef, not ins_dpo")
-
-
-def foreign(path, name, message):
-    state = json.loads((path / "state.json").read_text())
-    state["owner"][name] = "0123456789abcdef"
-    (path / "state.json").write_text(json.dumps(state))
-    return message
-
-
 def missing_state(path):
     (path / "state.json").unlink()
     return "not readable"
@@ -193,7 +182,7 @@ def stateless(path):
 
 
 DAMAGE = [flipped_bit, truncated, missing_rank, missing_state, broken_state, stateless]
-DAMAGE += [a_link, another_model, another_objective]
+DAMAGE += [a_link]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -210,6 +199,69 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(damage, whole, 
     for older in ("step-4", "step-2"):
         damage(directory / older)
     assert newest(directory, owner, said.append) is None and len(said) == 4
+
+
+# ----------------------------------------------------------------------------- another run's
+
+
+@pytest.fixture
+def resumed(whole, tmp_path, no_plots, ended):
+    """resumed(**flags) goes on with a copy of the run, without its config.json -> as `ended`."""
+
+    def go(**changes):
+        out = shutil.copytree(whole["out"], tmp_path / "out", dirs_exist_ok=True)
+        (out / "config.json").unlink()  # which compares the flags
+        return ended(train, *argv(whole | {"out": out, "resume": True} | changes))
+
+    return go
+
+
+def before_and_after(out):
+    return [(out / name).read_text() for name in ("metrics.jsonl", "checkpoints/step-6/state.json")]
+
+
+@pytest.mark.parametrize("of", ["data", "validation", "order", "seed", "reference", "objective"])
+def test_a_checkpoint_of_another_run_is_refused_by_what_differs(
+    of, whole, resumed, tmp_path, tiny_model_dir
+):
+    rows = Path(whole["data"]).read_text().splitlines(keepends=True)
+    rows[0] = json.dumps(PAIRS[0] | {"chosen": "Another answer."}) + "\n"
+    (tmp_path / "data.jsonl").write_text("".join(rows))
+    (tmp_path / "few.jsonl").write_text("".join(rows[:2]))
+    other = write_model(tmp_path / "other", tiny.LLAMA | {"tie_word_embeddings": True}, seed=5)
+    changes, told = {
+        "data": ({"data": tmp_path / "data.jsonl"}, "another train data ("),
+        "validation": ({"eval_data": tmp_path / "few.jsonl"}, "validation data ("),
+        "order": ({"batch": 6}, "another plan (batch 4, seed 0, now batch 6, seed 0)"),
+        "seed": ({"seed": 1}, "plan (batch 4, seed 0, now batch 4, seed 1)"),
+        "reference": ({"ref_model": other}, "another reference ("),
+        "objective": ({"loss": "dpo"}, "another objective (ins_dpo"),
+    }[of]
+    _, error, status = resumed(**changes)
+    error = error.rpartition("\r")[2]
+    assert status == 2 and error.count("\n") == 1 and told in error
+    assert f"--resume: {tmp_path / 'out' / 'checkpoints' / 'step-6'} belongs to another" in error
+    assert before_and_after(tmp_path / "out") == before_and_after(whole["out"])
+
+
+def test_the_same_pairs_in_another_file_are_the_same_data(resumed, whole, tmp_path):
+    shutil.copy(whole["data"], tmp_path / "moved.jsonl")
+    out, error, status = resumed(data=tmp_path / "moved.jsonl")
+    assert status == 0 and "resuming from" in out, error
+
+
+def test_a_checkpoint_of_an_older_version_says_what_is_not_compared(whole, tmp_path, alone):
+    directory, said = shutil.copytree(whole["out"] / "checkpoints", tmp_path / "checkpoints"), []
+    _, state = newest(directory, say=said.append)
+    owner = state["owner"]
+    assert [*owner] == ["model", "objective", "reference", "train data", "validation data", "plan"]
+    old = state | {"owner": {name: owner[name] for name in ("model", "objective")}}
+    (directory / "step-6" / "state.json").write_text(json.dumps(old))
+    assert newest(directory, owner, said.append)[0].name == "step-6"
+    told = "of an older version; not compared: reference, train data, validation data, plan"
+    assert len(said) == 1 and told in said[0]
+    with pytest.raises(UserError, match="belongs to another model .*, now 0123"):
+        newest(directory, owner | {"model": "0123"}, said.append)
 
 
 def test_the_best_is_kept_beside_the_newest(fresh, tmp_path):
