@@ -33,7 +33,7 @@ from tokenizers.decoders import DecodeStream
 
 from hub.benchmarks import ANSWER_FORMATS, refuse_twins, token_counter, write_answers
 from hub.endpoint import Endpoint, RequestRefused, public, together
-from hub.template import INSTRUCTIONS, Template, open_template, with_suffix
+from hub.template import INSTRUCTIONS, Refused, Template, open_template, with_suffix
 from hub.weights import pinned
 from jobs import cli
 from jobs.cli import UserError, flag, parse, progress, run
@@ -221,6 +221,7 @@ class Ask(NamedTuple):
     draft: str | None = None  # to refine, where it is known
     turns: list = []  # further user turns, each behind an answer; never written to
     about: dict = {}  # the question's KEPT columns, for the answer's row; never written to
+    where: str = ""  # "file:row"
 
 
 def read_asks(source, limit=None):
@@ -236,7 +237,7 @@ def read_asks(source, limit=None):
             break
         prompt, turns = read_prompt(record, where, drops)
         if prompt is not None:
-            asks.append(Ask(prompt, record.get("draft"), turns, about_of(record)))
+            asks.append(Ask(prompt, record.get("draft"), turns, about_of(record), where))
     if drops.rules:
         print(f"{source}: dropped {drops}", file=sys.stderr)
     if not asks:
@@ -365,12 +366,15 @@ class Answers:
         tokenised again, may have others. A draft that the question brought along is tokenised.
         """
         template, refine = self.template, "draft" in dialogue.row
-        if draft:
-            ids = [*draft.prompt, *draft.answer, *template.end_ids]
-        elif refine:
-            ids = template.joined(dialogue.question, dialogue.row["draft"])
-        else:
-            (ids,) = template.encode([template.render(dialogue.question, generation=True)])
+        try:
+            if draft:
+                ids = [*draft.prompt, *draft.answer, *template.end_ids]
+            elif refine:
+                ids = template.joined(dialogue.question, dialogue.row["draft"])
+            else:
+                (ids,) = template.encode([template.render(dialogue.question, generation=True)])
+        except Refused as error:
+            raise UserError(f"{dialogue.ask.where or 'the question'}: {error}") from error
         asked = [template.turn(dialogue.instruction)] if refine else [""]
         (turn,) = template.encode(asked, behind=template.end)
         ids = [int(i) for i in (*ids, *turn)]
@@ -458,11 +462,13 @@ def check_flags(s, world=1):
         raise UserError("--endpoint wants a single process; --concurrency N asks N at once")
 
 
-def load_model(directory, dtype=None, device="auto", head="logps", name="--model"):
+def load_model(
+    directory, dtype=None, device="auto", head="logps", name="--model", fold_system=False
+):
     """What every command that reads a model needs: model.load's Transformer, and its Template."""
     model = load(directory, dtype, device, head, name)
     model.attend = chains.attend  # rows are scored chain by chain: same values, less work
-    return model, open_template(model.directory)
+    return model, open_template(model.directory, fold_system)
 
 
 def stop_ids(template):
@@ -522,7 +528,7 @@ def answerer(s):
     if s.endpoint:
         endpoint = Endpoint(s.endpoint, s.model, s.timeout, s.retries)
         return RemoteAnswers(endpoint, sampling, s.concurrency)
-    model, template = load_model(s.model, s.dtype, s.device)
+    model, template = load_model(s.model, s.dtype, s.device, fold_system=s.fold_system)
     return Answers(model, template, sampling._replace(stop_ids=stop_ids(template)), s.batch)
 
 

@@ -215,7 +215,7 @@ def fit(s, ranks, recipe):
         outline(reference_source, "logps", "--ref_model")
         refuse_other_ids(source, reference_source, "--ref_model")
     s = dataclasses.replace(s, max_len=path_limit(s.max_len, source, reference_source))
-    template = Template(source)
+    template = Template(source, s.fold_system)
     if template.fallback:
         ranks.say(f"{s.model} has no chat template: using the plain one of hub/template.py")
 

@@ -40,7 +40,9 @@ def attention(s):
     flags = {"before": "ref", "after": "model"} if s.ref else {"after": "model"}
     columns, views = {}, None  # columns: {when: {(context, measure, part): (N, L)}}
     for name, of in flags.items():
-        model, template = load_model(getattr(s, of), s.dtype, s.device, name=f"--{of}")
+        model, template = load_model(
+            getattr(s, of), s.dtype, s.device, name=f"--{of}", fold_system=s.fold_system
+        )
         views = views or open_views(s, template, contexts)
         every = attention_statistics(model, views, name)
         columns[name] = {k: v for k, v in every.items() if not np.isnan(v).any()}

@@ -126,7 +126,7 @@ class ContextFlags(AnalysisFlags):
 def context(s):
     """Loss of the chosen answers under what may stand before them, and their spread."""
     require(s, "model", "data")
-    model, template = load_model(s.model, s.dtype, s.device)
+    model, template = load_model(s.model, s.dtype, s.device, fold_system=s.fold_system)
     contexts = INSTRUCTED | SHOWN | separated(template, s.sep)
     views = open_views(s, template, contexts)
     loss, variance = token_statistics(model, views, s.row_tokens)
@@ -179,7 +179,7 @@ class NextTokenFlags(AnalysisFlags):
 def next_token(s):
     """Distribution of the next token behind x, and behind x with each of three instructions."""
     require(s, "model", "data")
-    model, template = load_model(s.model, s.dtype, s.device)
+    model, template = load_model(s.model, s.dtype, s.device, fold_system=s.fold_system)
     shows = (None, "rejected" if s.draft else "instruct")
     contexts = {k: c for k, c in (INSTRUCTED | SHOWN).items() if c.shows in shows}
     views = open_views(s, template, contexts)

@@ -75,7 +75,7 @@ def describe(s):
 
 def figures_of(s):
     """(figures as a JSON-ready dict, {part: lengths}) of these settings."""
-    template, drops = Template(resolve(s.model)), Drops()
+    template, drops = Template(resolve(s.model), s.fold_system), Drops()
     with as_user_error():
         rule = recipe(s.loss, s.condition, s.bridge)
     pairs = read_pairs(s.data, drops, s.limit, bad_rows=s.bad_rows, revision=s.data_revision)

@@ -70,6 +70,13 @@ PUBLISHED_TEMPLATES = {
 }
 
 
+# --fold_system: what the template then gets as `messages`.
+FOLD_SYSTEM = (
+    "{% if messages[0].role == 'system' and messages[1:] %}{% set messages = [{'role': 'user', "
+    "'content': messages[0].content + '\n\n' + messages[1].content}] + messages[2:] %}{% endif %}"
+)
+
+
 class Refused(UserError):
     """The template refuses a dialogue (a system turn, turns that do not alternate, …)."""
 
@@ -95,7 +102,7 @@ class Template:
     dialogue; fallback: True when the checkpoint has no template of its own.
     """
 
-    def __init__(self, directory):
+    def __init__(self, directory, fold_system=False):
         self.directory = Path(directory)
         self.tokenizer, tokens = read_tokenizer(self.directory)
         added = self.tokenizer.get_added_tokens_decoder().values()
@@ -109,6 +116,7 @@ class Template:
         self.special = {"bos_token": "", "eos_token": ""} | tokens
         source = self._find(settings, config.get("model_type"))
         self.fallback, self.source = source is None, source or FALLBACK_TEMPLATE
+        self.source = FOLD_SYSTEM * fold_system + self.source
         self._template = self._compile()
         self._seams = {"": []}  # what stands before a text -> its ids if they change that text's
         probe = self.render(PROBE_DIALOGUE)
@@ -162,7 +170,10 @@ class Template:
                 raise ValueError(f"its text is longer than {LONGEST} characters")
             return text
         except Exception as error:  # a template is a program: TypeError, OverflowError, its own …
-            raise Refused(self.directory, " ".join(str(error).split())) from error
+            reason = " ".join(str(error).split())
+            if messages[0]["role"] == "system" and not self.source.startswith(FOLD_SYSTEM):
+                reason += "; --fold_system puts a system turn into the user's"
+            raise Refused(self.directory, reason) from error
 
     def _shield(self, text):
         """Mark the names of special tokens in what a message says, behind their first letter."""
@@ -312,9 +323,9 @@ class Template:
         return next((t for t in named if reserved.search(t) and t != self.end), "\n\n")
 
 
-def open_template(directory):
+def open_template(directory, fold_system=False):
     """The Template of a checkpoint; says on stderr where it has none and the plain one is used."""
-    template = Template(directory)
+    template = Template(directory, fold_system)
     if template.fallback:
         print(f"{directory} has no chat template: using the plain one", file=sys.stderr)
     return template

@@ -189,6 +189,7 @@ class CheckpointFlags:
 
     model: str | None = flag(None, "HF directory or hub id[@REVISION]")
     revision: str | None = flag(None, "branch, tag or commit of --model on the hub")
+    fold_system: bool = flag(False, "put a system turn into the user's, for templates without one")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from chat_templates import GEMMA
 from dialogues import say
 
 import generate
@@ -312,3 +313,18 @@ def test_answers_end_at_the_models_positions_and_a_prompt_beyond_them_is_named(
     told = capsys.readouterr()
     assert stop.value.code == 2 and told.out == "" and told.err.count("\n") == 1
     assert "prompt 2 has 79 tokens, and the model 60 positions" in told.err
+
+
+def test_a_row_that_the_template_refuses_is_named_and_its_system_turn_can_be_folded(
+    ended, tmp_path
+):
+    """Gemma's template has no system turn."""
+    directory, file = tiny.build(tmp_path / "model", template=GEMMA), tmp_path / "asks.jsonl"
+    rows = [{"prompt": "a"}, {"prompt": say("b", system="Be brief.")}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words = ["--model", directory, "--data", file, "--max_new_tokens", 1, "--device", "cpu"]
+    _, err, status = ended(generate, *words)
+    assert status == 2 and "asks.jsonl:2: " in err and "refuses: there is no system role" in err
+    assert "--fold_system puts a system turn into the user's" in err
+    out, _, status = ended(generate, *words, "--fold_system")
+    assert status == 0 and len(out.splitlines()) == 2

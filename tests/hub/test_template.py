@@ -12,6 +12,7 @@ from chat_templates import (
     CHATML,
     DIALOGUES,
     END,
+    GEMMA,
     LLAMA3,
     MISTRAL,
     SPECIAL,
@@ -87,6 +88,17 @@ def test_special_tokens_may_be_written_out(make):
     template = make(MISTRAL, bos_token=None, eos_token=eos)
     assert template.render(say("Hi", "Yo")) == "[INST] Hi [/INST] Yo<|eot_id|>"
     assert template.end == "<|eot_id|>"
+
+
+def test_a_system_turn_is_folded_into_the_first_user_turn(tmp_path):
+    directory = write_checkpoint(tmp_path, GEMMA)
+    with pytest.raises(UserError, match="no system role; --fold_system puts"):
+        Template(directory).render(say("Hi", system="Be brief"))
+    folded = Template(directory, fold_system=True)
+    text = folded.render(say("Hi", "Yo", "Why?", system="Be brief"))
+    assert text == folded.render(say("Be brief\n\nHi", "Yo", "Why?"))
+    with pytest.raises(UserError, match="refuses: there is no system role$"):
+        folded.render([{"role": "system", "content": "alone"}])
 
 
 # ----------------------------------------------------------------------------- seams
