@@ -25,6 +25,7 @@ class Answer(NamedTuple):
     about: dict = {}  # the question's KEPT columns, and which turn is answered; never written to
     where: str = ""  # "file:row", for errors
     name: str | None = None  # the model's
+    draft: str | None = None  # that the last answer refines
 
     @property
     def _first(self):
@@ -80,8 +81,9 @@ def answered(row, where, asks, drops):
         cure = f"expected a row of {', '.join(ANSWER_FORMATS)}, or a pair"
         raise UserError(f"{fault}; {cure}") from error
     about = (ask.about if ask else {}) | about
+    draft = row["draft"] if isinstance(row.get("draft"), str) else None
     return [
-        Answer(dialogue[:n], dialogue[n]["content"], about | {"turn": turn}, where, name)
+        Answer(dialogue[:n], dialogue[n]["content"], about | {"turn": turn}, where, name, draft)
         for turn, n in enumerate(places, 1)
     ]
 

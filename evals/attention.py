@@ -143,6 +143,9 @@ def draw_layers(columns, contexts, file):
         scale = "log" if measure == "variance" else "linear"
         axis.set(title=f"{context}: {measure}", xlabel="layer", yscale=scale)
         axis.grid(alpha=0.3)
-        if measure == "mass":
-            axis.legend(frameon=False, fontsize=8, ncols=2)
+        axis.xaxis.get_major_locator().set_params(integer=True)  # there is no layer 0.5
+    lines = {line.get_label(): line for axis in axes.values() for line in axis.lines}
+    names = sorted(lines, key=lambda name: PROMPT_PARTS.index(name.split()[0]))  # a part a column
+    look = {"frameon": False, "ncols": len(PROMPT_PARTS), "loc": "outside lower center"}
+    figure.legend([lines[name] for name in names], names, **look)
     figure.savefig(file, dpi=120)

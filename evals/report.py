@@ -14,11 +14,22 @@ import jinja2
 
 from evals.answers import question_ids, read_answers
 from evals.results import draw_lengths, files_of, out_file, read_results
+from evals.stats import Estimate
 from jobs.cli import UserError, flag, require
 from jobs.files import ASSETS
 from jobs.rundir import draw, read_metrics
 
 HIDDEN = {"values", "scores", "models", "pairs", "margins", "probabilities"}  # too long for a table
+CONSOLE = {  # command: {key of its results: (what the console calls it, and how it prints it)}
+    "reward": {"win_rate": ("win rate", ".1%"), "reward": ("reward", ".4f"), "std": ("std", ".4f"),
+               "difference": ("difference", "+.4f"), "sections": ("", ".1%")},
+    "alpaca": {"win_rate": ("win rate", ".2f"), "standard_error": ("SE", ".2f"),
+               "length_controlled_winrate": ("LC", ".2f"), "avg_length": ("length", ".0f")},
+    "arena": {view: (view.replace("_", " "), ".1%") for view in ("score", "controlled",
+                                                                 "equal_style")},
+    "mtbench": {"score": ("score", ".2f"), "turns": ("turn", ".2f"), "categories": ("", ".2f")},
+    "compare": {"difference": ("a - b", "+.4f"), "mean": ("mean", ".4f")},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,31 +42,36 @@ class ReportFlags:
     out: str = flag("report.html", "the page")
 
 
-def flatten(content, prefix=""):
-    """Nested results -> {"turns 1": text}, without what is as long as the data.
+def flatten(content, words, prefix="", form=".4g"):
+    """Nested results -> {"turn 1": text}, without what is as long as the data.
 
-    Numbers, texts and [mean, low, high] become text; anything else is left out.
+    Numbers, texts and [mean, low, high] become text; anything else is left out. words: {key: (name,
+    form of its numbers)} where the console has others than the key and `form`.
     """
     row = {}
     for key, value in content.items():
-        name = f"{prefix}{key}".replace("_", " ")
+        word, own = words.get(key, (key.replace("_", " "), form))
+        name = f"{prefix}{word}".strip()
         if key in HIDDEN:
             continue
         if isinstance(value, dict):
-            row |= flatten(value, f"{prefix}{key} ")
+            row |= flatten(value, words, f"{name} ", own)
         elif isinstance(value, list) and [*map(type, value)] == [float] * 3:
-            row[name] = "{:.4g} [{:.4g}, {:.4g}]".format(*value)
+            row[name] = f"{Estimate(*value):{own}}"
         elif isinstance(value, bool | str | int | float):
-            row[name] = f"{value:.4g}" if isinstance(value, float) else str(value)
+            row[name] = f"{value:{own}}" if isinstance(value, float) else str(value)
     return row
 
 
 def tables_of(file, results):
     """Yields (title, columns, rows of cells) of a result file: of all, each model, each subset."""
     whole = {k: v for k, v in results.items() if k not in ("subsets", "answers", "against")}
-    found = {file: [flatten(whole)]}
+    words = CONSOLE.get(results.get("command"), {})
+    if "sections" in results:  # of evaluate.py reward --pairs
+        words = words | {"win_rate": ("accuracy", ".1%")}
+    found = {file: [flatten(whole, words)]}
     for name, parts in (("model", results["models"]), ("subset", results.get("subsets") or {})):
-        found[f"{file}: {name}s"] = [{name: part} | flatten(r) for part, r in parts.items()]
+        found[f"{file}: {name}s"] = [{name: part} | flatten(r, words) for part, r in parts.items()]
     for title, rows in found.items():
         if columns := list(dict.fromkeys(name for row in rows for name in row)):
             yield title, columns, [[row.get(name, "") for name in columns] for row in rows]
@@ -83,7 +99,7 @@ def embedded(drawing, content, **axes):
 
 
 def side_by_side(sides, results):
-    """[{prompt, subset, answers, scores}] of all prompts; None where a file has no answer.
+    """[{prompt, subset, answers, scores, drafts}] of all prompts; None where a file has no answer.
 
     scores: of the result files whose model bears the answer file's name (evaluate.py reward).
     """
@@ -94,9 +110,10 @@ def side_by_side(sides, results):
         values = models.get(name, {}).get("values", {})
         for question, answer in zip(question_ids(answers), answers, strict=True):
             prompt = [[m["role"], m["content"]] for m in answer.question]
-            new = {"prompt": prompt, "subset": "", "answers": [*none], "scores": [*none]}
-            row = rows.setdefault(question, new)
+            new = {name: [*none] for name in ("answers", "scores", "drafts")}
+            row = rows.setdefault(question, {"prompt": prompt, "subset": ""} | new)
             row["answers"][k], row["scores"][k] = answer.said, values.get(question)
+            row["drafts"][k] = answer.draft
             row["subset"] = row["subset"] or answer.subset
     return list(rows.values())
 

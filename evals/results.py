@@ -184,13 +184,14 @@ def draw_lengths(lengths, file, unit, of, limit=None):
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
     from matplotlib.ticker import LogFormatter
 
-    figure, counts = Figure(figsize=(8, 4.5), layout="constrained"), {}
+    # as wide as the curves of training (jobs/rundir.py), beside which it stands on the report page
+    figure, counts = Figure(figsize=(13, 3.6 + 0.2 * len(lengths)), layout="constrained"), {}
     axis = figure.subplots()
     every = np.maximum(np.concatenate(list(lengths.values())), 1)  # a log axis has no 0
     edges = np.geomspace(every.min(), every.max() + 1, 41).round()
     edges = np.unique(edges) - 0.5  # between whole numbers
     for name, values in lengths.items():
-        short = name if len(name) < 60 else f"…{name[-59:]}"  # or it is wider than the figure
+        short = name if len(name) < 120 else f"…{name[-119:]}"  # or it is wider than the figure
         short = short.replace("$", r"\$")  # or it is set as a formula
         label = f"median {np.median(values):.0f}, 95% {np.percentile(values, 95):.0f}: {short}"
         look = {"histtype": "step", "label": label, "lw": 1.6}
@@ -198,6 +199,7 @@ def draw_lengths(lengths, file, unit, of, limit=None):
     for name, at in (limit or {}).items():
         axis.axvline(at, color="black", lw=0.8, linestyle=":", label=f"{name} {at}")
     axis.set(xscale="log", xlabel=unit, ylabel=of)
+    axis.yaxis.get_major_locator().set_params(integer=True)
     axis.xaxis.set(major_formatter="{x:g}", minor_formatter=LogFormatter())  # 20, not 2 × 10¹
     figure.legend(loc="outside lower left", frameon=False)
     figure.savefig(file, dpi=120)

@@ -33,8 +33,8 @@ LONGEST_PAUSE = 120.0  # seconds
 # not take together, the temperature stays.
 STAND_INS = {"max_tokens": "max_completion_tokens", "seed": None, "top_p": None,
              "temperature": None, "max_completion_tokens": None}  # fmt: skip
-WORDS = "support|recogni|unknown|unexpected|permitted|allowed|both"  # of a refusal of an option
-UNKNOWN = re.compile(f"(?!.*too large).*({WORDS})", re.IGNORECASE)
+REFUSALS = "support|recogni|unknown|unexpected|permitted|allowed|both"  # of a refusal of an option
+UNKNOWN = re.compile(f"(?!.*too large).*({REFUSALS})", re.IGNORECASE)
 
 
 class RequestRefused(Exception):

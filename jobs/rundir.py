@@ -171,25 +171,42 @@ def read_metrics(file, say=print):
     return rows
 
 
+CURVES = {  # prefix of a metric: its line, and what the legend says
+    "": ("-", "training"),
+    "eval_": ("o-", "eval_…"),
+    "eval_plain_": ("s--", "eval_plain_… (prompt alone)"),
+}
+
+
 def draw(runs, file):
     """{label or None: lines} -> a figure of loss, accuracy and margin over steps."""
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    figure = Figure(figsize=(13, 3.6 + 0.2 * (len(runs) - 1)), layout="constrained")
+    shown = {}  # what the legend, below all panels, says: {(kind, run, text): one of its lines}
     for axis, name in zip(figure.subplots(1, 3), ("loss", "accuracy", "margin"), strict=True):
         for n, (label, lines) in enumerate(runs.items()):
-            styles = {name: "-", f"eval_{name}": "o-", f"eval_plain_{name}": "s--"}
-            for key, style in styles.items():
-                points = [(x["step"], x[key]) for x in lines if key in x]
+            for k, (prefix, (style, about)) in enumerate(CURVES.items()):
+                points = [(x["step"], x[prefix + name]) for x in lines if measured(x, prefix, name)]
                 if points:
-                    shown = {"label": f"{label}: {key}" if label else key}
-                    shown |= {"color": f"C{n}"} if label else {}
-                    axis.plot(*zip(*points, strict=True), style, ms=3.5, lw=1.2, **shown)
+                    look = {"ms": 3.5, "lw": 1.2, "color": f"C{n if label else k}"}
+                    (line,) = axis.plot(*zip(*points, strict=True), style, **look)
+                    shown[k, n, f"{label}: {about}" if label else about] = line
         axis.set(title=name, xlabel="step")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-        if axis.has_data():
-            axis.legend(frameon=False, fontsize=8)
+    if shown:
+        keys, look = sorted(shown), {"frameon": False, "fontsize": 9, "ncols": len(CURVES)}
+        told = [shown[key] for key in keys], [text for *_, text in keys]
+        figure.legend(*told, loc="outside lower center", **look)
     figure.savefig(file, dpi=120)
+
+
+def measured(x, prefix, name):
+    """Whether a line of metrics has this one. Where the policy is still the reference no pair is
+    won, which is no accuracy of 0."""
+    tied = name == "accuracy" and x.get(f"{prefix}margin") == 0 == x.get(f"{prefix}accuracy")
+    return prefix + name in x and not tied
 
 
 def tensorboard(s, step):

@@ -8,10 +8,17 @@ import pytest
 import tiny
 import torch
 from contexts import EVERY, Peer
+from matplotlib.figure import Figure
 
 import evaluate
 from conftest import PAIRS, write_model
-from evals.attention import MEASURES, PROMPT_PARTS, Watched, attention_statistics
+from evals.attention import (
+    MEASURES,
+    PROMPT_PARTS,
+    Watched,
+    attention_statistics,
+    draw_layers,
+)
 from evals.context import Views
 from generate import load_model
 from hub.template import Template
@@ -124,6 +131,18 @@ def test_attention_command(tiny_model_dir, pairs_file, command, tmp_path):
     assert "change" in printed
     printed, _, status = command("attention", *words, "--instruction", "shorter!")
     assert status == 0 and "change" not in printed and "before" not in printed
+
+
+def test_layers_are_whole_numbers_and_one_legend_names_every_line(tmp_path, monkeypatch):
+    drawn, values = [], np.full((2, 4), 0.5)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **look: drawn.append(figure))
+    of = {("x,i", "mass", part): values for part in ("x", "i")}
+    draw_layers({"before": of, "after": of}, ["x,i"], tmp_path / "a.png")
+    ticks = drawn[0].axes[0].get_xticks()
+    assert len(ticks) >= 4 and all(tick == int(tick) for tick in ticks)
+    assert not any(axis.get_legend() for axis in drawn[0].axes)
+    texts = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert texts == ["x before", "x after", "i before", "i after"]
 
 
 @pytest.mark.parametrize(

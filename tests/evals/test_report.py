@@ -1,8 +1,10 @@
 """The report page as text, and in a real browser."""
 
+import base64
 import json
 import re
 import shutil
+import struct
 
 import pytest
 
@@ -35,6 +37,8 @@ def page(tmp_path, monkeypatch):
              "subset": "even" if i % 2 == 0 else "odd"} for i in range(30)
         ]  # fmt: skip
         rows[3]["answer"] = EVIL
+        if k:
+            rows[2]["draft"] = "first drafted"
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
         ids = report.question_ids(report.read_answers(name, ""))
         values = {q: i if k else 10.0 for i, q in enumerate(ids)}
@@ -59,7 +63,43 @@ def test_the_page_is_self_contained_and_escaped(page):
     data = re.search(r'id="data">(.*?)</script>', text, re.S).group(1)
     rows = json.loads(data)["rows"]
     assert rows[3]["answers"] == [EVIL, EVIL] and rows[3]["scores"] == [10.0, 3]
-    assert "a higher" in text and "0.5 [0.4, 0.6]" in text
+    assert "a higher" in text and "50.0% [40.0%, 60.0%]" in text  # as evaluate.py arena prints it
+    drafts = [row["drafts"] for row in rows]
+    assert drafts[2] == [None, "first drafted"] and drafts[3] == [None, None]
+
+
+def test_the_charts_are_of_one_size(page):
+    """Curves and lengths: the same width, a height that differs by lines of the legend alone."""
+    urls = re.findall(r"data:image/png;base64,([\w+/=]+)", page.read_text(encoding="utf-8"))
+    sizes = [struct.unpack(">II", base64.b64decode(url)[16:24]) for url in urls]  # of PNG's IHDR
+    assert sizes[0][0] == sizes[1][0] and abs(sizes[0][1] - sizes[1][1]) < 60
+
+
+def test_numbers_bear_the_console_words(tmp_path):
+    """Those of `evaluate.py reward`, on answers and on pairs, by subset too; of mtbench."""
+    subset = {"n": 2, "win_rate": [0.5, 0.0, 1.0], "ties": 0, "reward": 1.25}
+    whole = {"command": "reward", "win_rate": [0.25, 0.0, 1.0], "difference": [0.5, 0.25, 1.0]}
+    content = whole | {
+        "models": {"a": {"n": 4, "reward": [1.0, 0.5, 2.0]}},
+        "subsets": {"x": subset},
+    }
+    cells = {}
+    for _, columns, (row, *_) in report.tables_of("f", content):
+        cells |= dict(zip(columns, row, strict=True))
+    assert cells["win rate"] == "50.0% [0.0%, 100.0%]" and cells["reward"] == "1.2500"
+    assert cells["difference"] == "+0.5000 [+0.2500, +1.0000]"
+    content["sections"] = {"Chat": [0.75, 0.5, 1.0]}
+    (_, columns, (row,)), *_ = report.tables_of("f", content)
+    cells = dict(zip(columns, row, strict=True))
+    assert cells["accuracy"] == "25.0% [0.0%, 100.0%]" and "win rate" not in cells
+    assert cells["Chat"] == "75.0% [50.0%, 100.0%]"
+    model = {
+        "score": [7.5, 7.0, 8.0],
+        "turns": {"1": [8.0, 7.0, 9.0]},
+        "categories": {"math": [6.0, 5.0, 7.0]},
+    }
+    _, (_, columns, (row,)) = report.tables_of("f", {"command": "mtbench", "models": {"m": model}})
+    assert columns == ["model", "score", "turn 1", "math"] and row[2] == "8.00 [7.00, 9.00]"
 
 
 def test_histograms_count_every_answer(page):
@@ -127,6 +167,11 @@ def test_the_page_in_a_browser(page):
         put("subset", "")
         assert put("winner", "-1")[0] == "1 of 30 prompts"  # 10 is a tie
         put("winner", "")
+        count, (card,) = put("search", "first drafted")
+        draft = card.find_element("css selector", "details")
+        assert count == "1 of 30 prompts" and "draft, 13 characters" in draft.text
+        assert draft.find_element("css selector", "mark").text == "first drafted"
+        put("search", "")
         _, cards = put("order", "gap")
         assert "why 29 <b>?</b>" in cards[0].text
         assert not browser.get_log("browser")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from jobs.cli import UserError
-from jobs.rundir import Metrics, logger_names, read_metrics
+from jobs.rundir import Metrics, draw, logger_names, read_metrics
 from train import TrainFlags
 
 
@@ -50,6 +50,32 @@ def test_a_figure_that_cannot_be_drawn_is_said_and_ends_nothing(tmp_path):
     ranks = SimpleNamespace(first=True, say=said.append)
     Metrics(SimpleNamespace(out=out, log=None), ranks, 3).plot()
     assert len(said) == 1 and "curves.png could not be drawn: " in said[0]
+
+
+def test_curves_have_no_false_zero_and_their_legend_hides_nothing(tmp_path, monkeypatch):
+    """At step 0 policy and reference are the same: no pair is won, which is no accuracy of 0."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **look: drawn.append(figure))
+    start = {"step": 0, "eval_accuracy": 0.0, "eval_margin": 0.0, "eval_loss": 0.69}
+    later = {"step": 5, "eval_accuracy": 0.6, "eval_margin": 0.1, "eval_loss": 0.6}
+    lost = {"step": 9, "eval_accuracy": 0.0, "eval_margin": -0.1, "eval_loss": 0.8}  # a true zero
+    lines = [start, *steps(4, 1.0), later, lost]
+    draw({None: lines}, "one"), draw({"a": lines, "b": lines}, "two")
+    for figure, runs in zip(drawn, (1, 2), strict=True):
+        loss, accuracy, margin = figure.axes
+        assert accuracy.lines[0].get_xydata().tolist() == [[5, 0.6], [9, 0]]
+        assert loss.lines[1].get_xydata()[0].tolist() == [0, 0.69]
+        assert margin.lines[0].get_xydata()[0].tolist() == [0, 0]
+        assert not any(axis.get_legend() for axis in figure.axes) and len(figure.legends) == 1
+        texts = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert texts == (["training", "eval_…"] if runs == 1 else
+                         ["a: training", "b: training", "a: eval_…", "b: eval_…"])  # fmt: skip
+        FigureCanvasAgg(figure).draw()
+        top = figure.legends[0].get_window_extent().y1
+        assert all(top < axis.get_window_extent().y0 for axis in figure.axes)
 
 
 # ----------------------------------------------------------------------------- other loggers
