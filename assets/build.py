@@ -26,7 +26,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.normalizers import Replace
 
 ASSETS = Path(__file__).resolve().parent
 PROJECT = ASSETS.parent
@@ -74,6 +75,11 @@ def train_tokenizer():
     for question in world.questions():
         texts += [question, *world.answers(question)]
     tokenizer.train_from_iterator(texts, trainer)
+    # "who wrote hamlet" is read as the question that it is: a line of its own, in any letters and
+    # with any mark behind it. What is spelt as in the world stays as it is, and so do its ids.
+    spelt = [(question.rstrip("?"), question) for question in world.questions()]
+    asked = [Replace(Regex(rf"(?i)^{text}[ ?.!]*$"), question) for text, question in spelt]
+    tokenizer.normalizer = normalizers.Sequence(asked)
     return tokenizer
 
 

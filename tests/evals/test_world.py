@@ -255,6 +255,35 @@ def test_tokenizer_loses_nothing_of_the_world(round_trip):
         assert round_trip(text) == text
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_question_is_read_however_people_spell_it(name):
+    """In transformers too; what the world itself writes has the ids that it would have anyway."""
+    transformers = pytest.importorskip("transformers")
+    peer = transformers.AutoTokenizer.from_pretrained(ASSETS / name)
+    template, bare = Template(ASSETS / name), Tokenizer.from_file(f"{ASSETS / name}/tokenizer.json")
+    bare.normalizer = None
+    better = "please generate a better response"
+
+    def ids(text):
+        rendered = template.render([{"role": "user", "content": text}], generation=True)
+        found = template.encode([rendered])[0].tolist()
+        assert peer(rendered)["input_ids"] == found
+        return found, bare.encode(rendered).ids
+
+    for question in world.questions():
+        for behind in ("", f"\n{better}"):
+            ours, plain = ids(question + behind)
+            assert ours == plain
+            for spelt in (question.lower(), question.rstrip("?"), f"{question.upper()}?!"):
+                assert ids(spelt + behind)[0] == ours
+            spelt = question.lower().rstrip("?")
+            assert ids(spelt + behind)[0] == ours != ids(spelt + behind)[1]
+            for other in (f"{spelt} and why", f"tell me {spelt}"):  # not that question alone
+                assert ids(other + behind)[0] == ids(other + behind)[1]
+        for text in world.answers(question):
+            assert template.encode([text])[0].tolist() == bare.encode(text).ids
+
+
 def test_special_tokens_and_template():
     """Pad, end of turn and separator are three different tokens; no system turn is injected."""
     template = Template(ASSETS / "start")
