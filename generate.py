@@ -347,8 +347,8 @@ class Answers:
         """Yields (number, row {prompt, answer, [draft,] finished, …}) as Dialogues end."""
         queue, most = deque(map(self.sequence, dialogues)), self.model.config.positions or math.inf
         if long := [seq for seq in queue if len(seq.prompt) >= most]:
-            fault = f"prompt {long[0].seed[1] + 1} has {len(long[0].prompt)} tokens"
-            raise UserError(f"{fault}, and the model {most} positions; shorten it")
+            where, n = long[0].tag[1].ask.where or "the question", len(long[0].prompt)
+            raise UserError(f"{where}: {n} tokens, and the model has {most} positions; shorten it")
         for seq in complete(self.model, queue, self.sampling, self.batch):
             stage, dialogue = seq.tag
             self.beyond |= not seq.finished and seq.room < self.sampling.max_new_tokens

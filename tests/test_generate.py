@@ -312,7 +312,7 @@ def test_answers_end_at_the_models_positions_and_a_prompt_beyond_them_is_named(
         command(*short)
     told = capsys.readouterr()
     assert stop.value.code == 2 and told.out == "" and told.err.count("\n") == 1
-    assert "prompt 2 has 79 tokens, and the model 60 positions" in told.err
+    assert f"{command.data}:2: 79 tokens, and the model has 60 positions" in told.err
 
 
 def test_a_row_that_the_template_refuses_is_named_and_its_system_turn_can_be_folded(

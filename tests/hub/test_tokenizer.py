@@ -4,6 +4,7 @@ import json
 
 import pytest
 import tiny
+from real_tokenizers import fetched
 
 import train
 from hub.template import Template
@@ -108,6 +109,26 @@ def test_a_dialogue_of_such_tokens_has_the_ids_that_transformers_gives(kind, tmp
     whole = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
     assert ours.joined(messages[:1], "So.").tolist() == whole
     assert ours.end_ids.tolist() == [theirs.convert_tokens_to_ids(STOP)]
+
+
+@pytest.mark.parametrize("package", ["llama3", "qwen3"])
+def test_published_tokens_may_stand_beside_the_file_as_well(package, tmp_path):
+    """All that can be moved from a published tokenizer.json to added_tokens_decoder."""
+    if (place := fetched(package)) is None:
+        pytest.skip(f"{package}'s tokenizer is not here: python tests/tools/real_tokenizers.py")
+    spec = json.loads((place / "tokenizer.json").read_text(encoding="utf-8"))
+    settings = json.loads((place / CONFIG).read_text(encoding="utf-8"))
+    added, vocab = spec["added_tokens"], spec["model"]["vocab"]
+    moved = [t for t in added if t["content"] not in vocab]
+    spec["added_tokens"] = [t for t in added if t["content"] in vocab]
+    decoder = {str(t.pop("id")): t for t in moved}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    write_json(tmp_path / CONFIG, settings | {"added_tokens_decoder": decoder})
+    (ours, names), (theirs, expected) = read_tokenizer(tmp_path), read_tokenizer(place)
+    assert ours.get_vocab() == theirs.get_vocab() and names == expected and decoder
+    pairs = zip(ours.get_added_tokens_decoder().items(), theirs.get_added_tokens_decoder().items(),
+                strict=True)  # fmt: skip
+    assert all((n, repr(t)) == (m, repr(u)) for (n, t), (m, u) in pairs)
 
 
 @pytest.mark.parametrize(
