@@ -481,6 +481,15 @@ class Row:
         total = values.new_zeros(len(self.pairs) * self.n_paths)  # (B * P,)
         return total.index_add(0, self.path, values).view(len(self.pairs), self.n_paths)  # (B, P)
 
+    def by_token(self, values, longest=None):
+        """(S,) values of the scored tokens -> (B, P, longest) by path, 0 behind its last token."""
+        counts = self.counts()  # (B, P)
+        longest = longest or (int(counts.max()) if self.pairs else 0)
+        there = torch.arange(longest, device=counts.device) < counts[..., None]  # (B, P, longest)
+        # sorted by path, the tokens of each as they stand: so the mask's places are filled
+        order = self.path.argsort(stable=True)
+        return values.new_zeros(there.shape).masked_scatter(there, values[order])
+
     def counts(self):
         """(B, P) number of scored tokens."""
         return self.sums(torch.ones_like(self.path, dtype=torch.float32))

@@ -299,7 +299,7 @@ def evaluate_pairs(s):
     results = {"model": s.model, "ref": s.ref, "loss": s.loss, "bridge": every.bridge}
     results |= {"hyper": every.hyper, "n": len(dataset)}
     for name, rule in rules.items():
-        rewards = rule(sums, counts, reference, kl=[0.0]).rewards  # KTO's z shifts no margin
+        rewards = rule.rewards(sums, counts, reference)
         margin = (rewards["chosen"] - rewards["rejected"]).double().numpy()  # (N,)
         # a tie is no win: a model that cannot tell answers apart has accuracy 0, not 50%
         accuracy, mean = estimate(margin > 0, s.seed), estimate(margin, s.seed)

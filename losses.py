@@ -9,6 +9,11 @@ losses. Its positional arguments say what it needs, in these names:
     len_chosen, len_rejected    |y| number of scored tokens
     kl                          z   KTO's reference point, one number for the whole batch and view
 
+and, of T tokens, (B, T) tensors with 0 behind the last token of an answer:
+
+    chosen_tokens, rejected_tokens          log-probability of each token under the policy
+    ref_chosen_tokens, ref_rejected_tokens  the same under the reference, cached where it is asked
+
 Its keyword arguments are its hyperparameters, with the papers' defaults; they are also the
 command-line flags. No objective can tell log pi(y_w | x) from log pi(y_w | x, y_l): on which
 *path* a log-probability was taken is decided by the condition (CONDITIONS below), so that
@@ -18,6 +23,11 @@ command-line flags. No objective can tell log pi(y_w | x) from log pi(y_w | x, y
 
 InSPO's bidirectional variant (appendix C.3) is the same formula as `ins_dpo`: both answers are
 already learnt behind each other.
+
+Objectives over whole next-token distributions (the sequential KL divergence of TDPO, Zeng et al.
+2024) need what no argument has: the reference's logits. They are too large to be cached, V numbers
+a token, so such a fork runs the reference beside the policy in train.Run.backward, and lets the
+chunked head of model.py reduce both to one number per scored token.
 """
 
 import inspect
@@ -65,6 +75,23 @@ def rdpo(
     """
     margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
     return -logsigmoid(margin + alpha * (len_chosen - len_rejected))
+
+
+def ld_dpo(chosen_tokens, rejected_tokens, ref_chosen_tokens, ref_rejected_tokens,
+           len_chosen, len_rejected, *, beta=0.1, alpha=0.5):  # fmt: skip
+    """DPO in which the tokens beyond the length of the pair's other answer count alpha times
+    (LD-DPO, Liu et al. 2024, arXiv:2409.06411)
+
+    A longer answer cannot win by its length alone; alpha 1 is DPO, 0 leaves those tokens out.
+    """
+    shared = torch.minimum(len_chosen, len_rejected)[:, None]  # (B, 1)
+
+    def weighted(tokens, ref_tokens):  # (B, T) each -> (B,)
+        place = torch.arange(tokens.shape[1], device=tokens.device)  # (T,)
+        return (tokens - ref_tokens).where(place < shared, alpha * (tokens - ref_tokens)).sum(1)
+
+    chosen = weighted(chosen_tokens, ref_chosen_tokens)
+    return -logsigmoid(beta * (chosen - weighted(rejected_tokens, ref_rejected_tokens)))
 
 
 def simpo(mean_chosen, mean_rejected, *, beta=2.0, gamma=1.0):
@@ -163,23 +190,31 @@ class Objective:
     @property
     def uses_reference(self):
         # the function itself says so: no list of reference-free objectives to keep in step
-        return "ref_chosen" in self.inputs
+        return any(name.startswith("ref_") for name in self.inputs)
+
+    @cached_property
+    def by_token(self):
+        """Which log-probabilities are asked for by token: those of "policy", of "reference"."""
+        asked = [name for name in self.inputs if name.endswith("_tokens")]
+        return {"reference" if name.startswith("ref_") else "policy" for name in asked}
 
     @property
     def answers(self):
         """Which of the pair's answers are scored: both, or the chosen one alone."""
-        both = {"rejected", "mean_rejected"} & set(self.inputs)
+        both = {"rejected", "mean_rejected", "rejected_tokens"} & set(self.inputs)
         return ("chosen", "rejected") if both else ("chosen",)
 
 
 # what a function may ask for
 INPUTS = ("chosen", "rejected", "mean_chosen", "mean_rejected", "ref_chosen", "ref_rejected",
-          "len_chosen", "len_rejected", "kl")  # fmt: skip
+          "len_chosen", "len_rejected", "kl", "chosen_tokens", "rejected_tokens",
+          "ref_chosen_tokens", "ref_rejected_tokens")  # fmt: skip
 
 OBJECTIVES = {
     "dpo": Objective(dpo),
     "ipo": Objective(ipo),
     "rdpo": Objective(rdpo),
+    "ld_dpo": Objective(ld_dpo),
     "simpo": Objective(simpo),
     "orpo": Objective(orpo),
     "cpo": Objective(cpo),
@@ -296,8 +331,8 @@ class Recipe:
         # KTO's z is a log-ratio too, so its mismatched answers have a reference as well
         return unique(self.reference_path(path) for path in self.paths + self.kl_paths)
 
-    def kl(self, sums, reference):
-        """KTO's z of each view, from (B,) values of the kl_paths: the mean log-ratio, at least 0.
+    def kl(self, logps, reference):
+        """KTO's z of each view, from values of the kl_paths: the mean log-ratio, at least 0.
 
         Without gradient: the caller hands in detached values. None where the loss has no z.
         """
@@ -306,39 +341,47 @@ class Recipe:
 
         def ratios(view):
             paths = self._mismatched(view)
-            return torch.stack([sums[p] - reference[self.reference_path(p)] for p in paths])
+            return torch.stack(
+                [summed(logps[p]) - summed(reference[self.reference_path(p)]) for p in paths]
+            )
 
         return [ratios(view).mean().clamp(min=0) for view in self.views]
 
-    def __call__(self, sums, counts, reference, kl=None):
+    def __call__(self, logps, counts, reference, kl=None):
         """Losses of B pairs.
 
-        sums, counts, reference: {Path: (B,)} log-probability under the policy, scored tokens,
-        log-probability under the reference. kl: KTO's z of each view. Returns PairLosses.
+        logps, reference: {Path: (B,) sums, or (B, T) by token} under policy and reference; counts:
+        {Path: (B,)} scored tokens; kl: KTO's z of each view. Returns PairLosses.
         """
-        kl = kl or [None] * len(self.views)
-        views = zip(self.views, kl, strict=True)
-        per_view = [self._view(view, sums, counts, reference, z) for view, z in views]
-        losses = sum(losses for losses, _ in per_view)  # (B,)
-        answers, n = self.objective.answers, len(per_view)
-        rewards = {answer: sum(found[answer] for _, found in per_view) / n for answer in answers}
+        names, views = self.objective.inputs, self._known(logps, counts, reference)
+        for known, z in zip(views, kl or [None] * len(views), strict=True):
+            known["kl"] = z
+        losses = sum(self.objective.loss(*map(known.get, names), **self.hyper) for known in views)
+        rewards = self.rewards(logps, counts, reference)
         # likelihood counts every target token alike, however they fall on pairs and views
         if self.objective.per == "token":
             units = sum(counts[path] for view in self.views for path in view.values())
             return PairLosses(losses, units, rewards)
-        return PairLosses(losses / len(per_view), torch.ones_like(losses), rewards)
+        return PairLosses(losses / len(views), torch.ones_like(losses), rewards)
 
-    def _view(self, view, sums, counts, reference, kl):
-        known = {"kl": kl}  # every name that a function may ask for
-        for answer, path in view.items():
-            known[answer] = sums[path]  # (B,), from here on blind to the path
-            known[f"mean_{answer}"] = sums[path] / counts[path]
-            known[f"len_{answer}"] = counts[path]
-            if self.objective.uses_reference:
-                known[f"ref_{answer}"] = reference[self.reference_path(path)]
-        inputs = (known[name] for name in self.objective.inputs)
-        losses = self.objective.loss(*inputs, **self.hyper)
-        return losses, {answer: self._reward(known, answer) for answer in view}
+    def _known(self, logps, counts, reference):
+        """{name: (B,) or (B, T)} of each view: all that a function may ask for, but z."""
+        views = []
+        for view in self.views:
+            views.append(known := {})
+            for answer, path in view.items():
+                n = counts[path]
+                known |= _named(answer, logps[path], n)  # from here on blind to the path
+                known |= {f"mean_{answer}": known[answer] / n, f"len_{answer}": n}
+                if self.objective.uses_reference:
+                    known |= _named(f"ref_{answer}", reference[self.reference_path(path)], n)
+        return views
+
+    def rewards(self, logps, counts, reference):
+        """{answer: (B,)} the implicit reward of each, the mean over the views, detached."""
+        views = self._known(logps, counts, reference)
+        found = {a: [self._reward(known, a) for known in views] for a in self.objective.answers}
+        return {answer: sum(values) / len(values) for answer, values in found.items()}
 
     @property
     def scale(self):
@@ -350,10 +393,23 @@ class Recipe:
         if self.objective.uses_reference:
             value = known[answer] - known[f"ref_{answer}"]
         else:
-            summed = "chosen" in self.objective.inputs
-            value = known[answer] if summed else known[f"mean_{answer}"]
+            whole = {"chosen", "chosen_tokens"} & set(self.objective.inputs)
+            value = known[answer] if whole else known[f"mean_{answer}"]
         # for metrics alone: no gradient
         return self.scale * value.detach()
+
+
+def summed(logps):
+    """Sums of log-probabilities that may be given by token: (B,) or (B, T) -> (B,)."""
+    return logps if logps.ndim == 1 else logps.sum(1)
+
+
+def _named(name, logps, counts):
+    """{name: (B,) sums}, and by token where logps are, as wide as the longest of these answers."""
+    if logps.ndim == 1:
+        return {name: logps}
+    longest = int(counts.max()) if len(counts) else 0  # a row may be empty
+    return {name: summed(logps), f"{name}_tokens": logps[:, :longest]}
 
 
 def unique(items):

@@ -35,7 +35,7 @@ from jobs.cli import UserError, as_user_error, flag, parse, progress, run
 from jobs.files import ASSETS, written_whole
 from jobs.processes import Ranks, Stopped
 from kernels import chains, detached, flex
-from losses import unique
+from losses import summed, unique
 from model import export, load_weights, outline, path_limit, read_config
 from pairs.cleaning import CleaningFlags, clean
 from pairs.read import Drops, hold_out, parse_sources, read_pairs
@@ -275,7 +275,7 @@ def build_model(s, ranks, source, head):
 
 
 def by_path(values, paths):
-    """(B, P) -> {path: (B,)}."""
+    """(B, P) -> {path: (B,)}, or (B, P, T) -> {path: (B, T)}."""
     return dict(zip(paths, values.unbind(1), strict=True))
 
 
@@ -289,6 +289,7 @@ class Run:
     def __init__(self, s, ranks, recipe, model, owner, sets, plan):
         self.s, self.ranks, self.recipe, self.model, self.plan = s, ranks, recipe, model, plan
         self.sets, self.train, self.validation = sets, sets["train"], sets.get("validation")
+        self.by_token = recipe.objective.by_token
         adam = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": s.weight_decay}
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, fused=True, **adam)
         r = recipe
@@ -320,24 +321,27 @@ class Run:
             yield build_row(tries, row, len(paths), length).to(self.ranks.device)
 
     @torch.no_grad()
-    def score(self, model, dataset, pairs, paths, label=None):
+    def score(self, model, dataset, pairs, paths, label=None, by_token=False):
         """(len(pairs), P) log-probabilities of whole paths, on every rank, without gradient.
 
+        by_token: (len(pairs), P, T) those of their tokens, 0 behind the last.
         label: of a progress bar, for a pass over a whole dataset, which a signal may end.
         """
         parts, hidden = [], label is None or not self.ranks.first
+        shape = [int(self.counts(dataset, pairs, paths).max())] if by_token else []
         with progress(label, len(pairs), "pair", hidden, leave=False) as bar:
             for block in [pairs[i : i + 256] for i in range(0, len(pairs), 256)]:
-                out = torch.zeros(len(block), len(paths), device=self.ranks.device)
+                out = torch.zeros(len(block), len(paths), *shape, device=self.ranks.device)
                 for row in self.rows(dataset, block, paths):
-                    out[row.pairs] = row.sums(model(row))  # (B, P)
+                    values = model(row)  # (S,), then (B, P) or (B, P, T)
+                    out[row.pairs] = row.by_token(values, *shape) if by_token else row.sums(values)
                     bar.update(len(row.pairs) * self.ranks.world)
                 for unit in (*model.blocks, model):  # as no backward does after this forward
                     unit.reshard()
                 parts.append(self.ranks.sum(out))  # a pair is 0 on every rank but one
                 if label and self.ranks.most(self.ranks.stopping)[0]:
                     raise Stopped
-        return torch.cat(parts)  # (len(pairs), P)
+        return torch.cat(parts)
 
     def counts(self, dataset, pairs, paths):
         """(len(pairs), P) number of scored tokens."""
@@ -365,9 +369,10 @@ class Run:
                 model = build_model(self.s, ranks, source, "logps")
             for name, paths in self.wanted.items():
                 pairs = range(len(self.sets[name]))
-                values = self.score(model, self.sets[name], pairs, paths, f"reference {name}")
-                if len(bad := (~values.isfinite()).any(1).nonzero()):
-                    where = self.sets[name].examples[bad[0].item()].where
+                every, by_token = (self.sets[name], pairs, paths), "reference" in self.by_token
+                values = self.score(model, *every, f"reference {name}", by_token)
+                if len(bad := (~values.isfinite()).nonzero()):
+                    where = self.sets[name].examples[bad[0, 0].item()].where
                     raise UserError(f"{where}: its reference log-probability is not finite")
                 tensors[name] = values.cpu()
             ranks.share(lambda: checkpoint.write_keyed(tensors, file, key))
@@ -380,7 +385,8 @@ class Run:
     def reference_key(self, digest):
         """sha256 of all that the reference log-probabilities depend on."""
         sha = hashlib.sha256(digest.encode())
-        sha.update(json.dumps([self.s.dtype, self.s.attention, self.s.score_eos]).encode())
+        form = [self.s.dtype, self.s.attention, self.s.score_eos]
+        sha.update(json.dumps(form + ["by token"] * ("reference" in self.by_token)).encode())
         for name, paths in self.wanted.items():
             sha.update(json.dumps([str(path) for path in paths]).encode())
             for i, path in itertools.product(range(len(self.sets[name])), paths):
@@ -403,8 +409,8 @@ class Run:
             return
         pairs = self.plan.pairs(0)
         sums = self.score(self.model, self.train, pairs, paths)  # (batch, P)
-        known = self.reference_of("train", pairs)  # {path: (batch,)}
-        reference = torch.stack([known[path] for path in paths], 1)  # (batch, P)
+        known = self.reference_of("train", pairs)
+        reference = torch.stack([summed(known[path]) for path in paths], 1)  # (batch, P)
         counts = self.counts(self.train, pairs, paths).clamp(min=1)  # (batch, P)
         gap = ((sums - reference).abs() / counts).max().item()
         if not gap <= (5e-2 if self.s.dtype == "bf16" else 1e-3):
@@ -468,9 +474,10 @@ class Run:
     def backward(self, row, pairs, paths, kl, units):
         """Forward and backward of one row -> (5,) loss, accuracy, rewards, tokens, summed."""
         numbers = [pairs[j] for j in row.pairs]  # the row counts within the step
-        sums = by_path(row.sums(self.model(row)), paths)  # {path: (B,)}
-        counts = by_path(row.counts(), paths)  # {path: (B,)}
-        out = self.recipe(sums, counts, self.reference_of("train", numbers), kl)  # of B pairs
+        values = self.model(row)  # (S,)
+        values = row.by_token(values) if "policy" in self.by_token else row.sums(values)
+        logps, counts = by_path(values, paths), by_path(row.counts(), paths)
+        out = self.recipe(logps, counts, self.reference_of("train", numbers), kl)  # of B pairs
         loss = out.losses.sum() / units  # this row's share of the step's loss
         (loss * self.ranks.world).backward()  # FSDP averages over ranks; a step's loss is a sum
         chosen = out.rewards["chosen"]  # (B,), as are wins
@@ -503,18 +510,20 @@ class Run:
         """Loss, accuracy and margin on the validation pairs; also of the plain policy."""
         start, dataset, recipe = time.monotonic(), self.validation, self.recipe
         pairs, paths = range(len(dataset)), self.validation_paths
-        sums = by_path(self.score(self.model, dataset, pairs, paths, "validate"), paths)
+        how = {"label": "validate", "by_token": "policy" in self.by_token}
+        logps = by_path(self.score(self.model, dataset, pairs, paths, **how), paths)
         counts = by_path(self.counts(dataset, pairs, paths), paths)  # {path: (N,)}
         reference = self.reference_of("validation")
         # z over all validation pairs at once, where a step has that of its batch
-        out = recipe(sums, counts, reference, recipe.kl(sums, reference))  # of N pairs
+        out = recipe(logps, counts, reference, recipe.kl(logps, reference))  # of N pairs
         line = {"step": step, "eval_loss": (out.losses.sum() / out.units.sum()).item()}
         if "rejected" in recipe.objective.answers:
             margin = out.rewards["chosen"] - out.rewards["rejected"]  # (N,)
             line |= {"eval_accuracy": (margin > 0).float().mean().item()}
             line |= {"eval_margin": margin.mean().item()}
             # the plain policy, prompt only, is what gets deployed: does training carry over to it?
-            w, l = (sums[path] - reference.get(path, 0) for path in self.plain)  # (N,) each
+            known = {path: summed(values) for path, values in reference.items()}
+            w, l = (summed(logps[path]) - known.get(path, 0) for path in self.plain)  # (N,) each
             scale = recipe.scale if recipe.objective.uses_reference else 0.1  # DPO's beta
             margin = scale * (w - l) if recipe.objective.head == "logps" else w - l
             line |= {"eval_plain_accuracy": (margin > 0).float().mean().item()}

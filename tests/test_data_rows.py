@@ -182,6 +182,24 @@ def test_sums_and_counts_go_to_their_pair_and_path(for_all):
     for_all(check)
 
 
+def test_values_by_token_stand_in_their_path_in_their_order(for_all):
+    def check(rng):
+        row, *_ = random_row(rng)
+        values = torch.arange(1.0, len(row.path) + 1, requires_grad=True)
+        for longest in (None, 7):
+            got = row.by_token(values, longest)
+            cells = [[[] for _ in range(row.n_paths)] for _ in row.pairs]
+            for value, path in zip(values.tolist(), row.path.tolist(), strict=True):
+                cells[path // row.n_paths][path % row.n_paths].append(value)
+            width = longest or max((len(c) for pair in cells for c in pair), default=0)
+            wanted = [[c + [0] * (width - len(c)) for c in pair] for pair in cells]
+            assert got.tolist() == wanted
+        (grad,) = torch.autograd.grad((got * got.detach()).sum(), values)
+        assert grad.tolist() == values.tolist()  # each came from where it belongs
+
+    for_all(check)
+
+
 def test_a_row_without_tries_is_one_padding_token_or_all_padding():
     """Ranks must run equally many rows, so an empty row must be something a model can run."""
     for pad_to, size in ((0, 1), (5, 5)):

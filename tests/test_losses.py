@@ -52,6 +52,20 @@ def test_rdpo_by_hand():
     close(losses.rdpo(*pair, t(6.0), t(4.0)), t(0.474077))
 
 
+def test_ld_dpo_by_hand():
+    """Log-ratios of (1, 2, 4) and of (3): beyond the shared first token 0.5 (2 + 4) = 3 remain.
+
+    0.1 ((1 + 3) - 3) = 0.1, log(1 + e^-0.1) = 0.644397. With alpha 1 it is DPO's 0.1 (7 - 3) = 0.4.
+    """
+    chosen, rejected = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[3.0, 0.0]])
+    pair = chosen - 5, rejected - 5, torch.full((1, 3), -5.0), torch.full((1, 2), -5.0)
+    pair[1][:, 1] = pair[3][:, 1] = 0
+    lengths = t(3.0), t(1.0)
+    close(losses.ld_dpo(*pair, *lengths), t(0.644397))
+    sums = [values.sum(1) for values in pair]
+    close(losses.ld_dpo(*pair, *lengths, alpha=1.0), losses.dpo(*sums))
+
+
 def test_simpo_by_hand():
     """2 * (-0.5) - 2 * (-1.5) - 1 = 1, log(1 + e^-1) = 0.313262; gamma is not divided by beta."""
     close(losses.simpo(t(-0.5), t(-1.5), beta=2.0, gamma=1.0), t(0.313262))
@@ -108,16 +122,26 @@ def test_reward_by_hand():
 def step(rule, seed=0, n=4, at_start=False):
     """Random sums (with gradient), counts, reference and z of n pairs, as a recipe takes them.
 
+    By token where it asks for that: every path of an answer has as many.
     at_start: before the first step, when policy and reference agree on every path.
     """
     g = torch.Generator().manual_seed(seed)
     paths = losses.unique([*rule.paths, *rule.reference_paths])
-    counts = {p: torch.randint(1, 20, (n,), generator=g).float() for p in paths}
+    targets = [p.target for p in paths]
+    counts = {a: torch.randint(1, 20, (n,), generator=g).float() for a in dict.fromkeys(targets)}
+    counts = {p: counts[p.target] for p in paths}
     sums = {p: -2 * counts[p] * torch.rand(n, generator=g) for p in paths}
     noise = {p: 0 if at_start else torch.randn(n, generator=g) for p in paths}
     reference = {p: sums[p] + noise[p] for p in paths}
+    if rule.objective.by_token:
+        sums, reference = ({p: spread(v[p], counts[p]) for p in paths} for v in (sums, reference))
     sums = {p: sums[p].clone().requires_grad_() for p in rule.paths}
     return sums, counts, reference, [t(0.0 if at_start else 0.7)] * len(rule.views)
+
+
+def spread(sums, counts):
+    """(n,) sums -> (n, 20) tokens, of which the first `counts` are equal and the rest are 0."""
+    return (sums / counts)[:, None] * (torch.arange(20) < counts[:, None])
 
 
 def test_presets_score_the_paths_of_the_papers():
@@ -407,6 +431,7 @@ def test_extreme_inputs_give_finite_losses_and_gradients(name, dtype):
     known = dict(zip(("chosen", "rejected", "ref_chosen", "ref_rejected"), values, strict=True))
     known |= {"mean_chosen": values[0], "mean_rejected": values[1]}
     known |= {"len_chosen": one, "len_rejected": one, "kl": kl}
+    known |= {f"{name}_tokens": value[:, None] for name, value in known.items() if value.ndim}
     out = objective.loss(*(known[name] for name in objective.inputs))
     out.sum().backward()
     assert out.dtype == dtype and out.isfinite().all()

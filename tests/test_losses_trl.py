@@ -61,7 +61,7 @@ def agree(got, want):
 class Logps:
     """A model for TRL: what stands where the token ids should be are the log-probabilities."""
 
-    training = True
+    training, is_gradient_checkpointing = True, False
 
     def __call__(self, input_ids, **_):
         logps = input_ids[:, 1:]
@@ -91,7 +91,7 @@ def padded(rows):
     return {"input_ids": ids, "completion_mask": mask, "attention_mask": mask}
 
 
-def trl_dpo(pairs, loss_type, beta=0.1, label_smoothing=0.0):
+def trl_dpo(pairs, loss_type, beta=0.1, label_smoothing=0.0, ld_alpha=None, reference=None):
     self = trainer(
         pytest.importorskip("trl.trainer.dpo_trainer").DPOTrainer,
         beta=beta,
@@ -99,11 +99,15 @@ def trl_dpo(pairs, loss_type, beta=0.1, label_smoothing=0.0):
         loss_types=[loss_type],
         loss_weights=[1.0],
         f_divergence_type="reverse_kl",
-        ld_alpha=None,
+        ld_alpha=ld_alpha,
         use_weighting=False,
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None),
+        ref_model=reference,
+        precompute_ref_logps=reference is None,
     )
     inputs = padded([POLICY[a][i] for a in ANSWERS for i in pairs])
-    inputs |= {f"ref_{a}_logps": sums(REFERENCE[a], pairs) for a in ANSWERS}
+    if reference is None:
+        inputs |= {f"ref_{a}_logps": sums(REFERENCE[a], pairs) for a in ANSWERS}
     return self._compute_loss(self.model, inputs, return_outputs=False)
 
 
@@ -136,6 +140,20 @@ def test_dpo_with_label_smoothing(pairs):
     """TRL keeps cDPO's smoothing in `aot`, which is DPO where it has nothing to sort: on a pair."""
     theirs = trl_dpo(pairs, "aot", beta=0.3, label_smoothing=0.1)
     agree(ours("dpo", pairs, beta=0.3, label_smoothing=0.1), theirs)
+
+
+@pytest.mark.parametrize("pairs", STEPS, ids=str)
+def test_ld_dpo(pairs):
+    """TRL's ld_alpha is alpha. Its reference is run beside the policy: a stand-in as well."""
+    rows = padded([REFERENCE[a][i] for a in ANSWERS for i in pairs])["input_ids"]
+    reference = lambda **_: SimpleNamespace(log_probs=rows[:, 1:])  # noqa: E731
+    theirs = trl_dpo(pairs, "sigmoid", beta=0.3, ld_alpha=0.4, reference=reference)
+    sides = [{a: padded([side[a][i] for i in pairs])["input_ids"][:, N_PROMPT:] for a in ANSWERS}
+             for side in (POLICY, REFERENCE)]  # fmt: skip
+    tokens = [{Path(None, a): rows for a, rows in side.items()} for side in sides]
+    counts = {Path(None, a): torch.tensor([len(POLICY[a][i]) for i in pairs]) for a in ANSWERS}
+    out = recipe("ld_dpo", beta=0.3, alpha=0.4)(tokens[0], counts, tokens[1])
+    agree(out.losses.mean(), theirs)
 
 
 @pytest.mark.parametrize("pairs", STEPS, ids=str)

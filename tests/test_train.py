@@ -1,5 +1,6 @@
 """A run of train.py: every objective, any number of processes, stopped, resumed, reported."""
 
+import itertools
 import json
 import math
 import random
@@ -9,19 +10,24 @@ import time
 from types import SimpleNamespace
 
 import huggingface_hub
+import numpy as np
 import parity
 import pytest
 import tiny
 import torch
+from dialogues import say
 from runs import command, final, furthest, lines, losses, torchrun, train_here
 from safetensors.torch import load_file
+from torch.nn.functional import logsigmoid
 
 import train
-from conftest import write_model
-from data import Plan
+from conftest import PAIRS, write_model
+from data import Dataset, Limits, Plan, build_row
+from hub.template import Template
 from jobs.cli import run
-from losses import PRESETS
+from losses import PRESETS, recipe
 from model import load
+from pairs.layouts import Pair
 
 STEP = {"step", "epoch", "loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "lr"}
 TIMED = {"seconds", "eval_seconds", "pairs_per_second", "tokens_per_second", "memory_gib"}
@@ -63,7 +69,7 @@ def test_other_families_train_and_their_exports_load_in_transformers(
         assert (load(source).logits(tokens) - expected).abs().max() > 1e-3, "it was trained"
 
 
-@pytest.mark.parametrize("objective", ["dpo", "sft", "kto", "simpo"])
+@pytest.mark.parametrize("objective", ["dpo", "sft", "kto", "simpo", "ld_dpo"])
 @pytest.mark.parametrize("condition", ["one_sided", "averaged", "instruct"])
 def test_every_condition_composes_with_every_kind_of_objective(
     objective, condition, flags, no_plots
@@ -72,6 +78,76 @@ def test_every_condition_composes_with_every_kind_of_objective(
     choice = {"condition": condition, "bridge": "turn", "reference": reference, "steps": 2}
     train_here(flags | choice | {"loss": objective})
     assert losses(flags["out"]).isfinite().all()
+
+
+def alone(model, segments, n):
+    """(n,) log-probabilities of the first tokens of the last segment, the path run by itself."""
+    whole = torch.from_numpy(np.concatenate(segments)).long()
+    start = len(whole) - len(segments[-1])
+    logps = model.logits(whole[None])[0].log_softmax(-1)[start - 1 : start - 1 + n]
+    return logps.gather(-1, whole[start : start + n, None]).squeeze(-1)
+
+
+FORMS = [("ld_dpo", None, None), ("ins_ld_dpo", None, None), ("ifsr_ld_dpo", "averaged", "plain")]
+
+
+@pytest.mark.parametrize("name, condition, reference", FORMS)
+def test_an_objective_of_tokens_equals_a_loop_over_paths_alone(
+    name, condition, reference, tiny_model_dir
+):
+    """Loss and gradient of packed rows; LD-DPO spelled out token by token, each path by itself."""
+    rule = recipe(name, condition, reference=reference, alpha=0.3)
+    pairs = [Pair(say(row["prompt"]), row["chosen"], row["rejected"], "") for row in PAIRS[:4]]
+    dataset = Dataset(pairs, Template(tiny_model_dir), rule, Limits(256, 1.0), "better")
+    before, model = load(tiny_model_dir), load(tiny_model_dir).requires_grad_(True)
+    torch.manual_seed(0)
+    for parameter in before.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+
+    def by_path(model, row, paths):
+        return dict(zip(paths, row.by_token(model(row)).unbind(1), strict=True))
+
+    total = 0
+    for numbers in ([0, 2, 3], [1], []):
+        rows = [build_row([dataset.trie(i, paths) for i in numbers], numbers, len(paths))
+                for paths in (rule.paths, rule.reference_paths)]  # fmt: skip
+        logps, ref = (
+            by_path(model, rows[0], rule.paths),
+            by_path(before, rows[1], rule.reference_paths),
+        )
+        counts = dict(zip(rule.paths, rows[0].counts().unbind(1), strict=True))
+        total = total + rule(logps, counts, ref).losses.sum()
+    total.backward()
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    expected = 0
+    for i, view in itertools.product(range(4), rule.views):
+        ratio = {}
+        for answer, path in view.items():
+            ref = alone(before, *dataset.path(i, rule.reference_path(path)))
+            ratio[answer] = alone(model, *dataset.path(i, path)) - ref
+        shared = min(map(len, ratio.values()))
+        w, l = (
+            sum(v * (1 if k < shared else 0.3) for k, v in enumerate(r)) for r in ratio.values()
+        )
+        expected = expected - logsigmoid(0.1 * (w - l)) / len(rule.views)
+    expected.backward()
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
+    for got, parameter in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(got, parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_with_alpha_1_ld_dpo_is_dpo_and_only_its_reference_is_kept_by_token(flags, no_plots):
+    outs = {loss: flags["out"] / loss for loss in ("dpo", "ld_dpo")}
+    for loss, out in outs.items():
+        alpha = {"alpha": 1.0} if loss == "ld_dpo" else {}
+        train_here(flags | alpha | {"loss": loss, "out": out, "condition": "averaged"})
+    kept = {loss: load_file(out / "reference.safetensors")["train"] for loss, out in outs.items()}
+    torch.testing.assert_close(kept["ld_dpo"].sum(2), kept["dpo"], rtol=1e-6, atol=1e-6)
+    assert furthest(*map(final, outs.values())) < 1e-6
+    for key in ("loss", "margin", "eval_loss", "eval_margin", "eval_plain_margin"):
+        ours, theirs = ([row[key] for row in lines(out, key)] for out in outs.values())
+        assert ours == pytest.approx(theirs, abs=1e-5) and len(ours) > 1, key
 
 
 @pytest.mark.parametrize("switch", ["context_grad", "checkpoint_activations"])
@@ -169,7 +245,7 @@ def test_a_linear_run_steps_by_its_schedule_and_says_so(flags, no_plots):
 
 def test_two_processes_equal_one_over_20_steps(flags, no_plots):
     kinds = [{"loss": "dpo", "condition": "averaged", "bridge": "turn"}, {"loss": "irft"}]
-    kinds += [{"loss": "ifsr_kto", "batch": 3}]
+    kinds += [{"loss": "ifsr_kto", "batch": 3}, {"loss": "ins_ld_dpo", "batch": 1}]
     kinds += [{"loss": "reward", "batch": 1}]  # a rank without a pair in every step
 
     def runs(processes):
