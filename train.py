@@ -46,8 +46,6 @@ from pairs.token_cache import cache_key, cached
 # InSPO D.1, where a flag is not given; the embedded default brings its own.
 PAPER = {"lr": 5e-7, "batch": 128, "epochs": 3.0}  # and 4,096 tokens, if the model has positions
 EMBEDDED = {"lr": 3e-4, "batch": 32, "steps": 60, "max_len": 256}
-
-
 SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -289,10 +287,9 @@ class Run:
     def __init__(self, s, ranks, recipe, model, owner, sets, plan):
         self.s, self.ranks, self.recipe, self.model, self.plan = s, ranks, recipe, model, plan
         self.sets, self.train, self.validation = sets, sets["train"], sets.get("validation")
-        self.by_token = recipe.objective.by_token
         adam = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": s.weight_decay}
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, fused=True, **adam)
-        r = recipe
+        r, self.by_token = recipe, recipe.objective.by_token
         self.plain = plain_paths(r)  # prompt only: what is deployed, validated beside the others
         self.validation_paths = unique([*r.paths, *self.plain, *r.kl_paths, *r.reference_paths])
         # What the reference must score. Validation pairs in the very tries of `validate`, so that
@@ -368,9 +365,8 @@ class Run:
             if self.s.ref_model is not None:
                 model = build_model(self.s, ranks, source, "logps")
             for name, paths in self.wanted.items():
-                pairs = range(len(self.sets[name]))
-                every, by_token = (self.sets[name], pairs, paths), "reference" in self.by_token
-                values = self.score(model, *every, f"reference {name}", by_token)
+                every = model, self.sets[name], range(len(self.sets[name])), paths
+                values = self.score(*every, f"reference {name}", "reference" in self.by_token)
                 if len(bad := (~values.isfinite()).nonzero()):
                     where = self.sets[name].examples[bad[0, 0].item()].where
                     raise UserError(f"{where}: its reference log-probability is not finite")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data import PARTS, Dataset, Limits, pack
+from data import Dataset, Limits, pack
 from evals.results import draw_lengths, figure_file, out_file, save_results, table
 from families.llama_guard import Guard
 from hub.template import Template
@@ -21,6 +21,7 @@ from kernels import chains
 from losses import CONDITIONS, recipe
 from model import path_limit
 from pairs.cleaning import CleaningFlags, clean
+from pairs.examples import PARTS
 from pairs.read import Drops, read_pairs
 
 QUANTILES = (0, 5, 25, 50, 75, 95, 99, 100)

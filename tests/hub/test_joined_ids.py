@@ -15,8 +15,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, tra
 from tokenizers.pre_tokenizers import ByteLevel, Metaspace
 
 from conftest import shared_data
-from data import read_pairs
+from data import Dataset, Limits, read_pairs
 from hub.template import SHIELD, Template
+from jobs.cli import UserError
+from losses import recipe
 from pairs.layouts import Pair
 
 TEXTS = ["The dog barks.", "Which animal barks?", "the cat and the dog", "a ab abc", "é!"]
@@ -139,3 +141,14 @@ def test_published_tokenizers(kind, tmp_path):
         merged = counts.pop("turn") - 4
     assert not any(counts.values()), first
     assert not merged or "sep: " in first and "'.', 'ĊĊ'" in first
+
+
+def test_tokens_that_the_bridge_changes_are_not_compared_with_the_prompts(tmp_path):
+    """Token by token, a plain reference would hold an answer's first token against another."""
+    template = Template(write(tmp_path, CHATML, prepend, MORE["marked"]))
+    told, limits = "--loss ins_ld_dpo .*--reference conditioned", Limits(10**6, 1.0)
+    for name, reference in (("ins_dpo", None), ("ins_ld_dpo", "conditioned")):
+        data = Dataset(PAIRS, template, recipe(name, None, "sep", reference), limits, "better")
+        assert "target" in data.places  # or this test could not fail
+    with pytest.raises(UserError, match=told):
+        Dataset(PAIRS, template, recipe("ins_ld_dpo"), limits, "better")
