@@ -16,6 +16,7 @@ import re
 import threading
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
@@ -48,7 +49,9 @@ def owner_of(s, recipe, model, reference, sets):
     choices = (recipe.name, recipe.condition, recipe.bridge, recipe.reference, recipe.hyper)
     owner = {"model": model[:16], "objective": " ".join(map(str, choices))}
     owner |= {"reference": reference[:16] if recipe.objective.uses_reference else "none"}
-    owner |= {f"{name} data": dataset.examples.digest()[:16] for name, dataset in sets.items()}
+    owner |= {
+        f"{name} data": content_digest(dataset.stored()[0])[:16] for name, dataset in sets.items()
+    }
     return owner | {"plan": f"batch {s.batch}, seed {s.seed}"}
 
 
@@ -213,6 +216,7 @@ def restore(path, state, model, optimizer):
 def write_keyed(tensors, file, key):
     """Writes {name: tensor} with a key of what they depend on: aside, flushed, renamed."""
     with resumable(file), written_whole(file) as aside:
+        # safetensors would read a flipped bit without a word
         save_file(tensors, aside, metadata={"key": key, "sha256": content_digest(tensors)})
 
 
@@ -226,11 +230,11 @@ def resumable(file):
         raise UserError(f"{fault}; mend that, then --resume") from error
 
 
-def content_digest(tensors):
-    """sha256 of the values: safetensors would read a flipped bit without a word."""
+def content_digest(arrays):
+    """sha256 of the values of {name: array or CPU tensor}."""
     sha = hashlib.sha256()
-    for name in sorted(tensors):
-        sha.update(tensors[name].numpy().tobytes())
+    for name in sorted(arrays):
+        sha.update(np.ascontiguousarray(arrays[name]))  # no copy, where it is mapped from a file
     return sha.hexdigest()
 
 

@@ -1,6 +1,5 @@
 """Holds tokenised pairs in a few flat arrays: what data.Dataset makes and the token cache keeps."""
 
-import hashlib
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -56,13 +55,6 @@ class Examples:
             end += length
         closed = dict(zip(("chosen", "rejected"), self.closed[i].tolist(), strict=True))
         return Example(**parts, closed=closed, where=self.where[i], crc=self.crc[i])
-
-    def digest(self):
-        """sha256 of the tokens of all pairs, in their order; not of where they were read."""
-        sha = hashlib.sha256()
-        for array in (self.ids, self.lengths, self.closed):
-            sha.update(np.ascontiguousarray(array))  # no copy, where it is mapped from a file
-        return sha.hexdigest()
 
     @classmethod
     def flat(cls, examples):
