@@ -1,7 +1,8 @@
 """Computes IFSR's Tables 2 and 7: what the context of an answer does to its probability.
 
-    context      loss of y+ and variance of its tokens' probabilities, by what stands before it
-                 (Table 2, and InSPO's separators beside it)
+    context      loss of y+, variance of its tokens' probabilities, and variance of the next
+                 token's distribution over the vocabulary, by what stands before it (Table 2, and
+                 InSPO's separators beside it)
     next_token   which token comes next in the answer, behind four prompts (Table 7)
 
 In the signs of the paper, y+ is the chosen answer, ỹ the pseudo response (the rejected one), i the
@@ -19,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import losses
 from data import Dataset, Limits, lay_out, scored_rows, trie_size
@@ -26,7 +28,7 @@ from evals.results import save_results, table
 from evals.stats import estimate
 from generate import load_model
 from jobs.cli import DataFlags, ModelFlags, ResultFlags, UserError, flag, progress, require
-from model import path_limit
+from model import ScoredLogps, path_limit, soft_cap
 from pairs.read import Drops, read_pairs
 
 
@@ -129,17 +131,18 @@ def context(s):
     model, template = load_model(s.model, s.dtype, s.device, fold_system=s.fold_system)
     contexts = INSTRUCTED | SHOWN | separated(template, s.sep)
     views = open_views(s, template, contexts)
-    loss, variance = token_statistics(model, views, s.row_tokens)
+    measured = token_statistics(model, views, s.row_tokens)  # {measure: (N, P)}
     rows, results = [], {"model": s.model, "data": s.data, "n": len(views), "contexts": {}}
     results["tokens"] = [view.paths[0][1] for view in views]
     for p, name in enumerate(contexts):
         numbers = {}
-        for measure, of in (("loss", loss), ("variance", variance)):
+        for measure, of in measured.items():
             numbers[measure] = estimate(of[:, p], s.seed)
             numbers[f"{measure} - x"] = estimate(of[:, p] - of[:, 0], s.seed)
         rows.append({"context": name} | numbers)
-        results["contexts"][name] = numbers | {"losses": loss[:, p].tolist()}
-    forms = {"loss": ".3f", "loss - x": "+.3f", "variance": ".4f", "variance - x": "+.4f"}
+        results["contexts"][name] = numbers | {"losses": measured["loss"][:, p].tolist()}
+    forms = {"loss": ".3f", "loss - x": "+.3f", "variance": ".4f", "variance - x": "+.4f",
+             "over vocabulary": ".3g", "over vocabulary - x": "+.2g"}  # fmt: skip
     print(table(rows, forms))
     save_results(s.out, results | {"pairs": [view.where for view in views]})
 
@@ -152,20 +155,45 @@ def separated(template, sep=None):
 
 
 def token_statistics(model, views, row_tokens=None):
-    """Of every pair's y+ under every context: mean loss, variance of probability; (N, P) each.
+    """Of every pair's y+ under every context: {measure: (N, P)}.
 
-    Over the T tokens of one answer, its end token included, with p_t the probability of token t:
-    -1/T sum log p_t in nats, and 1/T sum p_t^2 - (1/T sum p_t)^2.
+    Over the T tokens of one answer, its end token included, with p_t the probability of token t
+    and q_t(v) that of any token v of the vocabulary in its place:
+
+        loss              -1/T sum_t log p_t, in nats
+        variance          of p_t from token to token: 1/T sum_t p_t^2 - (1/T sum_t p_t)^2
+        over vocabulary   of q_t from entry to entry: 1/T sum_t [1/V sum_v q_t(v)^2 - 1/V^2]
     """
     sizes, n_paths = [trie_size(view.paths) for view in views], len(views.contexts)
-    means = torch.zeros(3, len(views), n_paths, dtype=torch.float64)
+    means = torch.zeros(4, len(views), n_paths, dtype=torch.float64)
     sized = (lambda n: lay_out(views[n].paths), sizes, n_paths)  # a trie per pair
-    for items, row, logps in scored_rows(model, *sized, row_tokens, "contexts"):
-        logps, counts = logps.double(), row.counts().double()
-        for mean, value in zip(means, (-logps, logps.exp(), (2 * logps).exp()), strict=True):
+    for items, row, found in scored_rows(Distributions(model), *sized, row_tokens, "contexts"):
+        (logps, squares), counts = found.double(), row.counts().double()
+        values = (-logps, logps.exp(), (2 * logps).exp(), squares)
+        for mean, value in zip(means, values, strict=True):
             mean[items] = (row.sums(value) / counts).cpu()
-    loss, p, p_squared = means.numpy()
-    return loss, (p_squared - p**2).clip(min=0)
+    loss, p, p_squared, squares = means.numpy()
+    size = model.config.vocab
+    spreads = (p_squared - p**2).clip(min=0), squares / size - 1 / size**2
+    return {"loss": loss, "variance": spreads[0], "over vocabulary": spreads[1]}
+
+
+class Distributions:
+    """A model that also tells of the tokens that are not the label, for scored_rows.
+
+    Row -> (2, S): the label's log-probability, and the sum of all tokens' squared probabilities.
+    """
+
+    def __init__(self, model):
+        self.model, self.embed = model, model.embed
+
+    def __call__(self, row):
+        model, weight, cap = self.model, self.model.head_weight, self.model.config.logit_cap
+        x = model.norm(model.states(model, row))  # (S, D)
+        logps = ScoredLogps.apply(x, weight, row.label, cap)
+        few = x.split(max(1, ScoredLogps.LOGITS // len(weight)))  # or all logits exist at once
+        probs = (soft_cap(F.linear(part, weight), cap).float().softmax(-1) for part in few)
+        return torch.stack([logps, torch.cat([p.square().sum(-1) for p in probs])])
 
 
 @dataclass(frozen=True)

@@ -62,12 +62,16 @@ def test_what_each_context_says(tiny_model_dir, pairs):
 def test_loss_and_variance_equal_transformers_path_by_path(tiny_model_dir, pairs, peer):
     model, template = load_model(str(tiny_model_dir))
     views = Views(pairs, template, EVERY, max_len=2048)
-    loss, variance = token_statistics(model, views, row_tokens=1500)
+    found = token_statistics(model, views, row_tokens=1500)
+    loss, variance, over_vocabulary = found.values()
+    assert list(found) == ["loss", "variance", "over vocabulary"]
     for n, row in enumerate(PAIRS[:5]):
         for p, context in enumerate(EVERY):
             losses = peer.losses(*peer.ids(row, context))
             assert loss[n, p] == pytest.approx(losses.mean(), abs=1e-4)
             assert variance[n, p] == pytest.approx(np.exp(-losses).var(), rel=1e-3)
+            spread = peer.probabilities(*peer.ids(row, context)).var(1).mean()
+            assert over_vocabulary[n, p] == pytest.approx(spread, rel=1e-3)
     assert np.ptp(loss[0]) > 1e-3  # the contexts do differ
 
 

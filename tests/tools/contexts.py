@@ -47,8 +47,11 @@ class Peer:
     def run(self, ids, **options):
         return self.model(torch.tensor([ids]), **options)
 
+    def probabilities(self, context, answer):
+        """(T, V) next-token distributions, each where a token of the answer stands."""
+        logits = self.run(context + answer).logits[0, len(context) - 1 : -1]
+        return logits.double().softmax(-1).numpy()
+
     def losses(self, context, answer):
         """(T,) loss of each token of the answer."""
-        logps = self.run(context + answer).logits[0].log_softmax(-1)
-        steps = zip(range(len(context) - 1, len(context + answer) - 1), answer, strict=True)
-        return np.array([-logps[p, token].item() for p, token in steps])
+        return -np.log(self.probabilities(context, answer)[range(len(answer)), answer])
