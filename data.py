@@ -1,7 +1,7 @@
 """Turns preference pairs into rows of tokens for the model, and plans which pairs make up a step.
 
     pair    prompt, chosen and rejected answer, as texts                  Pair
-    ids     each of them rendered by the chat template and tokenised      Example
+    ids     each of them rendered by the chat template and tokenised      pairs.examples.Example
     paths   what is scored behind what, as segments of ids                Dataset.path
     trie    all paths of one pair, each shared prefix stored once         lay_out
     row     many tries in one sequence, as the model reads it             build_row
@@ -120,8 +120,8 @@ class Dataset:
     def _bridge(self, sep):
         """Tokenises what stands before and after a context answer, and counts its tokens."""
         if self.recipe.bridge not in BRIDGES:
-            known = ", ".join(BRIDGES)
-            raise UserError(f"--bridge {self.recipe.bridge}: unknown; choose from {known}")
+            known = f"unknown; choose from {', '.join(BRIDGES)}"
+            raise UserError(f"--bridge {self.recipe.bridge}: {known}")
         t, end = self.template, self.template.end_ids
         if set(t.encode([sep])[0]) & set(end):
             raise UserError(f"--sep {sep!r} holds the token that ends generation; choose another")
@@ -135,8 +135,10 @@ class Dataset:
         # where the context answer and the scored one are encoded otherwise than behind a prompt
         places = {"context": before or t.opening, "target": after}
         self.places = {k: text for k, text in places.items() if not t.alike(text, t.opening)}
-        for text in self.places.values():
-            self.behind |= {f"bridged_{name}": text for name in ANSWER_PARTS}
+        self.rewritten = self.ended and t.rewrites and self.in_context
+        if self.rewritten:
+            self.places["context"] = places["context"]
+        self.behind |= {f"bridged_{a}": p for p in self.places.values() for a in ANSWER_PARTS}
         objective = self.recipe.objective
         if objective.by_token and self.recipe.reference == "plain" and "target" in self.places:
             fault = (
@@ -178,20 +180,20 @@ class Dataset:
             prompt = t.render(pair.prompt, generation=True)
             texts = {"prompt": prompt}
             if self.instructed:
-                asked = with_suffix(pair.prompt, self.instruction)
-                texts["instruct"] = t.render(asked, generation=True)
-            texts["chosen"] = t.answer(pair.prompt, pair.chosen, closed, prompt)
-            rejected = pair.rejected and t.answer(pair.prompt, pair.rejected, closed, prompt)
-            return texts | {"rejected": rejected or ""}  # supervised training has none
+                texts["instruct"] = t.render(with_suffix(pair.prompt, self.instruction), True)
+            for part in (part for part in self.behind if part not in ("prompt", "instruct")):
+                text = getattr(pair, part.removeprefix("bridged_"))
+                followed = self.rewritten and part not in ANSWER_PARTS
+                known = text is not None  # supervised training has no rejected answer
+                texts[part] = t.answer(pair.prompt, text, closed, prompt, followed) if known else ""
+            return texts
         except Refused as error:
             return self.drops.add(f"the chat template refuses: {error.reason}", pair.where)
 
     def _encode(self, rendered):
         """Tokenises what `_render` gave of some pairs -> {part: ids} of each."""
-        columns = []
-        for part, behind in self.behind.items():
-            texts = [texts[part.removeprefix("bridged_")] for _, texts in rendered]
-            columns.append(self.template.encode(texts, behind))
+        columns = [self.template.encode((texts[part] for _, texts in rendered), behind)
+                   for part, behind in self.behind.items()]  # fmt: skip
         return [dict(zip(self.behind, ids, strict=True)) for ids in zip(*columns, strict=True)]
 
     def _cut(self, pair, ids):
@@ -208,8 +210,7 @@ class Dataset:
         if len(prompts[-1]) > room:
             self.cuts["prompts"] += 1
         dialogues = pair.prompt, with_suffix(pair.prompt, self.instruction)
-        shorten = self.template.shortened
-        prompts = [shorten(m, ids, room) for m, ids in zip(dialogues, prompts, strict=False)]
+        prompts = list(map(self.template.shortened, dialogues, prompts, (room, room)))
         if not all(map(len, prompts)):  # nothing would predict the answer's first token
             return self.drops.add("no room for a question", pair.where)
         room = free - max(map(len, prompts))  # what is left for the answers
@@ -221,8 +222,8 @@ class Dataset:
                 kept[part] = ids[part][: max(0, len(ids[part]) - over)]
             if not closed[name]:
                 self.cuts[f"{name} answers"] += 1
-        answers = ("chosen",) if pair.rejected is None else ("chosen", "rejected")
-        if any(self._scored(kept[name], closed[name]) < 1 for name in answers):
+        scored = ANSWER_PARTS[: 1 if pair.rejected is None else 2]
+        if any(self._scored(kept[name], closed[name]) < 1 for name in scored):
             return self.drops.add("no room for an answer", pair.where)
         n = min(len(kept[name]) for name in ANSWER_PARTS)  # the rest was trimmed or cut off
         if pair.rejected is not None and (kept["chosen"][:n] == kept["rejected"][:n]).all():

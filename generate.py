@@ -367,10 +367,10 @@ class Answers:
         """
         template, refine = self.template, "draft" in dialogue.row
         try:
-            if draft:
+            if draft and not template.rewrites:
                 ids = [*draft.prompt, *draft.answer, *template.end_ids]
             elif refine:
-                ids = template.joined(dialogue.question, dialogue.row["draft"])
+                ids = template.joined(dialogue.question, dialogue.row["draft"], followed=True)
             else:
                 (ids,) = template.encode([template.render(dialogue.question, generation=True)])
         except Refused as error:

@@ -122,6 +122,8 @@ class Template:
         probe = self.render(PROBE_DIALOGUE)
         self.encode([probe])  # tells of control tokens that the model has not
         after = probe.rpartition(PROBE)[2]
+        if probe == self.render(PROBE_DIALOGUE, generation=True):  # may always open a reply
+            after = after[: next(self._named.finditer(after), re.search("$", after)).end()]
         self.end = after.strip() or self.special["eos_token"]
         if not self.end:
             cure = "name an eos_token in tokenizer_config.json"
@@ -179,25 +181,50 @@ class Template:
         """Mark the names of special tokens in what a message says, behind their first letter."""
         return self._named.sub(lambda m: m[0][0] + SHIELD + m[0][1:], text)
 
-    def answer(self, messages, text, closed=True, prompt=None):
+    def answer(self, messages, text, closed=True, prompt=None, followed=False):
         """The text of an answer as the template writes it behind the rendered prompt.
 
         Ends with `end` if closed, and with whatever white space the template puts after it if not.
-        prompt: `messages` as rendered, where that is at hand.
+        prompt: `messages` as rendered, where that is at hand. followed: as it stands before `turn`,
+        where templates that think leave reasoning out, or end it otherwise.
         """
         prompt = self.render(messages, generation=True) if prompt is None else prompt
-        whole = self.render([*messages, {"role": "assistant", "content": text}])
+        said = [*messages, {"role": "assistant", "content": text}]
+        more = [{"role": "user", "content": PROBE}] * followed
+        whole = self.render([*said, *more], generation=followed)
+        if followed:
+            whole = whole.removesuffix(self.turn(PROBE))
+        thinks = re.search(r"<think>\s*$", prompt)
+        if not whole.startswith(prompt) and thinks and not followed:
+            # The reply opens with reasoning, of which the finished dialogue shows nothing.
+            reasoning = self._shield(text).rpartition("</think>")[0].rpartition("<think>")[2]
+            said = reasoning.lstrip("\n") + "</think>" if reasoning else "\n</think>\n\n"
+            whole = prompt + said + whole[len(prompt[: thinks.start()]) :]
         if not whole.startswith(prompt):  # a template that rewrites what came before
-            return self._shield(text).strip() + self.end
+            answer = whole.removeprefix(prompt[: thinks.start()]) if thinks else None
+            return answer or self._shield(text).strip() + self.end
         answer = whole[len(prompt) :]
+        if followed:
+            return answer
         if self.end not in answer:  # a template without an end of turn
             answer += self.end
         return answer[: answer.rindex(self.end) + len(self.end)] if closed else answer
 
-    def joined(self, messages, answer):
-        """Ids of a dialogue up to the end token of its answer: the prompt's, then the answer's."""
+    @cached_property
+    def rewrites(self):
+        """Whether an answer that another turn follows is written otherwise than the last one."""
+        texts, question = (PROBE, f"<think>\n{PROBE}\n</think>\n\n{PROBE}"), PROBE_DIALOGUE[:1]
+        return any(self.answer(question, t) != self.answer(question, t, followed=True)
+                   for t in texts)  # fmt: skip
+
+    def joined(self, messages, answer, followed=False):
+        """Ids of a dialogue up to the end token of its answer: the prompt's, then the answer's.
+
+        followed: as in `answer`.
+        """
         prompt = self.render(messages, generation=True)
-        answer = self.encode([self.answer(messages, answer, prompt=prompt)], behind=self.opening)
+        answer = self.answer(messages, answer, prompt=prompt, followed=followed)
+        answer = self.encode([answer], behind=self.opening)
         return np.concatenate(self.encode([prompt]) + answer)
 
     @cached_property

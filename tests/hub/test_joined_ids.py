@@ -137,10 +137,8 @@ def test_published_tokenizers(kind, tmp_path):
     pairs = list(read_pairs(str(shared_data("hh-harmless-test.jsonl.gz"))))[:4]
     counts, first = mismatches(tmp_path, pairs)
     merged = counts.pop("sep")
-    if kind in ("Llama 3", "Qwen3", "gpt-oss"):  # an earlier answer is rendered otherwise
-        merged = counts.pop("turn") - 4
     assert not any(counts.values()), first
-    assert not merged or "sep: " in first and "'.', 'ĊĊ'" in first
+    assert not merged or first.startswith("sep: ") and "'ĊĊ'" in first
 
 
 def test_tokens_that_the_bridge_changes_are_not_compared_with_the_prompts(tmp_path):
