@@ -46,6 +46,7 @@ from pairs.token_cache import cache_key, cached
 # InSPO D.1, where a flag is not given; the embedded default brings its own.
 PAPER = {"lr": 5e-7, "batch": 128, "epochs": 3.0}  # and 4,096 tokens, if the model has positions
 EMBEDDED = {"lr": 3e-4, "batch": 32, "steps": 60, "max_len": 256}
+BOTH = {"warmup": 0.1, "schedule": "cosine", "final_lr": 0.1, "weight_decay": 0.01, "clip": 1.0}
 SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -65,11 +66,11 @@ class TrainFlags(cli.RunFlags, CleaningFlags, cli.PathFlags, cli.DataFlags, cli.
     batch: int | None = flag(None, "pairs per step, of all ranks (128; with few pairs 16)", least=1)
     max_len: int | None = flag(None, "longest path; default: 4096, or the model's limit", least=1)
     lr: float | None = flag(None, "peak learning rate (5e-7; for 0.1-1B 1e-5 to 5e-5)", above=0)
-    warmup: float = flag(0.1, "share of the steps with rising learning rate; 0: none", below=1)
-    schedule: str = flag("cosine", "of the rate after it; linear ends at 0", SCHEDULES)
-    final_lr: float = flag(0.1, "share of the peak that the cosine ends at", most=1)
-    weight_decay: float = flag(0.01, "AdamW weight decay")
-    clip: float = flag(1.0, "largest gradient norm")
+    warmup: float | None = flag(None, "share of the steps with rising lr (0.1; 0: none)", below=1)
+    schedule: str | None = flag(None, "of lr after it (cosine); linear ends at 0", SCHEDULES)
+    final_lr: float | None = flag(None, "share of lr that the cosine ends at (0.1)", most=1)
+    weight_decay: float | None = flag(None, "AdamW weight decay (0.01)")
+    clip: float | None = flag(None, "largest gradient norm (1; 0: no clipping)")
     seed: int = flag(0, "order of the pairs and hold-out")
     eval_pairs: int | None = flag(None, "validation pairs; default: 1000, at most a tenth")
     eval_every: int | None = flag(None, "steps between validations; default: run / 10", least=1)
@@ -86,7 +87,7 @@ def resolve_flags(s, kind):
     embedded = s.model is None and s.data is None
     world = ASSETS / "world"
     defaults = {"model": str(ASSETS / "start"), "data": str(world / "pairs.jsonl")}
-    defaults |= EMBEDDED | {"eval_data": str(world / "test.jsonl")} if embedded else PAPER
+    defaults |= BOTH | (EMBEDDED | {"eval_data": str(world / "test.jsonl")} if embedded else PAPER)
     length = ("steps", "epochs") if s.steps is not None or s.epochs is not None else ()  # is given
     defaults = {k: v for k, v in defaults.items() if getattr(s, k) is None and k not in length}
     defaults |= {"eval_revision": s.eval_revision or s.data_revision} | processes.by_device(s, kind)
@@ -187,13 +188,13 @@ def main():
 
 def train(s, ranks):
     """One run, from its flags to OUT/final; UserError for what a user can put right."""
-    s, embedded = resolve_flags(s, ranks.kind)
+    asked, (s, embedded) = s, resolve_flags(s, ranks.kind)
     with as_user_error():
         hyper = {name: getattr(s, name) for name in cli.HYPER}
         recipe = losses.recipe(s.loss, s.condition, s.bridge, s.reference, **hyper)
     try:
         with rundir.open_out(s, ranks) as out:
-            s = dataclasses.replace(s, out=out)
+            s = dataclasses.replace(s, out=out, **ranks.share(lambda: rundir.kept(s, asked, out)))
             fit(s, ranks, recipe)
             if embedded and ranks.first and recipe.objective.head == "logps":
                 from evals.world import tell_win_rate
@@ -223,10 +224,11 @@ def fit(s, ranks, recipe):
     plan = Plan(len(sets["train"]), s.batch, s.seed, s.epochs or 0.0, s.steps)
     s = fit_to_data(s, ranks, recipe, sets, plan)
     rundir.show(s, ranks, recipe, plan)
-    ranks.share(lambda: rundir.check_config(s))
+    ranks.share(lambda: rundir.check_config(s, ranks.say))
 
     # the model, and the reference's log-probabilities, computed once
     model = build_model(s, ranks, source, recipe.objective.head)
+    ranks.say("\n".join(rundir.advise(s, plan, sum(p.numel() for p in model.parameters()))))
     sources = {source, reference_source}  # one, where the policy is its own reference
     digests = ranks.share(lambda: {x: weights.Weights(x).digest() for x in sources})
     of = (digests[source], digests[reference_source], sets)
@@ -240,6 +242,8 @@ def fit(s, ranks, recipe):
     first = job.state["step"]
     if first == 0:
         job.check_start()
+    elif first > plan.steps:
+        raise UserError(f"--steps {plan.steps}: {first} are done already")
     # OUT holds a run from here on
     facts = {"ranks": ranks.world, "hyper": recipe.hyper, "steps": plan.steps}
     ranks.share(lambda: rundir.write_config(s, **facts))
@@ -422,7 +426,7 @@ class Run:
 
         Or, by --schedule, linear to 0 behind the last step (TRL's default, IFSR's), or constant.
         """
-        s, warm = self.s, round(self.s.warmup * self.plan.steps)
+        s, warm = self.s, min(round(self.s.warmup * self.plan.steps), self.plan.steps - 1)
         if step < warm:
             return 1e-8 + (s.lr - 1e-8) * step / warm
         done = (step - warm) / max(1, self.plan.steps - warm)  # share of the schedule, 0 to 1
@@ -493,7 +497,8 @@ class Run:
             fault = f"step {step + 1}: loss {loss}, gradient norm {norm.item()}"
             cure = "Lower --lr or look at the data, then --resume"
             raise UserError(f"{fault}; the weights are unchanged. {cure}")
-        clip_grads_with_norm_(parameters, self.s.clip, norm)
+        if self.s.clip > 0:
+            clip_grads_with_norm_(parameters, self.s.clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         self.optimizer.step()
@@ -573,13 +578,13 @@ def loop(job, metrics, template, first):
                     job.save(done, metrics)
             validate(job, metrics, template, plan.steps)
             job.saver.wait()
-        except Stopped:  # a signal: save what is done, say so, end well
+        except Stopped:  # a signal: save what is done, and say so
             if job.state["step"] != done:
                 job.save(done, metrics)
             job.saver.wait()
             ranks.say(f"stopped by a signal after step {done}; --resume goes on from here")
             dist.barrier()
-            raise SystemExit(0) from None
+            raise SystemExit(ranks.exit_status) from None
 
 
 def validate(job, metrics, template, step):

@@ -79,7 +79,9 @@ class Ranks:
         if isinstance(error, Stopped) or (error and self.stopping and not self.deferred):
             self.say("stopped by a signal while no step was under way: nothing was lost")
             sys.stdout.flush()
-            os._exit(0)  # the others stop by the same signal: no collective would be answered
+            os._exit(
+                self.exit_status
+            )  # the others stop by the same signal: no collective would be answered
         if self.world == 1 or error is None or isinstance(error, SystemExit):
             dist.destroy_process_group()
         else:
@@ -87,9 +89,14 @@ class Ranks:
 
     # -- signals and failures
 
+    @property
+    def exit_status(self):
+        """Of a run that a signal ended, as a shell gives it: `train && generate` stops there."""
+        return 128 + (self.stopping or signal.SIGTERM)  # another rank's, where there is none here
+
     def _signalled(self, number, frame):
         """Remember the signal: the run saves after its current step. Before any, just end."""
-        self.stopping = True
+        self.stopping = number
         if not self.deferred:
             raise Stopped
 
@@ -122,7 +129,7 @@ class Ranks:
                     if not self.ending.wait(2.0):  # it may come upon the same error by itself
                         self._end(told)
             except RuntimeError:  # the launcher holds the store: without it, save and end
-                self.stopping = True
+                self.stopping = signal.SIGTERM
                 return
 
     def _end(self, told):
@@ -134,7 +141,7 @@ class Ranks:
 
     def say(self, text):
         """Print once, above the progress bar."""
-        if self.first:
+        if self.first and text:
             tqdm.write(text)
 
     def share(self, make, meanwhile=lambda: None):

@@ -11,7 +11,10 @@ Checkpoints are checkpoint.py's.
 import contextlib
 import dataclasses
 import fcntl
+import importlib.util
+import itertools
 import json
+import math
 import os
 import platform
 import time
@@ -20,11 +23,13 @@ from pathlib import Path
 import torch
 
 from jobs.cli import UserError
-from jobs.files import flush, read_json, replace, to_line, write_json
+from jobs.files import flush, read_json, remove, replace, to_line, write_json
 
 # what a resumed run may change: where and how it runs, not what it computes
-MAY_CHANGE = ("out", "resume", "save_every", "keep", "device", "offload", "checkpoint_activations",
-              "shard_group", "log", "revision")  # fmt: skip
+MAY_CHANGE = ("out", "resume", "save_every", "eval_every", "keep", "device", "offload",
+              "checkpoint_activations", "shard_group", "log", "revision")  # fmt: skip
+# what it may change of what is computed, from there on; not given, it is as before
+TUNABLE = ("lr", "warmup", "schedule", "final_lr", "weight_decay", "clip", "steps", "epochs")
 
 
 @contextlib.contextmanager
@@ -38,39 +43,58 @@ def open_out(s, ranks):
     lock = contextlib.ExitStack()
 
     def choose():
-        names = [Path("runs") / (s.loss + (f"-{n}" if n > 1 else "")) for n in range(1, 10**4)]
-        free = next(n for n, path in enumerate(names) if not path.exists())
-        out = Path(s.out or names[max(0, free - s.resume)])  # to resume: the last that is not free
-        holds_run = (out / "config.json").exists() or any(out.glob("checkpoints/step-*"))
-        if holds_run and not s.resume:
-            raise UserError(f"--out {out} holds a run; add --resume to go on, or choose another")
-        out.mkdir(parents=True, exist_ok=True)
-        lock.enter_context(hold(out / ".lock", ranks.say))
-        return str(out)
+        auto = [Path("runs") / (s.loss + (f"-{n}" if n > 1 else "")) for n in range(1, 10**4)]
+        if s.resume:  # the last that is there
+            auto = list(itertools.takewhile(Path.exists, auto))[-1:] or auto[:1]
+        for out in [Path(s.out)] if s.out else auto:
+            out.mkdir(parents=True, exist_ok=True)
+            patience = 60 if s.resume else 0
+            if held := hold(out / ".lock", ranks.say, patience, must=s.out or s.resume):
+                # looked at under the lock, so that of two starts on one OUT only one trains
+                held_run = (out / "config.json").exists() or any(out.glob("checkpoints/step-*"))
+                if s.resume or not held_run:  # what a failed start left is no run
+                    if not s.out:
+                        lock.callback(remove_unused, out)
+                    lock.enter_context(held)
+                    return str(out)
+                held.close()
+                if s.out:
+                    fault = f"--out {out} holds a run"
+                    raise UserError(f"{fault}; add --resume to go on, or choose another")
+        raise UserError(f"runs/{s.loss}-N: no name is left; give --out")
 
     with lock:
         yield ranks.share(choose)
 
 
-def hold(file, say, patience=60):
-    """Opens and locks a file; UserError if another process has it still after `patience` seconds.
+def remove_unused(out):
+    """Deletes the directory of a start that failed before there was anything in it but its lock."""
+    if [file.name for file in out.iterdir()] == [".lock"]:
+        remove(out)
 
-    It is waited for, since a run whose launcher was killed may still be saving.
+
+def hold(file, say, patience=60, must=True):
+    """Opens and locks a file. Where another process has it still after `patience` seconds:
+    UserError, or None if it need not be this one.
+
+    With --resume it is waited for, since a run whose launcher was killed may still be saving.
     """
     opened = open(file, "w", encoding="utf-8")  # noqa: SIM115
     fault = f"{file.parent}: another run is writing to it"
-    for n in range(5 * patience):
+    for n in range(5 * patience + 1):
         try:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return opened
         except BlockingIOError:
-            if n == 0:
-                say(f"{fault}; waiting")
-            time.sleep(0.2)
+            if n < 5 * patience:
+                say(f"{fault}; waiting") if n == 0 else None
+                time.sleep(0.2)
         except OSError as error:
             say(f"{file}: this file system keeps no locks ({error.strerror}); going on without")
             return opened
-    raise UserError(f"--out {fault}")
+    opened.close()
+    if must:
+        raise UserError(f"--out {fault}")
 
 
 def show(s, ranks, recipe, plan):
@@ -85,18 +109,43 @@ def show(s, ranks, recipe, plan):
     )
 
 
-def check_config(s):
-    """A resumed run must agree with OUT/config.json; UserError names the flag that does not."""
-    file = Path(s.out) / "config.json"
-    if not file.exists():
-        return
-    content = read_json(file)
+def settings_of(out):
+    """The settings in OUT/config.json; {} where there is none."""
+    file = Path(out) / "config.json"
+    content = read_json(file) or {"settings": {}}
     then = content.get("settings") if isinstance(content, dict) else None
-    if not isinstance(then, dict):
+    if not isinstance(then, dict) or (file.exists() and not then):
         raise UserError(f"{file}: holds no settings; not the config.json of a run")
+    return then
+
+
+def kept(s, asked, out):
+    """{name: value} that a resumed run takes from OUT/config.json, since its flags do not say.
+
+    s, asked: its settings with defaults, and as given. For all that it may change of its numbers.
+    """
+    then = settings_of(out) if s.resume else {}
+    length = () if asked.steps is asked.epochs is None else ("steps", "epochs")
+    names = [n for n in TUNABLE if getattr(asked, n) is None and n not in length]
+    return {name: then[name] for name in names if name in then}
+
+
+def check_config(s, say):
+    """A resumed run must agree with OUT/config.json; UserError names the flag that does not.
+
+    What it may change of its numbers is said; the schedule is then that of the new settings, from
+    the step where it goes on.
+    """
+    then, changed = settings_of(s.out), []
     for name, value in dataclasses.asdict(s).items():
-        if name not in MAY_CHANGE and (was := then.get(name)) != value:
+        if not then or name in MAY_CHANGE or (was := then.get(name)) == value:
+            continue
+        if name not in TUNABLE:
+            file = Path(s.out) / "config.json"
             raise UserError(f"--resume: --{name} is {value}, but {file} has {was}")
+        changed.append(f"{name} {value} (was {was})")
+    if changed:
+        say(f"--resume: from here on {', '.join(changed)}; lr follows the schedule of these values")
 
 
 def write_config(s, **extra):
@@ -104,10 +153,9 @@ def write_config(s, **extra):
 
     Before it is there, a start that failed can be corrected and tried again in the same OUT.
     """
-    file = Path(s.out) / "config.json"
-    if not file.exists():
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        write_json(file, {"settings": dataclasses.asdict(s), "versions": versions} | extra)
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    content = {"settings": dataclasses.asdict(s), "versions": versions} | extra
+    write_json(Path(s.out) / "config.json", content)
 
 
 class Metrics:
@@ -124,8 +172,8 @@ class Metrics:
             for name in logger_names(s.log):
                 try:
                     self.loggers.append(LOGGERS[name](s, step))
-                except ImportError as error:
-                    raise UserError(f"--log {name}: pip install {name}") from error
+                except Exception as error:  # no key, no network, …: whatever the package raises
+                    raise UserError(f"--log {name}: {' '.join(str(error).split())}") from error
 
     def write(self, metrics):
         """One line of numbers; every logger gets the same names."""
@@ -141,6 +189,8 @@ class Metrics:
             flush(self.file)
 
     def close(self):
+        if self.active:
+            self.say(what_moved(read_metrics(self.file)))
         self.plot()
         for _, close in self.loggers:
             close()
@@ -169,6 +219,31 @@ def read_metrics(file, say=print):
                 raise UserError(f"{file}:{n}: broken JSON; mend or remove the line") from error
             say(f"{file}:{n}: the last line is torn; left out")
     return rows
+
+
+def what_moved(rows):
+    """One line on what a run has changed, by its first and last validation of the plain policy."""
+    rows = [row for row in rows if "eval_loss" in row]
+    if len(rows) < 2:
+        return "what moved was not measured: there are no validation pairs (--eval_pairs)"
+    names = ("eval_plain_margin", "eval_plain_accuracy")
+    names = names if names[0] in rows[-1] else ("eval_loss",)
+    told = ", ".join(f"{name} {rows[0][name]:.4f} -> {rows[-1][name]:.4f}" for name in names)
+    if abs(rows[-1][names[0]] - rows[0][names[0]]) < 0.01:
+        return f"nothing moved: {told}; raise --lr, or --epochs for more steps"
+    return f"moved: {told}"
+
+
+def advise(s, plan, parameters):
+    """Lines on a run that is too short, or too slow for the size of its model, to move anything."""
+    if plan.steps < 20 and s.steps is None:
+        batch = max(1, min(s.batch, 16, plan.n_pairs // 4))
+        epochs = max(3, math.ceil(20 * batch / plan.n_pairs))
+        cure = f"--batch {batch} --epochs {epochs} makes {epochs * plan.n_pairs // batch}"
+        yield f"so few steps ({plan.steps}) may move nothing; with {plan.n_pairs} pairs {cure}"
+    if parameters < 2e9 and s.lr < 2e-6:
+        size = f"{parameters / 1e6:,.0f}M parameters"
+        yield f"lr {s.lr:g} is for models of 7B and may move nothing; for {size} try --lr 2e-5"
 
 
 CURVES = {  # prefix of a metric: its line, and what the legend says
@@ -245,4 +320,6 @@ def logger_names(log):
     for name in names:
         if name not in LOGGERS:
             raise UserError(f"--log {name}: unknown; choose from {', '.join(LOGGERS)}")
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"--log {name}: pip install {name}")
     return names

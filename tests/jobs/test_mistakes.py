@@ -173,8 +173,8 @@ def test_a_run_directory_is_neither_reused_nor_resumed_with_other_settings(flags
     config.write_text("{}")
     assert f"{config}: holds no settings" in mistake(flags | {"resume": True})
     config.write_text(whole)
-    told = mistake(flags | {"resume": True, "lr": 1e-4})
-    assert "--lr is 0.0001, but" in told and "has 0.001" in told
+    told = mistake(flags | {"resume": True, "max_len": 200})
+    assert "--max_len is 200, but" in told and "has 256" in told
     assert (flags["out"] / "metrics.jsonl").read_text() == kept
 
 
