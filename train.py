@@ -107,7 +107,7 @@ def load_data(s, template, recipe, ranks=None):
     if s.guard:
         from families.llama_guard import Guard
 
-        source = fetch(ranks, s.guard, "--guard") if ranks else s.guard
+        source = weights.fetch(ranks, s.guard, "--guard") if ranks else s.guard
         guard = Guard(source, s.device, chains.attend)
         if ranks and ranks.world > 1:
             share = (shared := processes.SharedWork(ranks, guard.verdicts)).lead
@@ -207,8 +207,8 @@ def train(s, ranks):
 
 def fit(s, ranks, recipe):
     """Set up, train, export."""
-    source = fetch(ranks, s.model, "--model")
-    reference_source = fetch(ranks, s.ref_model, "--ref_model") if s.ref_model else source
+    source = weights.fetch(ranks, s.model, "--model")
+    reference_source = weights.fetch(ranks, s.ref_model, "--ref_model") if s.ref_model else source
     outline(source, recipe.objective.head, new_head=True)  # what is wrong with it is told now
     if reference_source != source:
         outline(reference_source, "logps", "--ref_model")
@@ -254,12 +254,6 @@ def fit(s, ranks, recipe):
     loop(job, metrics, template, first)
     job.export("final", template)
     metrics.close()
-
-
-def fetch(ranks, source, name):
-    """Directory of a model, downloaded by rank 0 first and then found by all (on every node)."""
-    ranks.share(lambda: weights.resolve(source, name))
-    return weights.resolve(source, name)
 
 
 def build_model(s, ranks, source, head):

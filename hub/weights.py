@@ -34,6 +34,12 @@ def pinned(s):
     return dataclasses.replace(s, **dict.fromkeys(flags, f"{s.model}@{revision}"))
 
 
+def fetch(ranks, source, flag):
+    """Directory of a model, downloaded by rank 0 first and then found by all (on every node)."""
+    ranks.share(lambda: resolve(source, flag))
+    return resolve(source, flag)
+
+
 def resolve(source, flag="--model"):
     """A local directory, or a hub id or ID@REVISION, which is downloaded -> Path.
 
