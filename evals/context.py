@@ -198,7 +198,9 @@ class Distributions:
 
 @dataclass(frozen=True)
 class NextTokenFlags(AnalysisFlags):
+    ref: str | None = flag(None, "another model, say before training, that is asked the same")
     draft: bool = flag(False, "show ỹ, and bring the instruction in a second turn")
+    parts: bool = flag(False, "instead of three instructions: x, x,ỹ, x,i and x,ỹ,i (Table 7)")
     prefix: str = flag("", "text that the answer begins with, before the token in question")
     top: int = flag(10, "tokens in the table", least=1)
     show: int = flag(1, "pairs whose table is printed; --out holds all")
@@ -207,21 +209,33 @@ class NextTokenFlags(AnalysisFlags):
 def next_token(s):
     """Distribution of the next token behind x, and behind x with each of three instructions."""
     require(s, "model", "data")
-    model, template = load_model(s.model, s.dtype, s.device, fold_system=s.fold_system)
     shows = (None, "rejected" if s.draft else "instruct")
     contexts = {k: c for k, c in (INSTRUCTED | SHOWN).items() if c.shows in shows}
+    if s.parts:
+        contexts = {k: INSTRUCTED[k] for k in ("x", "x,i↑", "x,ỹ,i↑")}
+        contexts |= {"x,ỹ": Context("rejected", bridge="sep", sep="")}
+    results = next_of(s, contexts, "model")
+    if s.ref:  # read by its own tokenizer
+        results["ref"] = next_of(s, contexts, "ref")
+    save_results(s.out, results)
+
+
+def next_of(s, contexts, flagged):
+    """Prints and returns what the model of one flag says next: {model, …, contexts, pairs}."""
+    name, how = getattr(s, flagged), {"fold_system": s.fold_system, "name": f"--{flagged}"}
+    model, template = load_model(name, s.dtype, s.device, **how)
     views = open_views(s, template, contexts)
     (prefix,), device = template.encode([s.prefix], template.opening), model.embed.weight.device
     pairs, measures, bar = [], [], {"iterable": views, "leave": False}
     for n, view in enumerate(progress("next token", len(views), "pair", **bar)):
         logps, tops = [], {}  # {context: [(token's text, probability)]}, the likeliest first
-        for name, (segments, _) in zip(contexts, view.paths, strict=True):
+        for context, (segments, _) in zip(contexts, view.paths, strict=True):
             ids = torch.from_numpy(np.concatenate([*segments[:-1], prefix]).astype(np.int64))
             logits = model.logits(ids[None].to(device))[0, -1].float()
             logps.append(logits.log_softmax(-1).cpu())  # (V,)
             values, ids = logps[-1].topk(min(s.top, len(logps[-1])))
             texts = [template.decode([i], skip_special=False) for i in ids]
-            tops[name] = list(zip(texts, values.exp().tolist(), strict=True))
+            tops[context] = list(zip(texts, values.exp().tolist(), strict=True))
         pairs.append({"pair": view.where, "top": tops})
         measures.append(spread(torch.stack(logps)))
         if n < s.show:
@@ -230,14 +244,14 @@ def next_token(s):
             lines = table([dict(zip(("", *tops), row, strict=True)) for row in rows])
             print(f"\n{view.where}\n{lines}")
     numbers = {}
-    for name, columns in zip(contexts, np.array(measures).transpose(2, 1, 0), strict=True):
+    for context, columns in zip(contexts, np.array(measures).transpose(2, 1, 0), strict=True):
         both = [estimate(values, s.seed) for values in columns]  # (N,) values each
-        numbers[name] = dict(zip(("entropy", "distance"), both, strict=True))
-    rows = [{"prompt": name} | both for name, both in numbers.items()]
+        numbers[context] = dict(zip(("entropy", "distance"), both, strict=True))
+    rows = [{"prompt": context} | both for context, both in numbers.items()]
     lines = table(rows, {"entropy": ".3f", "distance": ".3f"})
-    print(f"\nentropy in nats, total variation distance from x\n{lines}")
-    results = {"model": s.model, "data": s.data, "n": len(views), "prefix": s.prefix}
-    save_results(s.out, results | {"contexts": numbers, "pairs": pairs})
+    print(f"\n{name}: entropy in nats, total variation distance from x\n{lines}")
+    about = {"model": name, "data": s.data, "n": len(views), "prefix": s.prefix}
+    return about | {"contexts": numbers, "pairs": pairs}
 
 
 def spread(logps):

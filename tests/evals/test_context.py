@@ -5,11 +5,12 @@ from functools import partial
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from contexts import EVERY, INSTRUCTION, Peer
 
 import evaluate
-from conftest import PAIRS
+from conftest import PAIRS, write_model
 from evals import context as analysis
 from evals.context import Views, separated, token_statistics
 from generate import load_model
@@ -134,6 +135,25 @@ def test_next_token_equals_transformers(tiny_model_dir, pairs_file, peer, comman
     assert low - 1e-4 <= entropy <= high + 1e-4
     assert printed.count(f"\n{pairs_file}:") == 1  # --show 1
     assert results["pairs"][0]["pair"] == f"{pairs_file}:1"
+
+
+def test_the_parts_of_a_prompt_for_two_models(tiny_model_dir, pairs_file, peer, command, tmp_path):
+    """IFSR's Table 7: behind x, x,i, x,ỹ,i and x,ỹ, each model by its own tokenizer."""
+    other = write_model(tmp_path / "other", tiny.LLAMA, seed=1)
+    out, data = tmp_path / "next.json", ["--data", pairs_file, "--limit", 2, "--prefix", "A fence"]
+    words = ["--model", tiny_model_dir, "--ref", other, "--parts", *data, "--out", out]
+    printed, error, status = command("next_token", *words)
+    assert status == 0, error
+    results, names = json.loads(out.read_text()), ["x", "x,i↑", "x,ỹ,i↑", "x,ỹ"]
+    assert (results["model"], results["ref"]["model"]) == (str(tiny_model_dir), str(other))
+    assert list(results["contexts"]) == list(results["ref"]["contexts"]) == names
+    assert printed.count(": entropy in nats") == 2
+    row, prefix = PAIRS[0], peer.tokenizer("A fence")["input_ids"]
+    before = peer.ids(row, "x")[0] + peer.tokenizer(row["rejected"])["input_ids"]
+    for found, judge in ((results, peer), (results["ref"], Peer(other))):
+        p = judge.run(before + prefix).logits[0, -1].softmax(-1)
+        top = [value for _, value in found["pairs"][0]["top"]["x,ỹ"]]
+        assert top == pytest.approx(p.topk(10).values.tolist(), abs=1e-5)
 
 
 def test_entropy_and_distance_by_hand():
