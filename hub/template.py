@@ -195,14 +195,15 @@ class Template:
         if followed:
             whole = whole.removesuffix(self.turn(PROBE))
         thinks = re.search(r"<think>\s*$", prompt)
-        if not whole.startswith(prompt) and thinks and not followed:
-            # The reply opens with reasoning, of which the finished dialogue shows nothing.
-            reasoning = self._shield(text).rpartition("</think>")[0].rpartition("<think>")[2]
-            said = reasoning.lstrip("\n") + "</think>" if reasoning else "\n</think>\n\n"
-            whole = prompt + said + whole[len(prompt[: thinks.start()]) :]
+        if not whole.startswith(prompt) and thinks and whole.startswith(prompt[: thinks.start()]):
+            # The reply opens a block of reasoning, of which the finished dialogue shows nothing: it
+            # is closed behind what the answer has of it, and empty before another turn.
+            said = re.sub(r"^\s*(<think>\s*</think>)?\s*", "", whole[thinks.start() :])
+            reasoning = "" if followed else self._shield(text).rpartition("</think>")[0]
+            whole = prompt + reasoning.rpartition("<think>")[2].strip("\n")
+            whole += f"\n</think>\n\n{said}"
         if not whole.startswith(prompt):  # a template that rewrites what came before
-            answer = whole.removeprefix(prompt[: thinks.start()]) if thinks else None
-            return answer or self._shield(text).strip() + self.end
+            return self._shield(text).strip() + self.end
         answer = whole[len(prompt) :]
         if followed:
             return answer

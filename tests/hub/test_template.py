@@ -182,6 +182,55 @@ def test_an_answer_stands_alone_where_the_template_rewrites_the_prompt(make):
     assert template.answer(say("Hi"), " Hello ") == "Hello<|im_end|>"
 
 
+REASONED = "<think>\nTwo and two.\n</think>\n\nFour"
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "deepseek_r1_distill", "gptoss"])
+def test_templates_that_think(name, tmp_path):
+    """Published ones: the whole dialogue is transformers' text, but for a block opened at the end.
+
+    A prompt may open the reasoning that the finished dialogue leaves out: an answer goes on behind
+    it, with its own reasoning or with none.
+    """
+    transformers, trl = pytest.importorskip("transformers"), pytest.importorskip("trl")
+    source = Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja"
+    directory = write_checkpoint(tmp_path, source.read_text(encoding="utf-8"))
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(directory), Template(directory)
+    question, opened = say("2 + 2?"), ours.render(say("2 + 2?"), True).endswith("<think>\n")
+    for text in ("Four", REASONED):
+        dialogue = [*question, *say("", text)[1:]]
+        prompt = ours.render(question, generation=True)
+        answer = ours.answer(question, text)
+        whole = theirs.apply_chat_template(dialogue, tokenize=False)
+        if name == "deepseek_r1_distill":
+            assert answer == f"{text.removeprefix('<think>')}{ours.end}".lstrip("\n") or (
+                answer == f"\n</think>\n\n{text}{ours.end}"
+            )
+        else:
+            assert whole.startswith(prompt + answer)
+        more = [*dialogue, *say("Sure?")]
+        shown = theirs.apply_chat_template(more, tokenize=False, add_generation_prompt=True)
+        followed = ours.answer(question, text, followed=True)
+        if opened:  # the block stays open in the prompt, so it is closed
+            assert followed == f"\n</think>\n\nFour{ours.end}"
+        else:
+            assert prompt + followed + ours.turn("Sure?") == shown
+
+
+def test_a_context_answer_is_written_as_an_earlier_turn(tmp_path):
+    """Reasoning is trained, but is no context: a template of Qwen3's kind takes it out."""
+    strip = "(m.content if loop.last else m.content.split('</think>')[-1] | trim)"
+    directory = write_checkpoint(tmp_path, CHATML.replace("m['content']", strip))
+    template, rule = Template(directory), recipe("ifsr_dpo")
+    pair = Pair(say("2 + 2?"), REASONED, REASONED.replace("Four", "Five"), "f:1")
+    data = Dataset([pair], template, rule, Limits(1000, 1.0), "better")
+    (_, *rest), _ = data.path(0, rule.paths[0])
+    context, _, target = (template.decode(ids, skip_special=False) for ids in rest)
+    assert (context, target) == ("Five<|im_end|>", f"{REASONED}<|im_end|>")
+    ask = template.joined(pair.prompt, pair.rejected, followed=True)
+    assert template.decode(ask, skip_special=False).endswith("assistant\nFive<|im_end|>")
+
+
 def test_base_models_get_the_documented_fallback(make, capsys):
     template = make(None)
     assert open_template(template.directory).fallback
