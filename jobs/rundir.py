@@ -43,7 +43,8 @@ def open_out(s, ranks):
     lock = contextlib.ExitStack()
 
     def choose():
-        auto = [Path("runs") / (s.loss + (f"-{n}" if n > 1 else "")) for n in range(1, 10**4)]
+        numbers = [] if s.out else range(1, 10**4)  # so many paths take a tenth of a second
+        auto = [Path("runs") / (s.loss + (f"-{n}" if n > 1 else "")) for n in numbers]
         if s.resume:  # the last that is there
             auto = list(itertools.takewhile(Path.exists, auto))[-1:] or auto[:1]
         for out in [Path(s.out)] if s.out else auto:

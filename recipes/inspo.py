@@ -80,7 +80,7 @@ class Size(NamedTuple):
     train: dict  # flags of train.py
     sampling: dict  # flags of generate.py
     benchmarks: dict
-    difficulty: str  # flags of evaluate.py alpaca
+    alpaca: dict  # flags of evaluate.py alpaca
     judge: str  # of AlpacaEval 2 and Arena-Hard
     graders: str  # of MT-Bench
     grid: int  # how many values of each grid are tried
@@ -112,7 +112,7 @@ SIZES = {
                                     "gpt-4-0314"),
             "mt_bench": Benchmark("HuggingFaceH4/mt_bench_prompts", 160),
         },
-        difficulty="hub",
+        alpaca={},  # the published difficulties and gamed baselines
         judge="gpt-4-1106-preview",
         graders="gpt-4o,gpt-4",
         grid=99,
@@ -133,7 +133,7 @@ SIZES = {
             "arena_hard": Benchmark(HERE / "arena.jsonl", 4, "assets/start", "baseline"),
             "mt_bench": Benchmark(HERE / "mt_bench.jsonl", 4),
         },
-        difficulty="none",
+        alpaca={"difficulty": "none", "gamed": "none", "resamples": 50},
         judge="judge",
         graders="judge,grader",
         grid=2,
@@ -250,8 +250,8 @@ class Study:
         said = self.answers("alpaca_eval", name, run / "best")
         against = self.baseline("alpaca_eval")
         verdicts = self.verdicts(f"{name}/annotations.json", said, against, "alpaca_eval")
-        source = {"difficulty": self.size.difficulty, "gamed": self.size.difficulty}
-        found = self.lab.evaluate(f"{name}/alpaca.json", "alpaca", annotations=verdicts, **source)
+        flags = {"annotations": verdicts} | self.size.alpaca
+        found = self.lab.evaluate(f"{name}/alpaca.json", "alpaca", **flags)
         keys = {"LC": "length_controlled_winrate", "WR": "win_rate"}
         return {c: self.lab.read(found, "models", run.name, key) for c, key in keys.items()}
 
