@@ -76,7 +76,7 @@ def test_a_failing_step_tells_its_command_and_the_end_of_its_log(lab_of, tmp_pat
 def test_our_commands_run_in_this_process_or_their_own(lab_of, tmp_path, one_process):
     """A user's mistake comes as its one line, whichever it was."""
     flags = {"size": "miniature", "one_process": one_process}
-    with pytest.raises(UserError, match="status 2: python evaluate.py compare(?s:.*)a is missing"):
+    with pytest.raises(UserError, match="status 2: python evaluate.py compare(?s:.*)missing"):
         lab_of(lambda lab: lab.evaluate("x.json", "compare"), **flags)
 
 
