@@ -326,6 +326,7 @@ COMMANDS = {  # name: what it does
     "runs": "draw training runs over each other, and tabulate their ends",
     "describe": "what a training run would make of its data",
     "plan": "the memory that a training run would take",
+    "extract": "make a model of one of a run's checkpoints",
 }
 
 
