@@ -156,7 +156,7 @@ def test_bf16_trains_as_fp32_does(switch, on, flags, no_plots):
     """Masters and their updates are fp32 in both, so losses differ by bf16's rounding alone."""
     outs = {dtype: flags["out"] / dtype for dtype in ("fp32", "bf16")}
     for dtype, out in outs.items():
-        train_here(flags | {switch: on, "dtype": dtype, "out": out})
+        train_here(flags | {switch: on, "dtype": dtype, "warmup": 0.25, "out": out})
     assert losses(outs["fp32"]).std() > 1e-3
     torch.testing.assert_close(losses(outs["bf16"]), losses(outs["fp32"]), rtol=0.06, atol=0)
 
@@ -166,7 +166,7 @@ def test_bf16_trains_as_fp32_does(switch, on, flags, no_plots):
 @pytest.mark.parametrize("dtype, rtol", [("fp32", 1e-4), ("bf16", 0.06)])
 def test_compiled_blocks_train_as_eager_ones_do(dtype, rtol, context_grad, flags, no_plots):
     torch.compiler.reset()
-    flags |= {"context_grad": context_grad, "dtype": dtype}
+    flags |= {"context_grad": context_grad, "dtype": dtype, "warmup": 0.25}
     outs = {compiled: flags["out"] / str(compiled) for compiled in (False, True)}
     for compiled, out in outs.items():
         train_here(flags | {"compile": compiled, "out": out})
@@ -201,7 +201,7 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine():
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
-@pytest.mark.parametrize("schedule", train.SCHEDULES)
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_without_a_warm_up_the_first_step_has_the_peak(schedule):
     """Nor has a run a warm-up that is too short for one: it would be its only step."""
     assert rates_of(warmup=0.0, schedule=schedule)[0] == 1.0
