@@ -294,7 +294,7 @@ class Dataset:
         """
         answer, closed = example.answer(context, "context" in self.places)
         end, ending = self.template.end_ids, []
-        if self.ended and not closed:  # one that was cut gets its end token back
+        if self.ended and not closed and self.template.ends_in_turn:  # a cut one is ended again
             ending = [end]
         elif closed and not self.ended:
             answer = answer[: len(answer) - len(end)]

@@ -212,6 +212,11 @@ class Template:
         return answer[: answer.rindex(self.end) + len(self.end)] if closed else answer
 
     @cached_property
+    def ends_in_turn(self):
+        """Whether `end` also closes an earlier answer; else `turn` opens with what does."""
+        return self.answer(PROBE_DIALOGUE[:1], PROBE, followed=True).endswith(self.end)
+
+    @cached_property
     def rewrites(self):
         """Whether an answer that another turn follows is written otherwise than the last one."""
         texts, question = (PROBE, f"<think>\n{PROBE}\n</think>\n\n{PROBE}"), PROBE_DIALOGUE[:1]

@@ -231,6 +231,20 @@ def test_a_context_answer_is_written_as_an_earlier_turn(tmp_path):
     assert template.decode(ask, skip_special=False).endswith("assistant\nFive<|im_end|>")
 
 
+def test_a_cut_context_answer_ends_as_an_earlier_turn_does(tmp_path):
+    """gpt-oss: the last answer ends by one token, earlier ones by another, which `turn` holds."""
+    last = "loop.last and m['role'] == 'assistant'"
+    ends = CHATML.replace("'<|im_end|>'", f"('</s>' if {last} else '<|im_end|>')")
+    template, rule = Template(write_checkpoint(tmp_path, ends)), recipe("ifsr_dpo")
+    pair = Pair(say("Hi"), "Yes", "No, not at all", "f:1")
+    for cap, shown in ((1.0, "No, not at all"), (0.01, "No")):
+        data = Dataset([pair], template, rule, Limits(300, cap), "better")
+        (_, *rest), _ = data.path(0, rule.paths[0])
+        text = template.decode([i for ids in rest for i in ids], skip_special=False)
+        assert text.startswith(f"{shown}<|im_end|>\n<|im_start|>user\n")
+        assert text.endswith("assistant\nYes</s>")
+
+
 def test_base_models_get_the_documented_fallback(make, capsys):
     template = make(None)
     assert open_template(template.directory).fallback
