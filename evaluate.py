@@ -280,7 +280,7 @@ def evaluate_pairs(s):
     require(s, "model", "data")
     rules, every = readings(s)
     drops = Drops()
-    rows = read_pairs(s.data, drops, s.limit, bad_rows=s.bad_rows, revision=s.data_revision)
+    rows = read_pairs(s.data, drops, s.limit, True, s.bad_rows, s.data_revision, s.ignore_columns)
     directories = [resolve(s.model)]
     if every.objective.uses_reference:
         directories.append(resolve(s.ref, "--ref"))

@@ -111,7 +111,7 @@ class AnalysisFlags(ModelFlags, DataFlags, ResultFlags):
 def open_views(s, template, contexts):
     """Reads --data, says what was left out -> Views."""
     drops = Drops()
-    pairs = read_pairs(s.data, drops, s.limit, bad_rows=s.bad_rows, revision=s.data_revision)
+    pairs = read_pairs(s.data, drops, s.limit, True, s.bad_rows, s.data_revision, s.ignore_columns)
     limit = path_limit(s.max_len, template.directory, most=2048)
     views = Views(pairs, template, contexts, limit)
     told = f"compared: {len(views)} pairs, dropped: {views.drops}"

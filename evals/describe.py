@@ -79,7 +79,7 @@ def figures_of(s):
     template, drops = Template(resolve(s.model), s.fold_system), Drops()
     with as_user_error():
         rule = recipe(s.loss, s.condition, s.bridge)
-    pairs = read_pairs(s.data, drops, s.limit, bad_rows=s.bad_rows, revision=s.data_revision)
+    pairs = read_pairs(s.data, drops, s.limit, True, s.bad_rows, s.data_revision, s.ignore_columns)
     n_read = len(pairs)
     if (rules := CleaningFlags.of(s)) != CleaningFlags():
         guard = Guard(s.guard, s.device, chains.attend) if s.guard else None

@@ -208,6 +208,7 @@ class DataFlags:
     data_revision: str | None = flag(None, "branch, tag or commit of --data on the hub")
     limit: int | None = flag(None, "read only the first N pairs", least=1)
     bad_rows: str = flag("stop", "at a broken row: stop, or drop and count it", ("stop", "drop"))
+    ignore_columns: str | None = flag(None, "columns, with commas, that are taken for absent")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,23 +7,35 @@ worked out once, in `make_pair`. Two layouts look at all records of a source bef
 pairs: SHP (a cap per prompt) and oasst1 (trees). docs/data.md has the rules.
 """
 
+import ast
+import contextlib
 import hashlib
+import json
 import math
 import os
 import random
 import re
 from collections import defaultdict
-from functools import partial
+from functools import lru_cache, partial
+from itertools import chain, cycle, product
 from typing import NamedTuple
 
 from hub.template import SHIELD
 from jobs.cli import UserError
+from pairs.columns import account, kind_of, squeezed
 
 SCORES = ("score_{}", "{}_score", "{}_avg_rating", "{}_rating", "{}-rating", "rating_{}")
-ROLES = {"prompter": "user", "assistant": "assistant"}  # in oasst1
+SCORES += ("reward_{}", "{}_reward")
+LISTED_SCORES = ("scores", "rewards", "ratings", "all_rm_scores")
+SAME = ("system", "user", "assistant")
+ROLES = dict(zip(SAME, SAME, strict=True))
+ROLES |= {"human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant"}
 HH = "\n\nHuman:"  # opens a transcript of Anthropic's hh-rlhf
 # NUL, lone surrogates, which no tokenizer takes, and the mark of hub/template.py
 BROKEN = re.compile(f"[\0\ud800-\udfff{SHIELD}]")
+# what a chat template writes: prompts that were rendered before hold it
+RENDERED = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|eot_id|>", "<|user|>", "[INST]")
+RENDERED += ("<|assistant|>", "<|system|>", "<|prompter|>", "<start_of_turn>", "<extra_id_1>")
 
 
 class Pair(NamedTuple):
@@ -40,43 +52,187 @@ class Dropped(Exception):
     """This record gives no pair; the message is the reason, which is counted."""
 
 
-def plain(record, where, end=""):  # end: of the names of the answers' columns
-    """Reads prompt (or question, or instruction and input; with `system`), chosen, rejected."""
-    names = ("prompt", "question", "instruction", "input")
-    prompt = next((record[name] for name in names if record.get(name) is not None), None)
-    task, details = record.get("instruction"), record.get("input")
-    if prompt is task and isinstance(task, str) and isinstance(details, str) and details:
-        prompt = f"{task}\n{details}"
-    if isinstance(prompt, str) and isinstance(record.get("system"), str) and record["system"]:
-        turns = {"system": record["system"], "user": prompt}
-        prompt = [{"role": role, "content": text} for role, text in turns.items()]
-    answers = record[f"chosen{end}"], record.get(f"rejected{end}")
-    return Pair(prompt, *answers, where, score_margin(record, where))
+# What is asked stands in the first of these that is filled, behind a history and a system text.
+ASKED = ("prompt", "question", "instruction", "input", "query", "messages", "conversations")
+ASKED += ("conversation", "dialogue", "dialog", "context", "trajectory", "history")
+SYSTEM = ("system", "system_prompt", "system_message")
+# Names of the answers: a form, with the words for the preferred and the other one, or two sides.
+FORMS = ("{}", "{}_response", "response_{}", "{}_answer", "answer_{}", "{}_output", "output_{}")
+FORMS += ("{}_completion", "completion_{}", "{}_messages", "{}_conversation", "conversation_{}")
+FORMS += ("response{}", "answer{}", "output{}", "completion{}")
+PREFERRED = (("chosen", "rejected"), ("accepted", "rejected"), ("preferred", "dispreferred"))
+PREFERRED += (("preferred", "non_preferred"), ("better", "worse"), ("j", "k"))
+SIDES = (("0", "1"), ("1", "2"), ("a", "b"), ("A", "B"))
+LISTS = ("completions", "answers", "responses", "candidates", "all_generated_responses")
+GRADED = ("overall_preference", "preference_strength")  # below 0: the first answer is better
+VERDICTS = ("better_response_id", "winner", "preference", "preferred", "better")
+TEXTS = ("response", "answer", "text", "content", "completion", "output")  # in a list of answers
 
 
-def openbmb(record, where):
-    """Reads UltraFeedback: the best completion against a random one with a lower score."""
-    instruction, completions = record["instruction"], record["completions"]
-    if not isinstance(instruction, str):
-        raise UserError(f"{where}: instruction is {instruction!r:.40}; expected text")
-    if not isinstance(completions, list) or not all(isinstance(c, dict) for c in completions):
-        raise UserError(f"{where}: completions is {completions!r:.40}; expected a list of objects")
-    rated = [(r, c.get("response")) for c in completions if (r := rating(c)) is not None]
+class Raw(NamedTuple):
+    """A pair as its columns hold it: text, messages, transcripts, whole dialogues."""
+
+    prompt: list | None  # messages; None where it stands in the answers
+    chosen: object
+    rejected: object
+    where: str
+    margin: float | None = None
+    used: tuple = ()  # names of the columns that were read
+
+
+def asked(record, where, answers=()):
+    """(messages before the answers or None, names of the columns that hold them)."""
+    found, systems = askable(tuple(record), answers)
+    found = [name for name in found if record[name] is not None]
+    names = next(([name] for name in found if not is_blank(record[name])), found[:1])
+    value = record[names[0]] if names else None
+    if isinstance(value, dict) and "role" not in value and "from" not in value:
+        told = [v for k, v in value.items() if v and kind_of(k) != "about" and v is not True]
+        value = told[0] if len(told) == 1 else value  # webgpt's question, OpenAI's input
+    details = record.get("input")
+    if names == ["instruction"] and isinstance(value, str) and isinstance(details, str) and details:
+        value, names = f"{value}\n{details}", ["instruction", "input"]
+    messages = [] if is_blank(value) else as_messages(value, where)
+    if "history" in found and "history" not in names:
+        history = parsed(record["history"], where, "[[")
+        if isinstance(history, list) and history:
+            messages, names = as_messages(history, where) + messages, [*names, "history"]
+    for name in systems:
+        if (text := record[name]) and isinstance(text, str):
+            turn = [{"role": "system", "content": text}]
+            messages = messages if messages[:1] == turn else turn + messages
+            names = [*names, name]
+    return messages if names else None, tuple(names)
+
+
+@lru_cache(4096)
+def askable(columns, answers):
+    """The columns that may hold what is asked, and those that may hold a system text."""
+    found = [name for name in ASKED if name in columns and name not in answers]
+    return found, [name for name in SYSTEM if name in columns]
+
+
+def is_blank(value):
+    return not value or (isinstance(value, str) and not value.strip())
+
+
+def plain(record, where, chosen, rejected=None):
+    """Reads a preferred answer and another one, from the columns of these names."""
+    w, l = record[chosen], rejected and record[rejected]
+    answers = (chosen, rejected) if rejected else (chosen,)
+    if texts_alone(w) and texts_alone(l):  # reward-bench-2: right answers and wrong ones
+        rated = [(1, text) for text in w] + [(0, text) for text in l]
+        return best_and_a_worse(record, where, rated, answers)._replace(margin=None)
+    prompt, names = asked(record, where, answers)
+    return Raw(prompt, w, l, where, score_margin(record, where), (*answers, *names))
+
+
+def compared(record, where, first, second, sides):
+    """Reads two answers, of which another column says which is preferred."""
+    chosen, margin = verdict(record, where, *sides)
+    names = (first, second)
+    prompt, before = asked(record, where, names)
+    answers = record[first], record[second]
+    turns = [as_texts(value) for value in (record.get("prompt"), *answers)]
+    if all(turns):  # arena-human-preference-55k: a list of each one's turns
+        if len(set(map(len, turns))) > 1:
+            raise Dropped("prompts differ")
+        prompt, answers = None, [interleaved(turns[0], said) for said in turns[1:]]
+    return Raw(prompt, answers[chosen], answers[1 - chosen], where, margin, (*names, *before))
+
+
+def as_texts(value):
+    """A list of texts, or JSON of one -> the list; else None."""
+    if isinstance(value, str) and value.startswith('["'):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    return value if texts_alone(value) else None
+
+
+def interleaved(questions, answers):
+    """Texts of the user and of the assistant -> messages, in turn."""
+    turns = chain.from_iterable(zip(questions, answers, strict=True))
+    roles = cycle(("user", "assistant"))
+    return [{"role": r, "content": text} for r, text in zip(roles, turns, strict=False)]
+
+
+def verdict(record, where, a, b):
+    """Which of two answers is preferred, 0 or 1, and by how much (or None); Dropped for a tie."""
+    name = next((name for name in (*GRADED, *VERDICTS) if name in record), None)
+    sides, margin = (a, b), None
+    if name in GRADED:
+        if (grade := score(record[name], name, where)) is None:
+            raise Dropped("no preference")
+        difference = margin = -grade
+    elif name:
+        value = record[name]
+        if value is None or value == "":
+            raise Dropped("no preference")
+        told = re.sub(r"\.0$", "", str(value).lower())
+        if re.search(r"tie|both|equal|draw", told):
+            raise Dropped("tie")
+        told = re.sub(r"^(model|response|answer|output|completion|assistant)?[ _]?", "", told)
+        if told not in (a.lower(), b.lower()):
+            raise UserError(f"{where}: {name} is {value!r:.40}; expected {a}, {b} or a tie")
+        difference = 1 if told == a.lower() else -1
+    elif "winner_model_a" in record:  # arena-human-preference-55k
+        won = [score(record.get(f"winner_model_{x}"), "winner_model", where) or 0 for x in "ab"]
+        difference = won[0] - won[1]
+    else:
+        difference = margin = score_margin(record, where, sides)
+        if margin is None:
+            cure = f"expected one of {', '.join((*GRADED, *VERDICTS))}, or a score of each"
+            raise UserError(f"{where}: no column says which answer is preferred; {cure}")
+    if difference == 0:
+        raise Dropped("tie")
+    return int(difference < 0), margin and abs(margin)
+
+
+def listed(record, where, column):
+    """Reads a list of answers with a score or rank each, as UltraFeedback's completions."""
+    items, scores = record[column], next((record[n] for n in LISTED_SCORES if record.get(n)), None)
+    if texts_alone(items) and isinstance(scores, list) and len(scores) == len(items):
+        rated = [(number(value), text) for value, text in zip(scores, items, strict=True)]
+    elif isinstance(items, list) and all(isinstance(item, dict) for item in items):
+        rated = [(rating(i), next((i[n] for n in TEXTS if i.get(n)), None)) for i in items]
+    else:
+        raise UserError(f"{where}: {column} is {items!r:.40}; expected a list of objects")
+    raw = best_and_a_worse(record, where, [r for r in rated if r[0] is not None], (column,))
+    ranked = items and isinstance(items[0], dict) and items[0].get("rank") is not None
+    return raw._replace(margin=None) if ranked else raw
+
+
+def best_and_a_worse(record, where, rated, used):
+    """The best of rated answers against a random one with a lower rating -> Raw."""
+    prompt, names = asked(record, where, used)
+    if prompt is None and not names:
+        name = next((name for name in ASKED if name in record), "prompt")
+        raise UserError(f"{where}: {name} is {record.get(name)!r:.40}; expected text")
     best = max(rated, key=lambda r: r[0], default=None)
     lower = [r for r in rated if r[0] < best[0]]
     if not lower:
         raise Dropped("no lower-rated completion")
-    # drawn by the instruction, so that it is the same wherever the record lies
-    digest = hashlib.sha256(instruction.encode("utf-8", "replace")).digest()
+    # drawn by the question, so that it is the same wherever the record lies
+    question = record[names[0]]
+    question = question if isinstance(question, str) else json.dumps(prompt)
+    digest = hashlib.sha256(question.encode("utf-8", "replace")).digest()
     worse = lower[int.from_bytes(digest[:8]) % len(lower)]
-    return Pair(instruction, best[1], worse[1], where, best[0] - worse[0])
+    return Raw(prompt, best[1], worse[1], where, best[0] - worse[0], (*used, *names))
 
 
-def rating(completion):
-    """A completion's overall score, else the mean rating of its aspects, else None."""
-    if (overall := number(completion.get("overall_score"))) is not None:
-        return overall
-    aspects = completion.get("annotations")
+def texts_alone(value):
+    """Whether this is a list of texts, and no empty one."""
+    return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
+
+
+def rating(item):
+    """An answer's score, else its rank (0 or 1 is best), else the mean of its aspects' ratings."""
+    for name in ("overall_score", "score", "pm_score", "rating", "reward"):
+        if (found := number(item.get(name))) is not None:
+            return found
+    if (rank := number(item.get("rank"))) is not None:
+        return -rank
+    aspects = item.get("annotations")
     aspects = aspects.values() if isinstance(aspects, dict) else ()
     found = (number(aspect.get("Rating")) for aspect in aspects if isinstance(aspect, dict))
     ratings = [rating for rating in found if rating is not None]
@@ -99,20 +255,25 @@ def score(value, name, where):
     return found
 
 
-def score_margin(record, where):
-    """Score of chosen minus that of rejected, under any of the published names; else None."""
+def score_margin(record, where, names=("chosen", "rejected")):
+    """Score of the first minus that of the second, under any of the published names; else None."""
     scores = record.get("all_rm_scores")  # princeton-nlp's: chosen is the best, rejected the worst
     if scores is not None and not isinstance(scores, list):
         raise UserError(f"{where}: all_rm_scores is {scores!r:.40}; expected a list of numbers")
     found = [score(s, "all_rm_scores", where) for s in scores or ()]
     if found and None not in found:
         return max(found) - min(found)
-    for form in SCORES:
-        names = form.format("chosen"), form.format("rejected")
-        w, l = (score(record.get(name), name, where) for name in names)
+    for w, l in score_columns(names, tuple(record)):
+        w, l = score(record[w], w, where), score(record[l], l, where)
         if w is not None and l is not None:
             return w - l
     return None
+
+
+@lru_cache(4096)
+def score_columns(names, columns):
+    pairs = [[form.format(name) for name in names] for form in SCORES]
+    return [pair for pair in pairs if set(pair) <= set(columns)]
 
 
 def shp(record, where):
@@ -128,7 +289,8 @@ def shp(record, where):
         if ratio < 2:
             raise Dropped("score ratio under 2")
     answers = record["human_ref_A"], record["human_ref_B"]
-    return Pair(record["history"], *(answers if record["labels"] == 1 else answers[::-1]), where)
+    answers = answers if record["labels"] == 1 else answers[::-1]
+    return Raw(as_messages(record["history"], where), *answers, where)
 
 
 def for_training(where):
@@ -171,7 +333,7 @@ def oasst(record, where):
     for name, value in zip(Message._fields, values, strict=False):
         if not isinstance(value, str) and (name, value) != ("parent", None):
             raise UserError(f"{where}: the message's {name} is {value!r:.40}; expected text")
-    if record["role"] not in ROLES:
+    if record["role"] not in ("prompter", "assistant"):
         raise UserError(f"{where}: unknown role {record['role']!r:.40}")
     rank = record.get("rank")
     missing = isinstance(rank, float) and math.isnan(rank)  # so pandas writes a null
@@ -202,7 +364,7 @@ def ranked_siblings(messages, drops):
         if reason := next((name for name, holds in reasons.items() if holds), None):
             drops.add(reason, m.where)
         else:
-            yield Pair(path, better.text, m.text, m.where)
+            yield Raw(path, better.text, m.text, m.where)
 
 
 def path_to_root(by_id, m):
@@ -216,30 +378,50 @@ def path_to_root(by_id, m):
     return path[::-1]
 
 
-argilla = partial(plain, end="_response")
-# (name, columns that a record must have, read, gather)
-# read: (record, where) -> raw Pair, or what `gather` takes
-# gather: (what `read` gave for all records, drops) -> yields raw Pairs; None where rows stand alone
-LAYOUTS = (
-    ("oasst1", ("message_id", "parent_id", "text", "role"), oasst, ranked_siblings),
-    ("SHP", ("history", "human_ref_A", "human_ref_B", "labels"), shp, at_most_five),
-    ("UltraFeedback", ("instruction", "completions"), openbmb, None),
-    ("argilla", ("instruction", "chosen_response", "rejected_response"), argilla, None),
-    ("chosen, rejected", ("chosen", "rejected"), plain, None),
-)
-SUPERVISED = (  # where there need be no rejected answer
-    ("chosen", ("chosen",), plain, None),
-    ("messages", ("messages",), lambda row, where: Pair(None, row["messages"], None, where), None),
-)
+# name: (columns that a record must have, read, gather), of layouts that look at all records first
+# read: (record, where) -> what gather takes; gather: (all of it, drops) -> yields Raws
+TABLES = {
+    "oasst1": (("message_id", "parent_id", "text", "role"), oasst, ranked_siblings),
+    "SHP": (("history", "human_ref_A", "human_ref_B", "labels"), shp, at_most_five),
+}
+
+
+@lru_cache(4096)
+def layout_of(columns, need_rejected):
+    """(name, read, gather) of records with these columns, or None.
+
+    read: (record, where) -> Raw; gather: None where rows stand alone.
+    """
+    has = set(columns)
+    for name, (needed, read, gather) in TABLES.items():
+        if has.issuperset(needed):
+            return name, read, gather
+    if has >= {"instruction", "completions"}:
+        return "a list of answers", partial(listed, column="completions"), None
+    pairs = [(f.format(w), g.format(l)) for f in FORMS for g in (f, *FORMS) for w, l in PREFERRED]
+    pairs += [(name, "rejected_response") for name in ("response", "messages", "conversations")]
+    for chosen, rejected in pairs:
+        if chosen in has and rejected in has:
+            return "chosen, rejected", partial(plain, chosen=chosen, rejected=rejected), None
+    for form, sides in product(FORMS[1:], SIDES):
+        first, second = map(form.format, sides)
+        if first in has and second in has:
+            read = partial(compared, first=first, second=second, sides=sides)
+            return "two answers and a preference", read, None
+    for column in LISTS:
+        if column in has and has.intersection(ASKED):
+            return "a list of answers", partial(listed, column=column), None
+    for column in ("chosen", "messages", "conversations"):
+        if column in has and not need_rejected:  # supervised
+            return column, partial(plain, chosen=column), None
 
 
 def recognise(record, where, need_rejected=True):
     """(name, read, gather) of a record's layout, by its columns; UserError where none fits."""
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected an object with named columns")
-    for name, columns, read, gather in LAYOUTS if need_rejected else LAYOUTS + SUPERVISED:
-        if all(column in record for column in columns):
-            return name, read, gather
+    if found := layout_of(tuple(record), need_rejected):
+        return found
     cure = "chosen and rejected, with or without prompt, or another layout of docs/data.md"
     raise UserError(f"{where}: columns {sorted(record)}; expected {cure}")
 
@@ -250,70 +432,172 @@ def to_pair(record, where, drops, need_rejected=True):
     if gather:
         raise UserError(f"{where}: {name} is read as a whole file, not by the row")
     try:
-        return make_pair(read(record, where), need_rejected)
+        return one_pair(read, record, where, drops, need_rejected)
     except Dropped as reason:
         return drops.add(str(reason), where)
 
 
+def one_pair(read, record, where, drops, need_rejected, ties=True):
+    """The Pair of a record that stands alone; every filled column of it is accounted for."""
+    raw = read(record, where)
+    pair = make_pair(raw, need_rejected, ties)
+    said = [message["content"] for message in pair.prompt] + [pair.chosen, pair.rejected or ""]
+    invented = raw.prompt is None and isinstance(parsed(raw.chosen, where), str)
+    drops.unread |= dict.fromkeys(account(record, raw.used, said, where, invented))
+    texts = "\n".join(said)  # one character is found much faster than a word
+    if ("|" in texts or "[" in texts or "_" in texts) and any(t in texts for t in RENDERED):
+        drops.rendered.append(where)
+    return pair
+
+
 def make_pair(raw, need_rejected=True, ties=True):
-    """Makes the Pair of a raw one; raises Dropped, or UserError for wrong types.
+    """Makes the Pair of a Raw; raises Dropped, or UserError for wrong types.
 
     ties: whether identical answers will do. They prefer nothing, but an evaluation counts them.
     """
-    prompt, chosen, rejected, where, margin = raw
-    if chosen is None or (rejected is None and need_rejected):
+    if raw.chosen is None or (raw.rejected is None and need_rejected):
         raise Dropped("empty answer")
-    if isinstance(chosen, str) and prompt is None and not chosen.startswith(HH):
+    prompt, chosen, rejected = unfolded(raw)
+    if not any(m["role"] == "user" and m["content"].strip() for m in prompt):
+        raise Dropped("no prompt")
+    if not chosen.strip() or (rejected is not None and not rejected.strip()):
+        raise Dropped("empty answer")
+    texts = "\n".join([*(m["content"] for m in prompt), chosen, rejected or ""])
+    if "\0" in texts or not (texts.isascii() or BROKEN.search(texts) is None):
+        raise Dropped("broken text")
+    if chosen == rejected and not ties:
+        raise Dropped("identical answers")
+    if prompt[-1]["role"] == "assistant":
+        fault = "what is asked ends with the assistant's own turn"
+        raise UserError(f"{raw.where}: {fault}; give it as a part of the answers")
+    return Pair(prompt, chosen, rejected, raw.where, raw.margin)
+
+
+def unfolded(raw):
+    """(prompt messages, chosen text, rejected text) of a Raw, whatever holds them."""
+    prompt, where = raw.prompt, raw.where
+    chosen, rejected = (parsed(answer, where) for answer in (raw.chosen, raw.rejected))
+    if isinstance(chosen, str) and prompt is None:
         if not isinstance(rejected, str):
             raise UserError(f"{where}: without `prompt`, a `chosen` text needs a `rejected` text")
         shared = os.path.commonprefix([chosen, rejected])  # split at the last white space in it
         cut = max(shared.rfind(" "), shared.rfind("\n")) + 1
-        prompt, chosen, rejected = chosen[:cut].rstrip(), chosen[cut:], rejected[cut:]
-    x_w, chosen = dialogue(prompt, chosen, where)
-    x_l, rejected = dialogue(prompt, rejected, where) if rejected is not None else (x_w, None)
-    if x_w != x_l:
+        return as_messages(chosen[:cut].rstrip(), where), chosen[cut:], rejected[cut:]
+    said = []  # what stands before the answer, by each of the answers that is a dialogue
+    if not isinstance(chosen, str):
+        before, chosen = dialogue(chosen, where)
+        said.append(before)
+    if rejected is not None and not isinstance(rejected, str):
+        before, rejected = dialogue(rejected, where)
+        said.append(before)
+    if said[1:] and said[0] != said[1]:
         raise Dropped("prompts differ")
-    if not any(message["content"].strip() for message in x_w):
+    if said and said[0] and not any(message["content"].strip() for message in said[0]):
         raise Dropped("no prompt")
-    if not chosen.strip() or (rejected is not None and not rejected.strip()):
-        raise Dropped("empty answer")
-    if any(map(BROKEN.search, [*(m["content"] for m in x_w), chosen, rejected or ""])):
-        raise Dropped("broken text")
-    if chosen == rejected and not ties:
-        raise Dropped("identical answers")
-    return Pair(x_w, chosen, rejected, where, margin)
+    if prompt and prompt[-1]["role"] == "assistant" and prompt[-1]["content"] in (chosen, rejected):
+        prompt = prompt[:-1]  # a whole dialogue beside the answers
+    if not said or not prompt:
+        return (said[0] if said else prompt) or [], chosen, rejected
+    if (whole := joined(prompt, said[0])) is None:
+        columns = ", ".join(raw.used)
+        fault = f"columns {columns} do not hold one dialogue ({said[0][0]['content']!r:.40})"
+        cure = "mend them, or leave out by --ignore_columns what does not belong"
+        raise UserError(f"{where}: {fault}; {cure}")
+    return whole, chosen, rejected
 
 
-def dialogue(prompt, answer, where):
-    """(prompt, answer) in any layout -> (prompt messages, answer text)."""
-    if isinstance(answer, str):
-        if prompt is not None:
-            return as_messages(prompt, where), answer
-        messages, fault = parse_hh(answer), "the dialogue does not end with an answer"
-    else:
-        messages = as_messages(answer, where)
-        fault = "the last message must be the assistant's answer"
-        if len(messages) == 1 and prompt is not None:
-            messages = as_messages(prompt, where) + messages
+def dialogue(answer, where):
+    """A whole dialogue, or its last message -> (what stands before the answer, its text)."""
+    messages = as_messages(answer, where)
     if not messages or messages[-1]["role"] != "assistant":
-        raise UserError(f"{where}: {fault}")
+        fault = "the dialogue does not end with an answer"
+        raise UserError(f"{where}: {fault}; the last message must be the assistant's answer")
     return messages[:-1], messages[-1]["content"]
 
 
+def joined(prompt, before):
+    """What the prompt and the dialogues of the answers say together; None where they contradict."""
+    if before[: len(prompt)] == prompt:
+        return before
+    if prompt[0]["role"] == "system" and before and before[0]["role"] != "system":
+        behind = joined(prompt[1:], before) if prompt[1:] else before
+        return behind and prompt[:1] + behind
+    said = [(m["role"], squeezed(m["content"])) for m in before]
+    if all((m["role"], squeezed(m["content"])) in said for m in prompt):
+        return before  # whole dialogues beside their first or last question
+    for shared in range(min(len(prompt), len(before)), 0, -1):
+        if prompt[-shared:] == before[:shared]:
+            return prompt + before[shared:]
+    follows = not before or {prompt[-1]["role"], before[0]["role"]} == {"user", "assistant"}
+    return prompt + before if follows else None
+
+
 def as_messages(value, where):
-    """A string is one user turn; a list must hold {role, content} with string contents."""
+    """Any form of a dialogue -> messages; a text is a user turn, a transcript or JSON of them."""
     if isinstance(value, str):
-        messages = parse_hh(value) if value.startswith(HH) else [{"role": "user", "content": value}]
-        opened = messages[-1:] == [{"role": "assistant", "content": ""}]  # "…\n\nAssistant:"
-        return messages[:-1] if opened else messages
+        messages = parsed(value, where)
+        if messages is value:
+            return [{"role": "user", "content": value}]
+        opened = value.startswith(HH) and not messages[-1]["content"]  # "…\n\nAssistant:"
+        value = messages[:-1] if opened else messages
+    if isinstance(value, dict) and {"role", "from"} & value.keys():
+        value = [value]
     if not isinstance(value, list):
         raise UserError(f"{where}: expected text or messages, found {type(value).__name__}")
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise UserError(f"{where}: a message needs a role and a text content: {message!r:.80}")
-        if (role := message.get("role")) not in ("system", "user", "assistant"):
-            raise UserError(f"{where}: unknown role {role!r}")
-    return [{"role": m["role"], "content": m["content"]} for m in value]
+    messages = []
+    for item in value:
+        as_is = isinstance(item, dict) and len(item) == 2 and item.get("role") in SAME
+        fine = as_is and isinstance(item.get("content"), str)
+        messages += [item] if fine else turns_of(item, where)
+    return messages
+
+
+def turns_of(item, where):
+    """One item of a list of messages -> messages: {role, content}, {from, value}, or two texts."""
+    if isinstance(item, list | tuple) and len(item) == 2 and texts_alone(list(item)):
+        return interleaved(item[:1], item[1:])  # LLaMA-Factory's history
+    content, role = None, None
+    if isinstance(item, dict):
+        content = item["content"] if "content" in item else item.get("value")
+        role = item["role"] if "role" in item else item.get("from")
+    if isinstance(content, list) and content and all(map(is_text_part, content)):
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise UserError(f"{where}: a message needs a role and a text content: {item!r:.80}")
+    if (known := ROLES.get(role.lower() if isinstance(role, str) else None)) is None:
+        raise UserError(f"{where}: unknown role {role!r:.40}")
+    if len(item) > 2:
+        account(item, ("role", "from", "content", "value"), (content,), f"{where}: of a message")
+    return [{"role": known, "content": content}]
+
+
+def is_text_part(part):
+    """Whether a part of a content is text, and nothing else."""
+    filled = {k for k, v in part.items() if v} if isinstance(part, dict) else ()
+    return "text" in filled and filled <= {"type", "text"} and isinstance(part["text"], str)
+
+
+def parsed(value, where, opening="[{"):
+    """A text that is a transcript, or messages as JSON or Python writes them -> list; else as is.
+
+    opening: "[[" for a history of pairs of texts.
+    """
+    if not isinstance(value, str) or not value.startswith((HH, opening)):
+        return value
+    if value.startswith(HH):
+        return parse_hh(value)
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            found = read(value)
+            if opening == "[[" or all(
+                {"role", "content"} <= m.keys() or {"from", "value"} <= m.keys() for m in found
+            ):
+                return found
+    if re.match(r"\[\{'(role|content|from|value)':", value):
+        raise UserError(
+            f"{where}: messages in a text that is neither JSON nor Python: {value!r:.40}"
+        )
+    return value
 
 
 def parse_hh(text):

@@ -9,10 +9,13 @@ counted, by reason; what columns mean is layouts.py's. docs/data.md.
 """
 
 import contextlib
+import csv
 import functools
 import glob
 import gzip
+import io
 import itertools
+import lzma
 import os
 import re
 import sys
@@ -21,12 +24,14 @@ from collections import Counter, defaultdict
 
 import huggingface_hub
 import numpy as np
+from fsspec.utils import glob_translate
 
 from jobs.cli import UserError
 from jobs.files import parse_json
-from pairs.layouts import Dropped, make_pair, recognise
+from pairs.columns import account
+from pairs.layouts import TABLES, Dropped, make_pair, one_pair, recognise
 
-KINDS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+KINDS = r"\.(parquet|arrow|(jsonl|ndjson|json|csv|tsv)(\.(gz|xz|zst))?)"
 ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")  # no records
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DEFAULT_SPLITS = ("train_prefs", "train")
@@ -38,10 +43,13 @@ class Drops:
     """Counts records that gave no pair: {rule: ["file:row", …]}, and how many were `read`.
 
     After read_pairs: read = kept + dropped, always; the copies that a weight makes count once.
+    unread: {columns that hold text and were not read}; rendered: places of rows whose texts hold
+    control tokens of a chat template.
     """
 
-    def __init__(self, rules=(), read=0):
+    def __init__(self, rules=(), read=0, unread=(), rendered=()):
         self.rules, self.read = defaultdict(list, rules), read
+        self.unread, self.rendered = dict(unread), list(rendered)
 
     def add(self, rule, where):
         self.rules[rule].append(where)
@@ -60,24 +68,35 @@ class Drops:
         return "; ".join(f"{len(self.rules[rule])} {rule} ({few[rule]})" for rule in few) or "none"
 
 
-def read_pairs(source, drops=None, limit=None, need_rejected=True, bad_rows="stop", revision=None):
+def read_pairs(
+    source, drops=None, limit=None, need_rejected=True, bad_rows="stop", revision=None, ignore=None
+):
     """Reads all pairs of the sources in `source` (grammar above) -> list of Pair.
 
     limit: stop after that many. need_rejected: False takes rows without a rejected answer too, for
     supervised training. bad_rows: a row that is broken or of no known layout raises UserError
     ("stop") or is counted in `drops` ("drop"). revision: branch, tag or commit of hub datasets.
-    UserError for a missing or damaged file, and where no pair is left.
+    ignore: names of columns, with commas, that are taken for absent. UserError for a missing or
+    damaged file, and where no pair is left.
     """
     pairs, drops = [], Drops() if drops is None else drops
+    ignored = frozenset(filter(None, (ignore or "").split(",")))
     for files, weight in parse_sources(source, revision):
         rest = sys.maxsize if limit is None else max(0, limit - len(pairs))
-        pairs += weighted(pairs_of(files, rest, drops, need_rejected, bad_rows), weight, drops)
+        pairs += weighted(
+            pairs_of(files, rest, drops, need_rejected, bad_rows, ignored), weight, drops
+        )
     if not pairs:
         raise UserError(f"{source}: no usable pairs; dropped: {drops}")
+    if drops.unread:
+        say_once(f"{source}: columns that were not read: {', '.join(drops.unread)}")
+    if drops.rendered:
+        fault = f"{source}: {len(drops.rendered)} pairs hold control tokens of a chat template"
+        say_once(f"{fault} ({drops.rendered[0]}, …); they are read as text: give messages instead")
     return pairs[:limit]
 
 
-def pairs_of(files, limit, drops, need_rejected, bad_rows):
+def pairs_of(files, limit, drops, need_rejected, bad_rows, ignored=frozenset()):
     """The pairs of these files, at most `limit` of them; no row is read beyond those.
 
     Layouts whose pairs depend on other rows come last, in one piece.
@@ -91,9 +110,11 @@ def pairs_of(files, limit, drops, need_rejected, bad_rows):
             yield
         except Dropped as reason:
             drops.add(str(reason), where)
-        except UserError:
-            if bad_rows == "stop":
+        except (UserError, RecursionError) as error:
+            if bad_rows == "stop" and isinstance(error, UserError):
                 raise
+            if bad_rows == "stop":
+                raise UserError(f"{where}: nested too deeply; mend or delete the row") from error
             drops.add("broken row", where)
 
     rows = (row for file in files for row in records(file, broken=True))
@@ -103,11 +124,14 @@ def pairs_of(files, limit, drops, need_rejected, bad_rows):
         with counted(where):
             if isinstance(record, UserError):  # a line that is no JSON
                 raise record
-            _, read, gather = recognise(record, where, need_rejected)
+            if ignored and isinstance(record, dict):
+                record = {column: v for column, v in record.items() if column not in ignored}
+            name, read, gather = recognise(record, where, need_rejected)
             if gather:
+                drops.unread |= dict.fromkeys(account(record, TABLES[name][0], (), where))
                 gathered[gather].append(read(record, where))
             else:
-                pairs.append(make_pair(read(record, where), need_rejected, ties=False))
+                pairs.append(one_pair(read, record, where, drops, need_rejected, ties=False))
     for gather, group in gathered.items():
         for raw in gather(group, drops):
             with counted(raw.where):
@@ -129,14 +153,32 @@ def weighted(pairs, weight, drops):
 
 
 def hold_out(pairs, n, seed):
-    """Splits off n random pairs for validation -> (train, held out); copies stay together."""
+    """Splits off about n random pairs for validation, by whole prompts -> (train, held out).
+
+    All pairs of a prompt fall on one side, and so do the copies that a weight made. Prompts are
+    taken in random order as long as that comes nearer to n.
+    """
     places = list(dict.fromkeys(pair.where for pair in pairs))
     if n >= len(places):
         raise UserError(f"--eval_pairs {n} leaves nothing of {len(places)} pairs to train on")
-    order = np.random.default_rng((seed, HOLD_OUT)).permutation(len(places))
-    held, firsts = {places[i] for i in order[:n]}, {pair.where: pair for pair in reversed(pairs)}
-    train = [pair for pair in pairs if pair.where not in held]
-    return train, [firsts[where] for where in places if where in held]
+    groups = defaultdict(dict)  # prompt -> {place: pair}
+    for pair in pairs:
+        prompt = tuple((m["role"], m["content"]) for m in pair.prompt)
+        groups[prompt].setdefault(pair.where, pair)
+    order, held = [*groups.values()], {}
+    for i in np.random.default_rng((seed, HOLD_OUT)).permutation(len(order)).tolist():
+        if abs(len(held) + len(order[i]) - n) < abs(len(held) - n) and len(order) > 1:
+            held |= order[i]
+    least = min(order, key=len)
+    if n and not held and 2 * len(least) <= len(places):  # no prompt has few enough
+        held = least
+    return [p for p in pairs if p.where not in held], [held[w] for w in places if w in held]
+
+
+def n_shared(train, held):
+    """How many of the held-out pairs have a prompt of a training pair."""
+    known = {str(pair.prompt) for pair in train}
+    return sum(str(pair.prompt) in known for pair in held)
 
 
 def parse_sources(text, revision=None):
@@ -161,17 +203,18 @@ def data_files(source, revision=None):
     name, _, split = source.partition(":")
     advice = "no such file; give a path, a glob or a hub dataset id"
     if os.path.isdir(name):
-        found = folder_files(name)
-        if chosen := of_split(found, split):
+        found, card = folder_files(name), os.path.join(name, "README.md")
+        if chosen := of_split(found, split, configs_of(card)):
             return [os.path.join(name, f) for f in chosen]
         advice += f" (the folder holds {missing(split, found)})"
-    elif HUB_ID.fullmatch(name) and not is_data(name) and not name.endswith(".gz"):
+    elif HUB_ID.fullmatch(name) and not re.search(f"{KINDS}$|\\.gz$", name):
         return hub_files(name, split, revision)
     raise UserError(f"--data {source}: {advice}")
 
 
 def is_data(file):
-    return file.endswith(KINDS) and os.path.basename(file) not in ABOUT
+    name = os.path.basename(file)  # a cache is what datasets' map left in a folder
+    return bool(re.search(f"{KINDS}$", name)) and name not in ABOUT and name[:6] != "cache-"
 
 
 def folder_files(folder):
@@ -180,12 +223,50 @@ def folder_files(folder):
     return [f for f in found if is_data(f) and os.path.isfile(os.path.join(folder, f))]
 
 
-def of_split(files, split=""):
-    """The data files of `split` or `config/split`, by the words of their names and folders, sorted.
+def configs_of(card):
+    """The configurations that a dataset's card declares -> {name: its entry}, {} without any."""
+    try:
+        told = (huggingface_hub.metadata_load(card) or {}) if os.path.isfile(card) else {}
+    except Exception as error:  # of the YAML reader, or not UTF-8
+        raise UserError(f"{card}: its front matter is not readable: {error!r:.80}") from error
+    found = [c for c in told.get("configs") or () if isinstance(c, dict) and "config_name" in c]
+    return {str(config["config_name"]): config for config in found}
 
-    Without a split: those of train_prefs, else of train, else all, if no name tells a split.
+
+def declared(files, split, configs):
+    """The files of `split`, `config` or `config/split` as the card's `configs` declare them."""
+    config, _, split = (f"{split}/" if split in configs else split).rpartition("/")
+    if not config:
+        default = [name for name, c in configs.items() if c.get("default") or name == "default"]
+        config = default[0] if default else next(iter(configs)) if len(configs) == 1 else ""
+    if config not in configs:
+        told = f"its card declares the configurations {', '.join(configs)}"
+        raise UserError(f"{told}; name one behind a colon, as :CONFIG or :CONFIG/SPLIT")
+    folder, parts = configs[config].get("data_dir"), configs[config].get("data_files")
+    if not parts:
+        inside = [f for f in files if not folder or f.startswith(f"{folder}/")]
+        return of_split(inside, split)
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        parts = [{"split": "train", "path": parts}]  # as datasets takes patterns without a split
+    paths = {str(part.get("split")): part.get("path") for part in parts}
+    chosen = split or next((name for name in DEFAULT_SPLITS if name in paths), None)
+    if chosen not in paths:
+        fault = f"its card declares no split {chosen or 'train'} of {config}"
+        raise UserError(f"{fault}, but {', '.join(paths)}; name one, as :{config}/{[*paths][0]}")
+    patterns = [paths[chosen]] if isinstance(paths[chosen], str) else paths[chosen]
+    patterns = [glob_translate(os.path.join(folder or "", pattern)) for pattern in patterns]
+    return [f for f in files if any(re.match(pattern, f) for pattern in patterns)]
+
+
+def of_split(files, split="", configs=None):
+    """The data files of `split` or `config/split`, as the card declares them, sorted.
+
+    Without a card that does, by the words of their names and folders. Without a split: those of
+    train_prefs, else of train, else all, if no name tells a split.
     """
     files = sorted(filter(is_data, files))
+    if configs:
+        return declared(files, split, configs)
     if not split:
         named = (of_split(files, default) for default in DEFAULT_SPLITS)
         return next(filter(None, named), [] if any(map(NAMES_A_SPLIT.search, files)) else files)
@@ -203,8 +284,12 @@ def hub_files(name, split, revision=None):
     hub = {"repo_type": "dataset", "revision": revision}
     try:
         listed = huggingface_hub.HfApi().list_repo_files(name, **hub)
-        if chosen := of_split(listed, split):
-            return [huggingface_hub.hf_hub_download(name, f, **hub) for f in chosen]
+        fetch = functools.partial(huggingface_hub.hf_hub_download, name, **hub)
+        card = fetch("README.md") if "README.md" in listed else ""
+        if chosen := of_split(listed, split, configs_of(card)):
+            return [fetch(f) for f in chosen]
+    except UserError as error:
+        raise UserError(f"--data {name}: {error}") from error
     except Exception as error:  # the hub client raises some twenty kinds; all mean: not reachable
         if found := cached_files(name, split, hub):
             names = ", ".join(map(os.path.basename, found))
@@ -232,14 +317,14 @@ def cached_files(name, split, hub):
         folder = huggingface_hub.snapshot_download(name, local_files_only=True, **hub)
     except Exception:  # nothing of it was ever fetched
         return []
-    found = of_split(folder_files(folder), split)
+    found = of_split(folder_files(folder), split, configs_of(os.path.join(folder, "README.md")))
     present = Counter(shard for f in found for shard in re.findall(r"^(.*)-\d+-of-(\d+)", f))
     whole = all(n == int(total) for (_, total), n in present.items())
     return [os.path.join(folder, f) for f in found] if whole else []
 
 
 def records(file, broken=False):
-    """Yields ("file:row", record) for jsonl, jsonl.gz, json and parquet; rows count from 1.
+    """Yields ("file:row", record) of a file of any of the KINDS; rows count from 1.
 
     broken: for a line that is no JSON yield the UserError in the record's place, which else is
     raised. UserError, with the row where there is one, for a file that is damaged or cut short:
@@ -258,7 +343,7 @@ def records(file, broken=False):
                 if not broken:
                     raise
                 yield where, error
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error) as error:
         place, kind = f"{file}:{n + 1}" if n else file, file.endswith(".parquet") * " as parquet"
         reason = " ".join(str(error).split())
         raise UserError(f"{place}: not readable{kind}: {reason}; fetch the file again") from error
@@ -266,28 +351,63 @@ def records(file, broken=False):
 
 def _rows(file):
     """Yields the records of a file, or in their place the bytes of its lines."""
-    if file.endswith(".parquet"):
+    if file.endswith((".parquet", ".arrow")):
         import pyarrow.parquet
 
         try:
-            table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
-            for batch in table.iter_batches(1024):
+            if file.endswith(".arrow"):  # as datasets' save_to_disk writes it
+                batches = pyarrow.ipc.open_stream(file)
+            else:
+                table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
+                batches = table.iter_batches(1024)
+            for batch in batches:
                 yield from batch.to_pylist()
         except (pyarrow.ArrowException, ValueError, OverflowError) as error:
             raise OSError(str(error)) from error
         return
-    with (gzip.open if file.endswith(".gz") else open)(file, "rb") as f:
-        content = f
-        if file.endswith((".json", ".json.gz")):
+    kind = re.search(f"{KINDS}$|$", file)[2]
+    with _opened(file) as f:
+        if kind == "json":
             two = list(itertools.islice(filter(None, map(bytes.strip, f)), 2))
-            f.seek(0)
-            # SHP's and UltraFeedback's .json hold a record per line
-            if len(two) < 2 or not re.fullmatch(rb"(\xef\xbb\xbf)?\{.*\}", two[0]):
-                content = _parse(f.read(), file)
-                if not isinstance(content, list):
-                    kind = type(content).__name__
-                    raise UserError(f"{file}: expected a list of records, found {kind}")
-        yield from content
+        elif kind and kind.endswith("sv"):
+            text = io.TextIOWrapper(f, encoding="utf-8-sig", newline="")
+            yield from csv_records(text, file, "\t" if kind == "tsv" else ",")
+            return
+        else:
+            yield from f
+            return
+    with _opened(file) as f:
+        # SHP's and UltraFeedback's .json hold a record per line
+        if len(two) == 2 and re.fullmatch(rb"(\xef\xbb\xbf)?\{.*\}", two[0]):
+            yield from f
+            return
+        content = _parse(f.read(), file)
+    content = [content] if isinstance(content, dict) else content
+    if not isinstance(content, list):
+        kind = type(content).__name__
+        raise UserError(f"{file}: expected a list of records, found {kind}")
+    yield from content
+
+
+def _opened(file):
+    """The bytes of a file, unpacked by the ending of its name."""
+    if file.endswith(".zst"):
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(file, compression="zstd"))
+    return {".gz": gzip.open, ".xz": lzma.open}.get(os.path.splitext(file)[1], open)(file, "rb")
+
+
+def csv_records(text, where, delimiter=","):
+    """Yields {column: text} of a csv with a header line; an empty field is an absent value."""
+    csv.field_size_limit(2**31 - 1)
+    try:
+        for n, row in enumerate(csv.DictReader(text, delimiter=delimiter, strict=True), 1):
+            if None in row or None in row.values():
+                raise UserError(f"{where}:{n}: not as many fields as the header has; mend the row")
+            yield {column: value or None for column, value in row.items()}
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not readable: {error}") from error
 
 
 def _parse(raw, where):

@@ -176,7 +176,7 @@ FILES = {
     ),
     "a cut json": ("a.json", b"[" + LINES.replace(b"\n", b",\n")[:-99], ": broken JSON"),
     "a cut last line": ("a.jsonl", LINES[:-9], ":500: broken JSON"),
-    "an object in json": ("a.json", b'{"rows": []}', ": expected a list of records, found dict"),
+    "an object in json": ("a.json", b'{"rows": []}', r":1: columns \['rows'\]; expected chosen"),
 }  # fmt: skip
 
 

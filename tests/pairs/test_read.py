@@ -213,7 +213,7 @@ def test_an_unknown_split_is_told_and_so_is_an_unreachable_hub(hub, monkeypatch)
 
 
 def test_the_hold_out_is_disjoint_complete_and_seeded():
-    pairs = [Pair(Q, str(i), "", f"f:{i}") for i in range(50)]
+    pairs = [Pair(say(f"{i}?"), str(i), "", f"f:{i}") for i in range(50)]
     train, held = hold_out(pairs, 10, seed=0)
     assert len(held) == 10
     assert sorted(train + held, key=lambda p: int(p.chosen)) == pairs
@@ -222,3 +222,24 @@ def test_the_hold_out_is_disjoint_complete_and_seeded():
     assert hold_out(pairs, 0, seed=0) == (pairs, [])
     with pytest.raises(UserError, match="--eval_pairs 50 leaves nothing of 50 pairs"):
         hold_out(pairs, 50, seed=0)
+
+
+@pytest.mark.parametrize("wanted, held_out", [(20, 20), (22, 20), (23, 25), (1, 5), (0, 0)])
+def test_no_prompt_of_a_held_out_pair_is_trained_on(wanted, held_out):
+    """20 prompts of 5 pairs each, in any order; exact duplicates among them."""
+    pairs = [Pair(say(f"{i % 20}?"), f"{i % 50}", "", f"f:{i}") for i in range(100)]
+    train, held = hold_out(pairs, wanted, seed=0)
+    assert len(held) == held_out and len(train) == 100 - held_out
+    assert not {str(p.prompt) for p in held} & {str(p.prompt) for p in train}
+    assert train == [p for p in pairs if p in train] and held == [p for p in pairs if p in held]
+
+
+def test_one_large_prompt_does_not_stand_in_the_way_of_the_wanted_number():
+    pairs = [Pair(say("Why?"), str(i), "", f"f:{i}") for i in range(900)]
+    pairs += [Pair(say(f"{i}?"), "So.", "", f"g:{i}") for i in range(100)]
+    assert all(len(hold_out(pairs, 50, seed)[1]) == 50 for seed in range(5))
+
+
+def test_pairs_of_one_prompt_are_all_trained_on():
+    pairs = [Pair(Q, str(i), "", f"f:{i}") for i in range(50)]
+    assert hold_out(pairs, 10, seed=0) == (pairs, [])

@@ -85,7 +85,7 @@ def test_a_weight_repeats_all_pairs_and_draws_a_share(tmp_path):
 
 
 def test_copies_of_a_pair_never_stand_on_both_sides_of_the_hold_out(tmp_path):
-    file = write_rows(tmp_path, [GOOD | {"chosen": str(i)} for i in range(8)])
+    file = write_rows(tmp_path, [GOOD | {"prompt": f"{i}?"} for i in range(8)])
     train, held = hold_out(read_pairs(f"{file}@2.5", Drops()), 3, seed=0)
     assert len(held) == len({p.where for p in held}) == 3
     assert not {p.where for p in held} & {p.where for p in train}

@@ -1,5 +1,6 @@
 """Dialogues, and rows of pairs as files of every kind that is read."""
 
+import csv
 import gzip
 import json
 
@@ -25,6 +26,12 @@ def write_rows(directory, rows, name="pairs.jsonl"):
         import pyarrow.parquet as pq
 
         pq.write_table(pa.Table.from_pylist(rows), file)
+        return str(file)
+    if name.endswith(".csv"):
+        with open(file, "w", encoding="utf-8", newline="") as f:
+            writer = csv.DictWriter(f, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
         return str(file)
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     if name.endswith(".json"):

@@ -4,6 +4,8 @@
 of the published files; texts are our own, expected pairs are written by hand.
 """
 
+import json
+
 from dialogues import reply, say
 
 
@@ -150,6 +152,92 @@ TREE = [
     oasst("m13", "m6", "assistant", "Unranked."),
 ]
 
+SHAREGPT = ("human", "gpt") * 2
+ARENA = ("model_a", "model_b", "tie", "tie (bothbad)", "both_bad")
+
+
+def pku(prompt, first, second, better):
+    """PKU-Alignment/PKU-SafeRLHF"""
+    row = {"prompt": prompt, "prompt_source": "BeaverTails"}
+    for i, text in enumerate((first, second)):
+        row |= {f"response_{i}": text, f"response_{i}_source": "Alpaca-7B"}
+        row |= {f"is_response_{i}_safe": True, f"response_{i}_harm_category": {"Privacy": False}}
+        row |= {f"response_{i}_severity_level": 0, f"response_{i}_sha256": "ab"}
+    return row | {"better_response_id": better, "safer_response_id": 0}
+
+
+def helpsteer2(strength):
+    """nvidia/HelpSteer2, the preference folder"""
+    return {
+        "split": "train",
+        "prompt": "Why?",
+        "response_1": "Fish.",
+        "response_2": "Cats.",
+        "preference_strength": strength,
+        "preference_statement": "Response 1 is better.",
+        "preference_elaboration": "It names the thing.",
+        "three_most_similar_preferences": [{"statement": "Response 1 is better.", "strength": -1}],
+        "all_preferences_unprocessed": [{"statement": "Response 1 is better.", "strength": -1}],
+    }
+
+
+def webgpt(first, second, *scores):
+    """openai/webgpt_comparisons"""
+    row = {"question": {"dataset": "eli5", "id": "1a", "full_text": "Why?"}}
+    for i, text in enumerate((first, second)):
+        row |= {f"quotes_{i}": {"title": ["A page"], "extract": ["Cats eat fish."]}}
+        row |= {f"answer_{i}": text, f"tokens_{i}": {"prefix": [1], "completion": [2]}}
+        row |= {f"score_{i}": scores[i]}
+    return row
+
+
+def arena(winner, first, second):
+    """lmsys/chatbot_arena_conversations"""
+    return {
+        "question_id": "58",
+        "model_a": "chatglm-6b",
+        "model_b": "koala-13b",
+        "winner": winner,
+        "judge": "arena_user_973",
+        "conversation_a": first,
+        "conversation_b": second,
+        "turn": 1,
+        "anony": True,
+        "language": "English",
+        "tstamp": 1682351591.1,
+        "openai_moderation": {"categories": {"hate": False}},
+        "toxic_chat_tag": {"roberta-large": {"flagged": False}},
+    }
+
+
+def arena_55k(a, b, tie):
+    """lmsys/lmsys-arena-human-preference-55k; where b wins, it was asked less"""
+    return {
+        "id": 30192,
+        "model_a": "gpt-4",
+        "model_b": "koala-13b",
+        "prompt": json.dumps(["Can cats swim?", "Which?"]),
+        "response_a": json.dumps(["Some do.", "Vans."]),
+        "response_b": json.dumps(["Some do.", "Dogs."][b:]),
+        "winner_model_a": a,
+        "winner_model_b": b,
+        "winner_tie": tie,
+    }
+
+
+def in_parts(messages):
+    """lmarena-ai/arena-human-preference-140k: the content is a list of parts."""
+    empty = {"image": None, "mimeType": None}
+    return [
+        {
+            "role": m["role"],
+            "content": [{"type": "text", "text": m["content"]} | empty],
+            "num_tokens": 1,
+        }
+        for m in messages
+    ]
+
+
 # dataset -> (file as published, rows, [(prompt, chosen, rejected, margin)], drops by rule)
 PUBLISHED = {
     "HuggingFaceH4/ultrafeedback_binarized": (
@@ -274,6 +362,269 @@ PUBLISHED = {
             }
         ],
         [(MORE, "Vans.", "Dogs.", 1.0)],
+        {},
+    ),
+    "openbmb/UltraInteract_pair": (
+        "0000_sft.parquet",
+        [
+            {
+                "task": "Math_CoT",
+                "dataset": "gsm8k",
+                "trajectory": [{"from": "user", "value": "Why?"}],
+                "chosen": "Step 1: Fish.",
+                "rejected": "Step 1: Cats.",
+                "id": "1",
+                "parent_id": "0",
+            }
+        ],
+        [(say("Why?"), "Step 1: Fish.", "Step 1: Cats.", None)],
+        {},
+    ),
+    "llamafactory/DPO-En-Zh-20k": (
+        "dpo_en.json",
+        [
+            {
+                "conversations": [{"from": "system", "value": "Be brief."}]
+                + [
+                    {"from": who, "value": m["content"]}
+                    for who, m in zip(SHAREGPT, MORE, strict=False)
+                ],
+                "chosen": {"from": "gpt", "value": "Vans."},
+                "rejected": {"from": "gpt", "value": "Dogs."},
+            }
+        ],
+        [([{"role": "system", "content": "Be brief."}, *MORE], "Vans.", "Dogs.", None)],
+        {},
+    ),
+    "LLaMA-Factory's alpaca layout": (
+        "dpo.json",
+        [
+            {
+                "instruction": "Which?",
+                "input": "Of the brown ones.",
+                "chosen": "Vans.",
+                "rejected": "Dogs.",
+                "system": "Be brief.",
+                "history": [["Can cats swim?", "Some do."]],
+            }
+        ],
+        [
+            (
+                [*say("Can cats swim?", "Some do.", system="Be brief.")]
+                + say("Which?\nOf the brown ones."),
+                "Vans.",
+                "Dogs.",
+                None,
+            )
+        ],
+        {},
+    ),
+    "ms-swift": (
+        "rlhf.jsonl",
+        [
+            {"messages": [*MORE, *reply("Vans.")], "rejected_response": "Dogs."},
+            {"query": "Why?", "response": "Fish.", "rejected_response": "Cats.", "history": []},
+        ],
+        [(MORE, "Vans.", "Dogs.", None), (say("Why?"), "Fish.", "Cats.", None)],
+        {},
+    ),
+    "OpenAI's fine-tuning": (
+        "preference.jsonl",
+        [
+            {
+                "input": {"messages": MORE, "tools": [], "parallel_tool_calls": True},
+                "preferred_output": reply("Vans."),
+                "non_preferred_output": reply("Dogs."),
+            }
+        ],
+        [(MORE, "Vans.", "Dogs.", None)],
+        {},
+    ),
+    "PKU-Alignment/PKU-SafeRLHF": (
+        "train.jsonl",
+        [
+            pku("Why?", "Cats.", "Fish.", 1),
+            pku("Which?", "Vans.", "Dogs.", 0),
+        ],
+        [(say("Why?"), "Fish.", "Cats.", None), (say("Which?"), "Vans.", "Dogs.", None)],
+        {},
+    ),
+    "nvidia/HelpSteer2 (preference)": (
+        "preference.jsonl.gz",
+        [helpsteer2(-2), helpsteer2(1), helpsteer2(0), helpsteer2(None)],
+        [(say("Why?"), "Fish.", "Cats.", 2.0), (say("Why?"), "Cats.", "Fish.", 1.0)],
+        {"tie": 1, "no preference": 1},
+    ),
+    "nvidia/HelpSteer3 (preference)": (
+        "train.jsonl.gz",
+        [
+            {
+                "domain": "general",
+                "language": "english",
+                "context": MORE,
+                "response1": "Vans.",
+                "response2": "Dogs.",
+                "overall_preference": -3,
+                "individual_preference": [
+                    {
+                        "score": -3,
+                        "reasoning": "It is so.",
+                        "feedback1": "Good one.",
+                        "feedback2": "",
+                    }
+                ],
+            }
+        ],
+        [(MORE, "Vans.", "Dogs.", 3.0)],
+        {},
+    ),
+    "openai/webgpt_comparisons": (
+        "comparisons.jsonl",
+        [
+            webgpt("Fish.", "Cats.", 0.5, -0.5),
+            webgpt("Cats.", "Fish.", -1, 1),
+            webgpt("A", "B", 0, 0),
+        ],
+        [(say("Why?"), "Fish.", "Cats.", 1.0), (say("Why?"), "Fish.", "Cats.", 2.0)],
+        {"tie": 1},
+    ),
+    "lmsys/chatbot_arena_conversations": (
+        "train-00000-of-00001.parquet",
+        [arena(w, say("Why?", "Fish."), say("Why?", "Cats.")) for w in ARENA],
+        [(say("Why?"), "Fish.", "Cats.", None), (say("Why?"), "Cats.", "Fish.", None)],
+        {"tie": 3},
+    ),
+    "lmsys/lmsys-arena-human-preference-55k": (
+        "train.csv",
+        [arena_55k(1, 0, 0), arena_55k(0, 1, 0), arena_55k(0, 0, 1)],
+        [(MORE, "Vans.", "Dogs.", None)],
+        {"tie": 1, "prompts differ": 1},
+    ),
+    "lmarena-ai/arena-human-preference-140k": (
+        "train-00000-of-00007.parquet",
+        [
+            arena("model_b", *(in_parts(say("Why?", a)) for a in ("Fish.", "Cats.")))
+            | {"full_conversation": [{"user": in_parts(say("Why?"))[0]}], "evaluation_order": 1}
+        ],
+        [(say("Why?"), "Cats.", "Fish.", None)],
+        {},
+    ),
+    "berkeley-nest/Nectar": (
+        "rlaif.parquet",
+        [
+            {
+                "prompt": HH,
+                "answers": [
+                    {"answer": "Dogs.", "model": "a", "rank": 2.0},
+                    {"answer": "Vans.", "model": "b", "rank": 1.0},
+                ],
+                "turns": 2,
+                "num_responses": 2,
+                "source": ["sharegpt"],
+                "good_natured": True,
+            }
+        ],
+        [(MORE, "Vans.", "Dogs.", None)],
+        {},
+    ),
+    "HuggingFaceH4/stack-exchange-preferences": (
+        "data-00000-of-00001.parquet",
+        [
+            {
+                "qid": 7,
+                "question": "<p>Why?</p>",
+                "answers": [
+                    {
+                        "answer_id": 1,
+                        "author": "A B",
+                        "pm_score": 1,
+                        "selected": False,
+                        "text": "C.",
+                    },
+                    {
+                        "answer_id": 2,
+                        "author": "C D",
+                        "pm_score": 4,
+                        "selected": True,
+                        "text": "F.",
+                    },
+                ],
+                "date": "2014/03/12",
+                "metadata": ["https://example.com/questions/7"],
+            }
+        ],
+        [(say("<p>Why?</p>"), "F.", "C.", 3.0)],
+        {},
+    ),
+    "lvwerra/stack-exchange-paired": (
+        "train-00000-of-00020.parquet",
+        [
+            {
+                "qid": 7,
+                "question": "Why?",
+                "date": "2014/03/12",
+                "metadata": ["https://example.com/questions/7"],
+                "response_j": "Fish.",
+                "response_k": "Cats.",
+            }
+        ],
+        [(say("Why?"), "Fish.", "Cats.", None)],
+        {},
+    ),
+    "allenai/reward-bench-2": (
+        "test-00000-of-00001.parquet",
+        [
+            {
+                "id": "1",
+                "prompt": "Why?",
+                "chosen": ["Fish."],
+                "rejected": ["Cats."],
+                "num_correct": 1,
+                "num_incorrect": 1,
+                "total_completions": 2,
+                "models": ["a", "b"],
+                "subset": "Focus",
+                "additional_metadata": {"category": "A category", "prompt_norm": None},
+            }
+        ],
+        [(say("Why?"), "Fish.", "Cats.", None)],
+        {},
+    ),
+    "allenai/reward-bench": (
+        "filtered-00000-of-00001.parquet",
+        [
+            {
+                "prompt": "Why?",
+                "chosen": "Fish.",
+                "chosen_model": "GPT4-Turbo",
+                "rejected": "Cats.",
+                "rejected_model": "bard",
+                "subset": "alpacaeval-easy",
+                "id": 0,
+            }
+        ],
+        [(say("Why?"), "Fish.", "Cats.", None)],
+        {},
+    ),
+    "Vezora/Code-Preference-Pairs": (
+        "pairs.json",
+        [{"input": "Why?", "accepted": "Fish.", "rejected": "Cats.", "ID": 1}],
+        [(say("Why?"), "Fish.", "Cats.", None)],
+        {},
+    ),
+    "Intel/orca_dpo_pairs": (
+        "orca_rlhf.jsonl",
+        [{"system": "Be brief.", "question": "Why?", "chosen": "Fish.", "rejected": "Cats."}],
+        [(say("Why?", system="Be brief."), "Fish.", "Cats.", None)],
+        {},
+    ),
+    "a data frame's csv": (
+        "pairs.csv",
+        [
+            {"chosen": str(say("Why?", "Fish.")), "rejected": json.dumps(say("Why?", "Cats."))},
+            {"chosen": "Why? Fish.", "rejected": "Why? Cats."},
+        ],
+        [(say("Why?"), "Fish.", "Cats.", None)] * 2,
         {},
     ),
     "a file of one's own": (
