@@ -1,10 +1,11 @@
 """Turns a record of published preference data into a pair; its layout is known by its columns.
 
-`LAYOUTS` is the table: the first row whose columns a record has. Its `read` gives the parts of a
-pair as they lie, raises `Dropped` where there is no pair, and UserError where a value is not what
-the layout says. What the parts may be (text, messages, hh-rlhf transcripts, whole dialogues) is
-worked out once, in `make_pair`. Two layouts look at all records of a source before they know their
-pairs: SHP (a cap per prompt) and oasst1 (trees). docs/data.md has the rules.
+`layout_of` tells the shape by the names of columns: a preferred and another answer (`plain`), two
+answers and who won (`two_answers`), a list of answers with scores (`listed`). Its `read` gives the
+parts as they lie, raises `Dropped` where there is no pair, and UserError where a value is not what
+the layout says. What the parts may be (text, messages, transcripts, whole dialogues) is worked out
+once, in `make_pair`. Two datasets look at all records of a source before they know their pairs: SHP
+(a cap per prompt) and oasst1 (trees). docs/data.md has the rules.
 """
 
 import ast
@@ -26,10 +27,9 @@ from pairs.columns import account, kind_of, squeezed
 
 SCORES = ("score_{}", "{}_score", "{}_avg_rating", "{}_rating", "{}-rating", "rating_{}")
 SCORES += ("reward_{}", "{}_reward")
-LISTED_SCORES = ("scores", "rewards", "ratings", "all_rm_scores")
-SAME = ("system", "user", "assistant")
-ROLES = dict(zip(SAME, SAME, strict=True))
-ROLES |= {"human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant"}
+PLAIN_ROLES = ("system", "user", "assistant")
+ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user"}
+ROLES |= dict.fromkeys(("assistant", "gpt", "model"), "assistant")
 HH = "\n\nHuman:"  # opens a transcript of Anthropic's hh-rlhf
 # NUL, lone surrogates, which no tokenizer takes, and the mark of hub/template.py
 BROKEN = re.compile(f"[\0\ud800-\udfff{SHIELD}]")
@@ -63,10 +63,10 @@ FORMS += ("response{}", "answer{}", "output{}", "completion{}")
 PREFERRED = (("chosen", "rejected"), ("accepted", "rejected"), ("preferred", "dispreferred"))
 PREFERRED += (("preferred", "non_preferred"), ("better", "worse"), ("j", "k"))
 SIDES = (("0", "1"), ("1", "2"), ("a", "b"), ("A", "B"))
-LISTS = ("completions", "answers", "responses", "candidates", "all_generated_responses")
+LISTS = ("completions", "answers", "responses", "candidates")
 GRADED = ("overall_preference", "preference_strength")  # below 0: the first answer is better
-VERDICTS = ("better_response_id", "winner", "preference", "preferred", "better")
-TEXTS = ("response", "answer", "text", "content", "completion", "output")  # in a list of answers
+CHOICES = ("better_response_id", "winner", "preference", "preferred", "better")
+IN_LIST = ("response", "answer", "text", "content", "completion", "output")  # in a list of answers
 
 
 class Raw(NamedTuple):
@@ -127,7 +127,7 @@ def plain(record, where, chosen, rejected=None):
     return Raw(prompt, w, l, where, score_margin(record, where), (*answers, *names))
 
 
-def compared(record, where, first, second, sides):
+def two_answers(record, where, first, second, sides):
     """Reads two answers, of which another column says which is preferred."""
     chosen, margin = verdict(record, where, *sides)
     names = (first, second)
@@ -158,17 +158,14 @@ def interleaved(questions, answers):
 
 def verdict(record, where, a, b):
     """Which of two answers is preferred, 0 or 1, and by how much (or None); Dropped for a tie."""
-    name = next((name for name in (*GRADED, *VERDICTS) if name in record), None)
-    sides, margin = (a, b), None
+    name = next((name for name in (*GRADED, *CHOICES) if name in record), None)
+    value, margin = record.get(name), None
+    if name and value in (None, ""):
+        raise Dropped("no preference")
     if name in GRADED:
-        if (grade := score(record[name], name, where)) is None:
-            raise Dropped("no preference")
-        difference = margin = -grade
+        difference = margin = -score(value, name, where)
     elif name:
-        value = record[name]
-        if value is None or value == "":
-            raise Dropped("no preference")
-        told = re.sub(r"\.0$", "", str(value).lower())
+        told = str(value).lower().removesuffix(".0")
         if re.search(r"tie|both|equal|draw", told):
             raise Dropped("tie")
         told = re.sub(r"^(model|response|answer|output|completion|assistant)?[ _]?", "", told)
@@ -179,9 +176,9 @@ def verdict(record, where, a, b):
         won = [score(record.get(f"winner_model_{x}"), "winner_model", where) or 0 for x in "ab"]
         difference = won[0] - won[1]
     else:
-        difference = margin = score_margin(record, where, sides)
+        difference = margin = score_margin(record, where, (a, b))
         if margin is None:
-            cure = f"expected one of {', '.join((*GRADED, *VERDICTS))}, or a score of each"
+            cure = f"expected one of {', '.join((*GRADED, *CHOICES))}, or a score of each"
             raise UserError(f"{where}: no column says which answer is preferred; {cure}")
     if difference == 0:
         raise Dropped("tie")
@@ -190,16 +187,12 @@ def verdict(record, where, a, b):
 
 def listed(record, where, column):
     """Reads a list of answers with a score or rank each, as UltraFeedback's completions."""
-    items, scores = record[column], next((record[n] for n in LISTED_SCORES if record.get(n)), None)
-    if texts_alone(items) and isinstance(scores, list) and len(scores) == len(items):
-        rated = [(number(value), text) for value, text in zip(scores, items, strict=True)]
-    elif isinstance(items, list) and all(isinstance(item, dict) for item in items):
-        rated = [(rating(i), next((i[n] for n in TEXTS if i.get(n)), None)) for i in items]
-    else:
+    items = record[column]
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise UserError(f"{where}: {column} is {items!r:.40}; expected a list of objects")
+    rated = [(rating(i), next((i[n] for n in IN_LIST if i.get(n)), None)) for i in items]
     raw = best_and_a_worse(record, where, [r for r in rated if r[0] is not None], (column,))
-    ranked = items and isinstance(items[0], dict) and items[0].get("rank") is not None
-    return raw._replace(margin=None) if ranked else raw
+    return raw._replace(margin=None) if "rank" in items[0] else raw
 
 
 def best_and_a_worse(record, where, rated, used):
@@ -406,7 +399,7 @@ def layout_of(columns, need_rejected):
     for form, sides in product(FORMS[1:], SIDES):
         first, second = map(form.format, sides)
         if first in has and second in has:
-            read = partial(compared, first=first, second=second, sides=sides)
+            read = partial(two_answers, first=first, second=second, sides=sides)
             return "two answers and a preference", read, None
     for column in LISTS:
         if column in has and has.intersection(ASKED):
@@ -444,10 +437,14 @@ def one_pair(read, record, where, drops, need_rejected, ties=True):
     said = [message["content"] for message in pair.prompt] + [pair.chosen, pair.rejected or ""]
     invented = raw.prompt is None and isinstance(parsed(raw.chosen, where), str)
     drops.unread |= dict.fromkeys(account(record, raw.used, said, where, invented))
-    texts = "\n".join(said)  # one character is found much faster than a word
-    if ("|" in texts or "[" in texts or "_" in texts) and any(t in texts for t in RENDERED):
+    if is_rendered("\n".join(said)):
         drops.rendered.append(where)
     return pair
+
+
+def is_rendered(text):
+    """Whether it holds a control token. One character is found much faster than a word."""
+    return ("|" in text or "[" in text or "_" in text) and any(t in text for t in RENDERED)
 
 
 def make_pair(raw, need_rejected=True, ties=True):
@@ -486,10 +483,10 @@ def unfolded(raw):
     said = []  # what stands before the answer, by each of the answers that is a dialogue
     if not isinstance(chosen, str):
         before, chosen = dialogue(chosen, where)
-        said.append(before)
-    if rejected is not None and not isinstance(rejected, str):
+        said = [before]
+    if not isinstance(rejected, str | None):
         before, rejected = dialogue(rejected, where)
-        said.append(before)
+        said += [before]
     if said[1:] and said[0] != said[1]:
         raise Dropped("prompts differ")
     if said and said[0] and not any(message["content"].strip() for message in said[0]):
@@ -499,10 +496,8 @@ def unfolded(raw):
     if not said or not prompt:
         return (said[0] if said else prompt) or [], chosen, rejected
     if (whole := joined(prompt, said[0])) is None:
-        columns = ", ".join(raw.used)
-        fault = f"columns {columns} do not hold one dialogue ({said[0][0]['content']!r:.40})"
-        cure = "mend them, or leave out by --ignore_columns what does not belong"
-        raise UserError(f"{where}: {fault}; {cure}")
+        fault = f"columns {', '.join(raw.used)} do not hold one dialogue"
+        raise UserError(f"{where}: {fault}; leave out what is amiss by --ignore_columns")
     return whole, chosen, rejected
 
 
@@ -546,7 +541,7 @@ def as_messages(value, where):
         raise UserError(f"{where}: expected text or messages, found {type(value).__name__}")
     messages = []
     for item in value:
-        as_is = isinstance(item, dict) and len(item) == 2 and item.get("role") in SAME
+        as_is = type(item) is dict and len(item) == 2 and item.get("role") in PLAIN_ROLES
         fine = as_is and isinstance(item.get("content"), str)
         messages += [item] if fine else turns_of(item, where)
     return messages
@@ -588,15 +583,11 @@ def parsed(value, where, opening="[{"):
         return parse_hh(value)
     for read in (json.loads, ast.literal_eval):
         with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            found = read(value)
-            if opening == "[[" or all(
-                {"role", "content"} <= m.keys() or {"from", "value"} <= m.keys() for m in found
-            ):
+            found, keys = read(value), ({"role", "content"}, {"from", "value"})
+            if opening == "[[" or all(set(m) >= keys[0] or set(m) >= keys[1] for m in found):
                 return found
     if re.match(r"\[\{'(role|content|from|value)':", value):
-        raise UserError(
-            f"{where}: messages in a text that is neither JSON nor Python: {value!r:.40}"
-        )
+        raise UserError(f"{where}: messages as text, neither JSON nor Python: {value!r:.40}")
     return value
 
 
