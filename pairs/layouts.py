@@ -130,7 +130,7 @@ def plain(record, where, chosen, rejected=None):
 def two_answers(record, where, first, second, sides):
     """Reads two answers, of which another column says which is preferred."""
     chosen, margin = verdict(record, where, *sides)
-    names = (first, second)
+    names = (first, second, *(name for name in CHOICES if name in record))
     prompt, before = asked(record, where, names)
     answers = record[first], record[second]
     turns = [as_texts(value) for value in (record.get("prompt"), *answers)]
@@ -465,7 +465,7 @@ def make_pair(raw, need_rejected=True, ties=True):
     if chosen == rejected and not ties:
         raise Dropped("identical answers")
     if prompt[-1]["role"] == "assistant":
-        fault = "what is asked ends with the assistant's own turn"
+        fault = f"what is asked in {', '.join(raw.used)} ends with the assistant's own turn"
         raise UserError(f"{raw.where}: {fault}; give it as a part of the answers")
     return Pair(prompt, chosen, rejected, raw.where, raw.margin)
 

@@ -1,9 +1,13 @@
 """`--data`: files, globs, folders, hub ids with splits, several with weights; the hub's cache."""
 
+import csv
 import gzip
+import io
 import json
+import lzma
 from collections import Counter
 
+import pyarrow
 import pytest
 from dialogues import GOOD, write_rows
 from published import TREE
@@ -216,3 +220,112 @@ def test_a_json_file_may_hold_a_record_per_line(start, tmp_path):
 def test_a_json_file_may_be_printed_over_several_lines(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([GOOD, GOOD], indent=4))
     assert [row for _, row in records(str(tmp_path / "a.json"))] == [GOOD] * 2
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.xz", "a.json.zst", "a.csv", "a.tsv.gz", "a.csv.zst"])
+@pytest.mark.parametrize("bom, end", [("", "\n"), ("\ufeff", "\r\n")])
+def test_packed_and_tabular_files_with_bom_and_windows_ends(name, bom, end, tmp_path):
+    """Written by csv and json, packed by lzma, gzip and arrow; a field holds both line ends."""
+    rows = [GOOD | {"chosen": f'Häß, "{i}"\t{end}So.'} for i in range(3)]
+    kind, file = name.split(".")[1], str(tmp_path / name)
+    text = io.StringIO(newline="")
+    if kind.endswith("sv"):
+        table = csv.DictWriter(text, list(GOOD), dialect="excel-tab" if kind == "tsv" else "excel")
+        table.writeheader()
+        table.writerows(rows)
+    else:
+        text.write(json.dumps(rows) if kind == "json" else end.join(map(json.dumps, rows)))
+    raw = (bom + text.getvalue()).encode()
+    if name.endswith("zst"):
+        with pyarrow.output_stream(file, compression="zstd") as f:
+            f.write(raw)
+    else:
+        pack = {"xz": lzma.compress, "gz": gzip.compress}.get(name.rsplit(".", 1)[1], bytes)
+        (tmp_path / name).write_bytes(pack(raw))
+    assert [row for _, row in records(file)] == rows
+
+
+def test_a_csv_row_of_another_width_is_told(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,chosen,rejected\na,b\n")
+    with pytest.raises(UserError, match="a.csv:1: not as many fields as the header has"):
+        read_pairs(str(tmp_path / "a.csv"), Drops())
+
+
+def test_what_datasets_writes_is_what_we_read(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    rows = [GOOD | {"chosen": f"Häß {i}"} for i in range(5)]
+    whole = datasets.Dataset.from_list(rows)
+    whole.save_to_disk(tmp_path / "saved", num_shards=2)
+    datasets.DatasetDict(train=whole, test=whole.select([0])).save_to_disk(tmp_path / "both")
+    whole.map(lambda row: row, cache_file_name=str(tmp_path / "saved" / "cache-1.arrow"))
+    whole.to_csv(tmp_path / "a.csv", index=False)
+    expected = [row["chosen"] for row in rows]
+    for source in ("saved", "both", "a.csv"):
+        assert chosen(str(tmp_path / source)) == expected
+    assert chosen(f"{tmp_path / 'both'}:test") == expected[:1]
+
+
+# ----------------------------------------------------------------------------- what a card declares
+
+CARD = """---
+license: mit
+configs:
+- config_name: preference
+  data_files:
+  - {split: train, path: "preference/train.jsonl"}
+  - {split: validation, path: [preference/val*]}
+DEFAULT- config_name: edit
+  data_files: edit/*.jsonl
+- config_name: odd
+  data_dir: odd
+---
+# About
+"""
+
+
+@pytest.fixture
+def carded(tmp_path):
+    touch(tmp_path, "preference/train.jsonl", "preference/val-0.jsonl", "edit/a.jsonl",
+          "edit/b.jsonl", "edit/deep/c.jsonl", "odd/train.jsonl", "odd/test.jsonl")  # fmt: skip
+
+    def write(default):
+        (tmp_path / "README.md").write_text(CARD.replace("DEFAULT", default))
+        return str(tmp_path)
+
+    return write
+
+
+def test_a_card_decides_which_files_belong_together(carded):
+    """As datasets reads the same folder."""
+    folder = carded("  default: true\n")
+    expected = {"": ["preference/train.jsonl"], ":validation": ["preference/val-0.jsonl"],
+                ":edit": ["edit/a.jsonl", "edit/b.jsonl"], ":odd/test": ["odd/test.jsonl"],
+                ":preference/validation": ["preference/val-0.jsonl"]}  # fmt: skip
+    for split, files in expected.items():
+        assert names(folder, data_files(folder + split)) == files
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    for name, split in (("preference", "train"), ("preference", "validation"), ("edit", "train")):
+        theirs = datasets.load_dataset(folder, name, split=split, cache_dir=f"{folder}/.cache")
+        assert chosen(f"{folder}:{name}/{split}") == theirs["chosen"]
+
+
+def test_several_configurations_without_a_default_are_listed_and_not_mixed(carded):
+    folder = carded("")
+    with pytest.raises(UserError, match="configurations preference, edit, odd; name one"):
+        data_files(folder)
+    with pytest.raises(UserError, match="no split dev of preference, but train, validation; name"):
+        data_files(f"{folder}:preference/dev")
+
+
+def test_a_hub_dataset_is_read_by_its_card(monkeypatch, carded, tmp_path):
+    carded("  default: true\n")
+    hub = pytest.importorskip("huggingface_hub")
+    listed = ["README.md", "edit/a.jsonl", "odd/train.jsonl", "preference/train.jsonl"]
+    monkeypatch.setattr(hub.HfApi, "list_repo_files", lambda *_, **__: listed)
+    monkeypatch.setattr(hub, "hf_hub_download", lambda name, file, **_: str(tmp_path / file))
+    assert chosen("lab/name") == ["preference/train.jsonl"]
+    assert chosen("lab/name:edit") == ["edit/a.jsonl"]
+    with pytest.raises(UserError, match="--data lab/name: its card declares no split x of edit"):
+        chosen("lab/name:edit/x")
