@@ -38,7 +38,7 @@ from kernels import chains, detached, flex
 from losses import summed, unique
 from model import export, load_weights, outline, path_limit, read_config
 from pairs.cleaning import CleaningFlags, clean
-from pairs.read import Drops, hold_out, n_shared, parse_sources, read_pairs
+from pairs.read import Drops, hold_out, parse_sources, read_pairs, told_of_held
 from pairs.token_cache import cache_key, cached
 
 # ----------------------------------------------------------------------------- flags
@@ -136,23 +136,19 @@ def data_key(s, template, recipe, guard):
 def read_and_tokenise(s, template, recipe, guard=None, shown=False):
     """Read, clean, hold out, tokenise -> as load_data. shown: with a progress bar."""
     in_context = any(path.context in ("chosen", "rejected") for path in recipe.paths)
-    both = in_context or recipe.objective.answers == ("chosen", "rejected")
-    drops, cleaned, rules = Drops(), Drops(), CleaningFlags.of(s)
-    how = both, s.bad_rows
+    how = in_context or recipe.objective.answers == ("chosen", "rejected"), s.bad_rows
+    drops, cleaned, left, rules = Drops(), Drops(), Drops(), CleaningFlags.of(s)
     pairs = read_pairs(s.data, drops, s.limit, *how, s.data_revision, s.ignore_columns)
     lines = [f"read {len(pairs)} pairs from {s.data}; dropped: {drops}"]
     if rules != CleaningFlags():
         pairs = clean(pairs, rules, template, cleaned, guard)
         lines.append(f"cleaned: {len(pairs)} pairs; dropped: {cleaned}")
     if s.eval_data:
-        asked = s.eval_data, Drops(), s.eval_pairs
-        held = read_pairs(*asked, *how, s.eval_revision, s.ignore_columns)
-        lines.append(f"read {len(held)} pairs from {s.eval_data}; dropped: {asked[1]}")
+        held = read_pairs(s.eval_data, left, s.eval_pairs, *how, s.eval_revision, s.ignore_columns)
     else:
         n = min(1000, len(pairs) // 10) if s.eval_pairs is None else s.eval_pairs
         pairs, held = hold_out(pairs, n, s.seed)
-        lines.append(f"held out for validation: {len(held)} pairs ({n} wanted), by whole prompts")
-    lines[-1] += f"; {n_shared(pairs, held)} of these have a prompt that is trained on"
+    lines.append(told_of_held(pairs, held, s.eval_data or s.data, left))
     sets = {"train": tokenise(s, template, recipe, pairs, shown=shown)}
     if held:
         sets["validation"] = tokenise(s, template, recipe, held)

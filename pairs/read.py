@@ -175,10 +175,12 @@ def hold_out(pairs, n, seed):
     return [p for p in pairs if p.where not in held], [held[w] for w in places if w in held]
 
 
-def n_shared(train, held):
-    """How many of the held-out pairs have a prompt of a training pair."""
+def told_of_held(train, held, source, drops):
+    """One line on the validation pairs, and how many of them ask what a training pair asks."""
     known = {str(pair.prompt) for pair in train}
-    return sum(str(pair.prompt) in known for pair in held)
+    shared = sum(str(pair.prompt) in known for pair in held)
+    told = f"validation: {len(held)} pairs of {source}, dropped: {drops}"
+    return f"{told}; prompt trained on too: {shared}"
 
 
 def parse_sources(text, revision=None):

@@ -9,7 +9,7 @@ from dialogues import GOOD, reply, say, write_rows
 import data
 from jobs.cli import UserError
 from pairs.layouts import Pair
-from pairs.read import Drops, hold_out, read_pairs
+from pairs.read import Drops, hold_out, read_pairs, told_of_held
 
 
 def read(directory, *rows, **options):
@@ -243,3 +243,10 @@ def test_one_large_prompt_does_not_stand_in_the_way_of_the_wanted_number():
 def test_pairs_of_one_prompt_are_all_trained_on():
     pairs = [Pair(Q, str(i), "", f"f:{i}") for i in range(50)]
     assert hold_out(pairs, 10, seed=0) == (pairs, [])
+
+
+def test_the_log_counts_validation_pairs_whose_prompt_is_trained_on():
+    pairs = [Pair(say(f"{i // 2}?"), "So.", "No.", f"f:{i}") for i in range(6)]
+    told = told_of_held(pairs[:3], pairs[3:], "x", Drops())
+    assert told == "validation: 3 pairs of x, dropped: none; prompt trained on too: 1"
+    assert told_of_held(*hold_out(pairs, 2, 0), "x", Drops()).endswith("trained on too: 0")
