@@ -239,7 +239,7 @@ def fit(s, ranks, recipe):
     ranks.deferred = True  # from here on a signal waits for the next place to save or stop
     reference = job.score_reference(reference_source, digests[reference_source])
     if found:
-        job.state |= job.saver.resume(*found, model, job.optimizer)
+        job.state |= checkpoint.restore(*found, model, job.optimizer)
     first = job.state["step"]
     if first == 0:
         job.check_start()

@@ -117,18 +117,14 @@ def added_token(value, special=True):
 def refuse_other_ids(directory, other, flag):
     """UserError unless both HF directories mean the same tokens by the same ids.
 
-    A padded embedding does no harm; where the other one has no tokenizer, sizes must be the same.
+    A larger embedding, padded, does no harm.
     """
+    ours, theirs = (read_tokenizer(Path(d))[0].get_vocab() for d in (directory, other))
     sizes = [read_json(Path(d) / "config.json").get("vocab_size") for d in (directory, other)]
-    ours, fault = read_tokenizer(Path(directory))[0].get_vocab(), None
-    if (Path(other) / TOKENIZER_FILES[0]).exists():
-        theirs = read_tokenizer(Path(other))[0].get_vocab()
-        wrong = [token for token in ours | theirs if ours.get(token) != theirs.get(token)]
-        if wrong:
-            fault = f"{wrong[0]!r} has id {theirs.get(wrong[0])}, not {ours.get(wrong[0])}"
-        elif sizes[1] < min(sizes[0], 1 + max(ours.values())):
-            fault = f"it has {sizes[1]} embeddings, not {sizes[0]}"
-    elif sizes[0] != sizes[1]:
-        fault = f"its vocabulary has {sizes[1]} tokens, not {sizes[0]}, and there is no tokenizer"
-    if fault:
-        raise UserError(f"{flag} {other}: {fault} as in {directory}; the same ids must be the same")
+    if wrong := [token for token in ours | theirs if ours.get(token) != theirs.get(token)]:
+        fault = f"{wrong[0]!r} has id {theirs.get(wrong[0])}, not {ours.get(wrong[0])}"
+    elif sizes[1] < min(sizes[0], 1 + max(ours.values())):
+        fault = f"it has {sizes[1]} embeddings, not {sizes[0]}"
+    else:
+        return
+    raise UserError(f"{flag} {other}: {fault} as in {directory}; the same ids must be the same")

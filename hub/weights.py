@@ -41,10 +41,7 @@ def fetch(ranks, source, flag):
 
 
 def resolve(source, flag="--model"):
-    """A local directory, or a hub id or ID@REVISION, which is downloaded -> Path.
-
-    UserError for what is no model directory but something near to one, with the way out.
-    """
+    """A local directory, or a hub id or ID@REVISION, which is downloaded -> Path."""
     if Path(source).exists():
         refuse_other_kinds(Path(source), flag)
         return Path(source)
@@ -77,7 +74,7 @@ def refuse_other_kinds(path, flag):
     elif path.is_file():
         fault = "a file; give the directory that holds config.json and *.safetensors"
     elif (path / "state.json").exists() and any(path.glob("rank-*.safetensors")):
-        fault = "a checkpoint of train.py, to --resume from; models are OUT/final and OUT/best"
+        fault = "a checkpoint of train.py; `python evaluate.py extract` makes a model of it"
     elif config.exists() and "settings" in read_json(config) or not config.exists() and inner:
         named = [d for d in inner if d.name in ("final", "best")][::-1] or inner
         cure = f"its models: {', '.join(map(str, named))}" if named else "it has no model yet"

@@ -91,17 +91,11 @@ class Saver:
             raise UserError(f"{self.fault}; free some space, then --resume")
 
     def newest(self):
-        """(path, state) to resume from; None, and said, where there is no whole checkpoint."""
+        """(path, state) to resume from; None where there is no whole checkpoint. Says which."""
         found = newest(self.directory, self.owner, self.say)
-        if found is None:
-            self.say(f"no whole checkpoint in {self.directory}: starting at step 0")
+        none = f"no whole checkpoint in {self.directory}: starting at step 0"
+        self.say(f"resuming from {found[0]}" if found else none)
         return found
-
-    def resume(self, path, state, model, optimizer):
-        """Fills both from what `newest` found -> the state."""
-        restore(path, state, model, optimizer)
-        self.say(f"resuming from {path}")
-        return state
 
     def _write(self, tensors, part, state):
         """The thread: every rank writes its part, and rank 0 publishes when all are whole."""
@@ -196,7 +190,7 @@ def _check(file, expected):
 
 
 def restore(path, state, model, optimizer):
-    """Fill weights and optimizer state from a checkpoint of any number of ranks."""
+    """Fill weights and optimizer state from a checkpoint of any number of ranks -> its state."""
     files = [safe_open(path / f"rank-{r}.safetensors", "pt") for r in range(state["world"])]
     for parameter in model.parameters():
         step = torch.tensor(float(state["step"]), device=parameter.device)
@@ -211,6 +205,7 @@ def restore(path, state, model, optimizer):
                 if start < stop:
                     piece = file.get_slice(name)[start - held.start : stop - held.start]
                     part[start - rows.start : stop - rows.start].copy_(piece)
+    return state
 
 
 def write_keyed(tensors, file, key):

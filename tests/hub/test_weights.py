@@ -371,7 +371,7 @@ OTHER_KINDS = {  # what a directory holds -> what is told
     "a run": (lambda d: write_run(d, "best", "final"), "a folder.*its models: .*/final, .*/best$"),
     "a run with its best alone": (lambda d: write_run(d, "best"), "a folder.*its models: .*/best$"),
     "a run that has not ended": (write_run, "a folder.*it has no model yet"),
-    "a checkpoint": (write_checkpoint, "a checkpoint of train.py, to --resume from"),
+    "a checkpoint": (write_checkpoint, "a checkpoint of train.py.*evaluate.py extract"),
     "the hub's cache": (write_snapshot, "a folder.*its models: .*/snapshots/0a1b$"),
 }
 
