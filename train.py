@@ -34,7 +34,7 @@ from jobs import checkpoint, cli, processes, rundir
 from jobs.cli import UserError, as_user_error, flag, parse, progress, run
 from jobs.files import ASSETS, written_whole
 from jobs.processes import Ranks, Stopped
-from kernels import chains, detached, flex
+from kernels import chains, detached, flex, memory
 from losses import summed, unique
 from model import export, load_weights, outline, path_limit, read_config
 from pairs.cleaning import CleaningFlags, clean
@@ -226,6 +226,7 @@ def fit(s, ranks, recipe):
     s = fit_to_data(s, ranks, recipe, sets, plan)
     rundir.show(s, ranks, recipe, plan)
     ranks.share(lambda: rundir.check_config(s, ranks.say))
+    ranks.say(memory.shortage(s, read_config(source)[1], ranks))
 
     # the model, and the reference's log-probabilities, computed once
     model = build_model(s, ranks, source, recipe.objective.head)
@@ -456,7 +457,7 @@ class Run:
             line |= {"rejected_reward": rejected / n}
         line |= {"chosen_reward": chosen / n, "lr": self.learning_rate(step)}
         line |= {"grad_norm": norm, "pairs": n, "tokens": int(tokens)}
-        memory, longest = self.ranks.most(  # of the fullest process, of the longest row
+        held, longest = self.ranks.most(  # of the fullest process, of the longest row
             processes.peak_memory(self.ranks.kind), max(len(row.tokens) for row in rows)
         )
         fill = tokens / (len(rows) * self.ranks.world * longest)  # the rest is padding, or waiting
@@ -464,7 +465,7 @@ class Run:
         line |= {"row_fill": round(fill, 4), "seconds": round(seconds, 4)}
         line |= {"pairs_per_second": round(n / seconds, 2)}
         line |= {"tokens_per_second": round(tokens / seconds, 2)}
-        return line | {"memory_gib": round(memory, 3)}, stop > 0
+        return line | {"memory_gib": round(held, 3)}, stop > 0
 
     def backward(self, row, pairs, paths, kl, units):
         """Forward and backward of one row -> (5,) loss, accuracy, rewards, tokens, summed."""

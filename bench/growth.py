@@ -11,8 +11,8 @@
 
 One axis at a time; each point is a run in a process of its own (several under torchrun, one thread
 each) with a model of noise and synthetic pairs: of --mix, or with --fill those whose tries fill
---rows rows of an optimizer step. On CUDA there are at most as many blocks as evals/plan.py says fit
-beside the longest row.
+--rows rows of an optimizer step. On CUDA there are at most as many blocks as kernels/memory.py
+says fit beside the longest row.
 
 Time: *data* is reading, rendering and tokenising. Memory: *KiB/pair* is what a pair takes, tokens
 and reference included; *step* is the peak over what was held before the first step; beside it what
@@ -37,9 +37,9 @@ from bench import measuring, training
 from bench.inputs import MIXES, Mix, filling, published, resized, write_noise, write_pairs
 from bench.measuring import DTYPES, Flops, percent, table, whole_numbers
 from data import build_row
-from evals.plan import HEADROOM, per_gpu
-from evals.plan import measure as sizes_of
 from jobs.cli import UserError, flag, parse, run
+from kernels.memory import HEADROOM, per_gpu
+from kernels.memory import measure as sizes_of
 from model import config_of, load
 from train import TrainFlags
 
@@ -89,7 +89,7 @@ def shape_of(s, point):
 
 
 def fitting(s, raw):
-    """As many blocks, at most all, as evals/plan.py says fit this GPU beside the longest row."""
+    """As many blocks, at most all, as fit this GPU beside the longest row: kernels/memory.py."""
     room = HEADROOM * torch.cuda.get_device_properties(0).total_memory
     for n in range(raw["num_hidden_layers"], 0, -1):
         config = config_of(raw | {"num_hidden_layers": n})

@@ -1,6 +1,6 @@
 """Memory of a process: what a row's activations take, and what loading and exporting take.
 
-    python -m bench.memory activations      evals/plan.py's bytes per row against what is measured
+    python -m bench.memory activations      planned bytes per row (kernels/memory.py) and measured
     python -m bench.memory loading          bf16 noise in the shape of Llama-3.2-1B: 2.5 GB of disk
     python -m bench.memory loading --shape llama-3-8b      16 GB of disk, 17 GB of memory
 
@@ -32,10 +32,10 @@ from bench import measuring
 from bench.inputs import published, write_noise
 from bench.measuring import ROOT, fresh, smaps, table, whole_numbers
 from data import build_row, lay_out
-from evals.plan import measure as planned
 from jobs.cli import UserError, flag, parse, run
 from jobs.processes import Ranks, whole_tensors
 from kernels import chains
+from kernels.memory import measure as planned
 from model import Transformer, export, read_config
 from train import TrainFlags, build_model
 

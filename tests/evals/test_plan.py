@@ -1,15 +1,22 @@
 """`evaluate.py plan` counts parameters as published, and bytes as autograd keeps them."""
 
+import dataclasses
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import parity
 import pytest
 import torch
+from runs import train_here
 
+import train
 from evals import plan
-from jobs.cli import UserError
+from jobs.cli import UserError, parse
+from kernels import memory
 from model import Transformer, config_of, read_config
 
 ROOT = Path(__file__).parents[2]
@@ -37,8 +44,8 @@ def test_every_shape_has_its_published_number_of_parameters():
 def test_activations_on_meta_are_those_of_real_tensors(name):
     config = config_of(parity.CONFIGS[name])
     block = Transformer(config).blocks[0]
-    real = plan.saved_bytes(block, config, 50, torch.float32, "cpu")
-    sizes = plan.measure(config, 50, torch.float32)
+    real = memory.saved_bytes(block, config, 50, torch.float32, "cpu")
+    sizes = memory.measure(config, 50, torch.float32)
     assert sizes["block"] == pytest.approx(real, rel=0.01)
     assert sizes["block"] > 50 * 4 * (3 * config.width + config.ffn), "at least inputs and products"
 
@@ -55,12 +62,12 @@ def test_activations_of_a_linear_layer_by_hand():
             return self.linear(x).relu()
 
     config = config_of(parity.CONFIGS["Llama 3"] | {"hidden_size": 3, "head_dim": 2})
-    assert plan.saved_bytes(Toy(), config, 5, torch.float32, "cpu") == 4 * (15 + 10)
+    assert memory.saved_bytes(Toy(), config, 5, torch.float32, "cpu") == 4 * (15 + 10)
 
 
 def test_states_are_shared_among_gpus_and_gathered_ones_are_not():
     sizes = {"parameters": 800, "largest block": 10, "root": 100, "head": 7}
-    alone, eight = plan.per_gpu(sizes, 1), plan.per_gpu(sizes, 8)
+    alone, eight = memory.per_gpu(sizes, 1), memory.per_gpu(sizes, 8)
     assert [alone[k] for k in ("weights", "gradients", "optimizer")] == [3200, 3200, 6400]
     assert [eight[k] for k in ("weights", "gradients", "optimizer")] == [400, 400, 800]
     assert alone["gathered"] == 2 * (800 + 10) + 4 * 100
@@ -90,3 +97,56 @@ def test_plan_is_a_command(tmp_path):
     ]
     done = subprocess.run(words, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert done.returncode == 0 and "| 8 |" in done.stdout and not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------- before it starts
+
+
+def told(monkeypatch, config, gb, words="", world=8):
+    """What training says of a run with these flags, on GPUs of so many gigabytes."""
+    s, _ = train.resolve_flags(parse(train.TrainFlags, "", words.split()), "cpu")
+    s = dataclasses.replace(s, dtype="bf16", row_tokens=s.row_tokens or 8192)
+    monkeypatch.setattr(memory, "gpu_bytes", lambda device: gb * 10**9)
+    return memory.shortage(s, config, SimpleNamespace(world=world, kind="cuda", device=0))
+
+
+def test_training_says_what_does_not_fit_and_which_flag_helps(monkeypatch):
+    _, config = read_config(SHAPES / "llama-3-8b")
+    assert told(monkeypatch, config, 80, "--checkpoint_activations") == ""
+    assert told(monkeypatch, config, 141) == ""
+    said = told(monkeypatch, config, 80)
+    assert "87.8 GB of each GPU, which has 72.0 to give" in said
+    assert said.endswith("; add --checkpoint_activations")
+    assert told(monkeypatch, config, 80, world=1).endswith("--checkpoint_activations --offload")
+    assert told(monkeypatch, config, 141, "--shard_group 1").endswith("add --offload")
+    assert told(monkeypatch, config, 10).endswith("take more GPUs, or a smaller --row_tokens")
+    rows = "--row_tokens 2048 --shard_group 8"
+    assert told(monkeypatch, config, 80, rows) == "" and told(monkeypatch, config, 40, rows) != ""
+
+
+def test_the_readmes_node_command_fits_by_its_own_plan(monkeypatch):
+    text = re.sub(r"\\\n", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
+    (words,) = re.findall(r"--nproc-per-node 8 train.py (.*Llama-3-8B.*)", text)
+    _, config = read_config(SHAPES / "llama-3-8b")
+    assert told(monkeypatch, config, 80, shlex.join(shlex.split(words))) == ""
+
+
+def test_a_run_says_it_before_it_starts_and_on_a_cpu_says_nothing(
+    flags, no_plots, monkeypatch, capsys
+):
+    flags |= {"loss": "simpo", "steps": 1}
+    train_here(flags)
+    assert "memory:" not in capsys.readouterr().out
+    monkeypatch.setattr(memory, "gpu_bytes", lambda device: 10**5)
+    check = memory.shortage
+    gpu = SimpleNamespace(world=1, kind="cuda", device=0)
+    monkeypatch.setattr(memory, "shortage", lambda s, config, ranks: check(s, config, gpu))
+    train_here(flags | {"out": flags["out"] / "small"})
+    out = capsys.readouterr().out
+    assert 0 < out.index("memory: this run needs about") < out.index("step 0:")
+
+
+def test_what_checkpoints_take_on_disk_is_said():
+    """12 bytes a parameter; the best, the newest two and the one being written."""
+    line = plan.disk_line(8_030_261_248, keep=2)
+    assert "a checkpoint 96.4 GB" in line and "at most 418 GB" in line
