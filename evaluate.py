@@ -92,9 +92,7 @@ def read_sides(s):
 
 def scored(s, answers):
     """(N,) scores of answers under --model, those in --cache first."""
-    model, template = load_model(
-        s.model, s.dtype, s.device, head="reward", fold_system=s.fold_system
-    )
+    model, template = load_model(s.model, s.dtype, s.device, head="reward", fold=s.fold_system)
     cache = open_scores(s.cache, model, template.directory) if s.cache else {}
     return reward_scores(model, template, answers, s.pool, s.row_tokens, cache)
 
@@ -286,7 +284,7 @@ def evaluate_pairs(s):
         directories.append(resolve(s.ref, "--ref"))
         refuse_other_ids(*directories, "--ref")
     limit = path_limit(s.max_len, *directories)
-    model, template = load_model(s.model, s.dtype, s.device, fold_system=s.fold_system)
+    model, template = load_model(s.model, s.dtype, s.device, fold=s.fold_system)
     limits = Limits(limit, s.draft_cap, s.score_eos)
     dataset = Dataset(rows, template, every, limits, s.instruction, s.sep, shown=True)
     print(f"{s.data}: {len(rows)} pairs read, dropped: {drops}; scored: {dataset.report()}")

@@ -462,13 +462,11 @@ def check_flags(s, world=1):
         raise UserError("--endpoint wants a single process; --concurrency N asks N at once")
 
 
-def load_model(
-    directory, dtype=None, device="auto", head="logps", name="--model", fold_system=False
-):
+def load_model(directory, dtype=None, device="auto", head="logps", name="--model", fold=False):
     """What every command that reads a model needs: model.load's Transformer, and its Template."""
     model = load(directory, dtype, device, head, name)
     model.attend = chains.attend  # rows are scored chain by chain: same values, less work
-    return model, open_template(model.directory, fold_system)
+    return model, open_template(model.directory, fold)
 
 
 def stop_ids(template):
@@ -528,7 +526,7 @@ def answerer(s):
     if s.endpoint:
         endpoint = Endpoint(s.endpoint, s.model, s.timeout, s.retries)
         return RemoteAnswers(endpoint, sampling, s.concurrency)
-    model, template = load_model(s.model, s.dtype, s.device, fold_system=s.fold_system)
+    model, template = load_model(s.model, s.dtype, s.device, fold=s.fold_system)
     return Answers(model, template, sampling._replace(stop_ids=stop_ids(template)), s.batch)
 
 

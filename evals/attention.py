@@ -41,7 +41,7 @@ def attention(s):
     columns, views = {}, None  # columns: {when: {(context, measure, part): (N, L)}}
     for name, of in flags.items():
         model, template = load_model(
-            getattr(s, of), s.dtype, s.device, name=f"--{of}", fold_system=s.fold_system
+            getattr(s, of), s.dtype, s.device, name=f"--{of}", fold=s.fold_system
         )
         views = views or open_views(s, template, contexts)
         every = attention_statistics(model, views, name)

@@ -128,7 +128,7 @@ class ContextFlags(AnalysisFlags):
 def context(s):
     """Loss of the chosen answers under what may stand before them, and their spread."""
     require(s, "model", "data")
-    model, template = load_model(s.model, s.dtype, s.device, fold_system=s.fold_system)
+    model, template = load_model(s.model, s.dtype, s.device, fold=s.fold_system)
     contexts = INSTRUCTED | SHOWN | separated(template, s.sep)
     views = open_views(s, template, contexts)
     measured = token_statistics(model, views, s.row_tokens)  # {measure: (N, P)}

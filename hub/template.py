@@ -173,7 +173,11 @@ class Template:
             return text
         except Exception as error:  # a template is a program: TypeError, OverflowError, its own …
             reason = " ".join(str(error).split())
-            if messages[0]["role"] == "system" and not self.source.startswith(FOLD_SYSTEM):
+            if (
+                messages
+                and messages[0]["role"] == "system"
+                and not self.source.startswith(FOLD_SYSTEM)
+            ):
                 reason += "; --fold_system puts a system turn into the user's"
             raise Refused(self.directory, reason) from error
 
@@ -266,12 +270,10 @@ class Template:
     def _seam(self, behind):
         """Ids of a text, if a text behind it has others than alone (a mark less); else none."""
         if behind not in self._seams:
-            (before,) = self._ids([behind])
-            joined = [ids.tolist() for ids in self._ids(behind + text for text in STARTS)]
-            alone, n = self._ids(STARTS), len(before)
+            (before,), behinds = self._ids([behind]), self._ids(behind + text for text in STARTS)
             changed = any(
-                both[:n] == before.tolist() and both[n:] != own.tolist()
-                for both, own in zip(joined, alone, strict=True)
+                [*before, *own] != [*both] and [*before] == [*both[: len(before)]]
+                for both, own in zip(behinds, self._ids(STARTS), strict=True)
             )
             self._seams[behind] = before if changed else []
         return self._seams[behind]
