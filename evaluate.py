@@ -224,8 +224,8 @@ def evaluate_best_of(s):
             (low, worst), (high, best) = ranked[0], ranked[-1]
             pair = {"prompt": best.prompt, "chosen": best.text, "rejected": worst.text}
             rows.append(pair | {"score_chosen": high, "score_rejected": low})
-    told = f"{len(answers)} answers to {len(questions)} questions"
-    print(f"{told}: {len(rows)} pairs, dropped: {drops}")
+    told = f"{len(answers)} answers to {len(questions)} questions: {len(rows)} pairs"
+    print(f"{told}, dropped: {drops}")
     if not rows:
         raise UserError(f"{s.answers}: no pair; generate.py --n K gives K answers per question")
     high, low = (np.mean([row[f"score_{side}"] for row in rows]) for side in ("chosen", "rejected"))

@@ -146,6 +146,6 @@ def draw_layers(columns, contexts, file):
         axis.xaxis.get_major_locator().set_params(integer=True)  # there is no layer 0.5
     lines = {line.get_label(): line for axis in axes.values() for line in axis.lines}
     names = sorted(lines, key=lambda name: PROMPT_PARTS.index(name.split()[0]))  # a part a column
-    look = {"frameon": False, "ncols": len(PROMPT_PARTS), "loc": "outside lower center"}
-    figure.legend([lines[name] for name in names], names, **look)
+    look = {"frameon": False, "ncols": len(PROMPT_PARTS)}
+    figure.legend(map(lines.get, names), names, loc="outside lower center", **look)
     figure.savefig(file, dpi=120)

@@ -51,20 +51,15 @@ def by_seed(found):
 
     Runs without a config.json belong to none.
     """
-    keys, groups = {}, {}
-    for run in found:
-        settings = read_json(Path(run) / "config.json").get("settings") or {}
-        if "seed" in settings:
-            method = {k: v for k, v in settings.items() if k not in NOT_COMPARED}
-            keys[run] = method, settings["seed"]
-    every = [method for method, _ in keys.values()]
-    names = [k for k in dict.fromkeys(k for method in every for k in method)
-             if len({json.dumps(method.get(k)) for method in every}) > 1]  # fmt: skip
-    for run, (method, seed) in keys.items():
-        group = ", ".join(f"{k} {method.get(k)}" for k in names) or f"loss {method.get('loss')}"
-        if seed in groups.setdefault(group, {}):
-            print(f"{run}: {group}, seed {seed} is there already; left out of the groups")
-        groups[group].setdefault(seed, found[run])
+    configs = {run: read_json(Path(run) / "config.json").get("settings") or {} for run in found}
+    configs, groups = {run: of for run, of in configs.items() if "seed" in of}, {}
+    keys = dict.fromkeys(key for of in configs.values() for key in of if key not in NOT_COMPARED)
+    keys = [k for k in keys if len({json.dumps(of.get(k)) for of in configs.values()}) > 1]
+    for run, of in configs.items():
+        group = ", ".join(f"{key} {of.get(key)}" for key in keys) or f"loss {of.get('loss')}"
+        if of["seed"] in groups.setdefault(group, {}):
+            print(f"{run}: {group}, seed {of['seed']} is there already; left out of the groups")
+        groups[group].setdefault(of["seed"], found[run])
     return groups
 
 
@@ -77,11 +72,10 @@ def print_seeds(groups):
     rows = []
     for group, seeds in values.items():
         columns = np.array(list(seeds.values())).T  # (measures, seeds)
-        cells = [f"{of.mean():.4f}" for of in columns]
-        if len(seeds) > 1:
-            cells = [f"{of.mean():.4f} ± {of.std(ddof=1):.4f}" for of in columns]
+        spread = [f" ± {of.std(ddof=1):.4f}" if len(of) > 1 else "" for of in columns]
+        cells = [f"{of.mean():.4f}{told}" for of, told in zip(columns, spread, strict=True)]
         rows.append([group, str(len(seeds)), *cells])
-    print("\n" + "\n".join(markdown_table(["group", "seeds", *names], rows)))
+    print("", *markdown_table(["group", "seeds", *names], rows), sep="\n")
     first, *others = values
     for group in others:
         shared = [seed for seed in values[group] if seed in values[first]]
@@ -90,7 +84,7 @@ def print_seeds(groups):
         if len(gaps) > 1:
             means = map(t_interval, np.array(list(gaps.values())).T)  # of (measures, seeds)
             rows.append(["mean [95%]", *(f"{mean:+.4f}" for mean in means)])
-        print("\n" + "\n".join(markdown_table([f"{group} less {first}", *names], rows)))
+        print("", *markdown_table([f"{group} less {first}", *names], rows), sep="\n")
 
 
 def ends(lines):

@@ -43,8 +43,8 @@ def interval(value, resampled):
 def t_interval(values):
     """(N,) values, N at least 2, say one per seed -> Estimate of their mean by Student's t.
 
-    For few values, of which the bootstrap makes intervals that are too narrow. With x = sqrt(df)
-    tan(a) the density of t is that of cos(a)^(df - 1), which is summed up on a grid.
+    The bootstrap's intervals of so few values are too narrow. The quantile is summed up on a grid:
+    with t = sqrt(df) tan(a) the density of a goes as cos(a)^(df - 1).
     """
     values = np.asarray(values, dtype=np.float64)
     df = len(values) - 1

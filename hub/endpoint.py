@@ -99,8 +99,8 @@ class Endpoint:
             if named[0] not in self.swaps:
                 other = self.swaps[named[0]] = STAND_INS[named[0]]
                 told = f"asked with {other} instead" if other else "asked without it"
-                line = f"--endpoint {self.name}: {told} from now on: {said}"
-                tqdm.write(line, file=sys.stderr)  # between progress bars
+                # between progress bars
+                tqdm.write(f"--endpoint {self.name}: {told} from now on: {said}", file=sys.stderr)
         return True
 
     def _post(self, body):

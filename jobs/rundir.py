@@ -247,11 +247,8 @@ def advise(s, plan, parameters):
         yield f"lr {s.lr:g} is for models of 7B and may move nothing; for {size} try --lr 2e-5"
 
 
-CURVES = {  # prefix of a metric: its line, and what the legend says
-    "": ("-", "training"),
-    "eval_": ("o-", "eval_…"),
-    "eval_plain_": ("s--", "eval_plain_… (prompt alone)"),
-}
+CURVES = {"": ("-", "training"), "eval_": ("o-", "eval_…"),  # prefix of a metric: line, legend
+          "eval_plain_": ("s--", "eval_plain_… (prompt alone)")}  # fmt: skip
 
 
 def draw(runs, file):
