@@ -65,6 +65,25 @@ BRIDGES = {  # --bridge; a new row here is a new bridge
     "turn": Bridge("", "{turn}", ended=True),  #     x l turn w*         IFSR Eq. 4
 }
 
+
+def open_bridge(name, template, instruction, sep=None):
+    """A row of BRIDGES in a template's words -> (Bridge of texts, ids before, ids after).
+
+    sep: None takes the template's separator; "" is one too.
+    """
+    if name not in BRIDGES:
+        raise UserError(f"--bridge {name}: unknown; choose from {', '.join(BRIDGES)}")
+    sep = template.separator() if sep is None else sep
+    if set(template.encode([sep])[0]) & set(template.end_ids):
+        raise UserError(f"--sep {sep!r} holds the token that ends generation; choose another")
+    *texts, ended = BRIDGES[name]
+    known = {"sep": sep, "turn": template.turn(instruction)}
+    told = Bridge(*(text.format(**known) for text in texts), ended)
+    (before,) = template.encode([told.before], behind=template.opening)
+    (after,) = template.encode([told.after], behind=template.end if ended else PROBE)
+    return told, before, after
+
+
 # ----------------------------------------------------------------------------- tokenised pairs
 
 
@@ -97,7 +116,7 @@ class Dataset:
         self.in_context = bool(contexts & {"chosen", "rejected"})
         self.instructed = "instruct" in contexts
         self.twice = {p.target for p in recipe.paths if p.context == p.target}  # on one path
-        self._bridge(template.separator() if sep is None else sep)  # "" is a separator too
+        self._bridge(sep)
         self.drops, self.cuts = Drops(), defaultdict(int)
         if stored is None:
             self.examples = Examples.flat(list(self._tokenised(pairs, shown)))
@@ -119,17 +138,9 @@ class Dataset:
 
     def _bridge(self, sep):
         """Tokenises what stands before and after a context answer, and counts its tokens."""
-        if self.recipe.bridge not in BRIDGES:
-            known = f"unknown; choose from {', '.join(BRIDGES)}"
-            raise UserError(f"--bridge {self.recipe.bridge}: {known}")
         t, end = self.template, self.template.end_ids
-        if set(t.encode([sep])[0]) & set(end):
-            raise UserError(f"--sep {sep!r} holds the token that ends generation; choose another")
-        *texts, self.ended = BRIDGES[self.recipe.bridge]
-        known = {"sep": sep, "turn": t.turn(self.instruction)}
-        before, after = (text.format(**known) for text in texts)
-        (self.before,) = t.encode([before], behind=t.opening)
-        (self.after,) = t.encode([after], behind=t.end if self.ended else PROBE)
+        told, self.before, self.after = open_bridge(self.recipe.bridge, t, self.instruction, sep)
+        before, after, self.ended = told
         asked = ("prompt", "instruct") if self.instructed else ("prompt",)
         self.behind = dict.fromkeys(asked, "") | dict.fromkeys(ANSWER_PARTS, t.opening)
         # where the context answer and the scored one are encoded otherwise than behind a prompt
@@ -139,13 +150,11 @@ class Dataset:
         if self.rewritten:
             self.places["context"] = places["context"]
         self.behind |= {f"bridged_{a}": p for p in self.places.values() for a in ANSWER_PARTS}
-        objective = self.recipe.objective
-        if objective.by_token and self.recipe.reference == "plain" and "target" in self.places:
-            fault = (
-                f"--loss {self.recipe.name} compares an answer with its reference token by token"
-            )
-            why = "this tokenizer gives it other tokens behind the bridge than behind the prompt"
-            raise UserError(f"{fault}, but {why}; --reference conditioned")
+        by_token = self.in_context and self.recipe.objective.by_token
+        if by_token and self.recipe.reference == "plain" and "target" in self.places:
+            fault = "compares answers with the reference's token by token, but this tokenizer gives"
+            fault = f"--loss {self.recipe.name} {fault} them other tokens behind the bridge"
+            raise UserError(f"{fault} than behind the prompt; --reference conditioned")
         bridge = len(self.before) + len(self.after) + len(end)  # a cut context may need its end
         self.bridge_len = bridge if self.in_context else 0
 

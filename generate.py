@@ -6,8 +6,9 @@ three ways to ask for an answer (section 3.1), x the dialogue and i the instruct
 
     plain       x -> y
     instruct    x, i -> y             i as a suffix of the last user turn
-    refine      x, y', i -> y         a draft y' (generated as in plain, or the row's `draft`) and
-                                      one more user turn i, joined token by token as in training
+    refine      x, y', i -> y         a draft y' (generated as in plain, or brought along) and
+                                      one more user turn i, or another --bridge, joined token by
+                                      token as in training
 
 A question of several turns (MT-Bench) is asked so at each of them, behind the answers before. A
 server (--endpoint, hub/endpoint.py) may answer in place of the sampler, and should where much is
@@ -31,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers.decoders import DecodeStream
 
+from data import BRIDGES, open_bridge
 from hub.benchmarks import ANSWER_FORMATS, refuse_twins, token_counter, write_answers
 from hub.endpoint import Endpoint, RequestRefused, public, together
 from hub.template import INSTRUCTIONS, Refused, Template, open_template, with_suffix
@@ -40,8 +42,7 @@ from jobs.cli import UserError, flag, parse, progress, run
 from jobs.files import Shared, read_json, to_line
 from kernels import chains
 from model import load
-from pairs.layouts import as_messages, to_pair
-from pairs.read import Drops, data_files, records
+from pairs.asks import Ask, read_asks
 
 
 class Sampling(NamedTuple):
@@ -210,68 +211,6 @@ def feed(model, cache, first, ids, positions):
     return model.hidden(ids, positions, rules)
 
 
-# what an answer's row keeps of its question
-KEPT = ("uid", "question_id", "prompt_id", "subset", "category", "dataset", "reference")
-
-
-class Ask(NamedTuple):
-    """What is asked: a dialogue that ends with a user turn, and what else is known of it."""
-
-    prompt: list
-    draft: str | None = None  # to refine, where it is known
-    turns: list = []  # further user turns, each behind an answer; never written to
-    about: dict = {}  # the question's KEPT columns, for the answer's row; never written to
-    where: str = ""  # "file:row"
-
-
-def read_asks(source, limit=None):
-    """Prompts of a file, glob or hub id -> list of Ask, one per row, in file order.
-
-    A row is a preference pair in any layout that pairs.read_pairs takes, or has a `prompt` (text or
-    messages) or an `instruction` (text) alone, or is a question of a published benchmark (`turns`).
-    A `draft` is taken where it is there. Rows that are no usable pair are left out, and reported.
-    """
-    drops, asks = Drops(), []
-    for where, record in (row for file in data_files(source) for row in records(file)):
-        if len(asks) == limit:
-            break
-        prompt, turns = read_prompt(record, where, drops)
-        if prompt is not None:
-            asks.append(Ask(prompt, record.get("draft"), turns, about_of(record), where))
-    if drops.rules:
-        print(f"{source}: dropped {drops}", file=sys.stderr)
-    if not asks:
-        raise UserError(f"{source}: no prompts")
-    return asks
-
-
-def about_of(record):
-    """What a row tells of its question: its KEPT columns."""
-    return {name: record[name] for name in KEPT if record.get(name) is not None}
-
-
-def read_prompt(record, where, drops):
-    """One record -> (messages that end with a user turn, further user turns); None when dropped."""
-    if not isinstance(record, dict) or {"chosen", "messages"} & record.keys():
-        pair = to_pair(record, where, drops, need_rejected=False)
-        return pair and pair.prompt, []
-    value = record.get("turns", record.get("prompt", record.get("instruction")))
-    if value is None:
-        cure = "expected prompt, instruction or chosen, or a benchmark's turns"
-        raise UserError(f"{where}: columns {sorted(record)}; {cure}")
-    turns = []
-    if isinstance(value, list) and value and not isinstance(value[0], dict):
-        value, *turns = value  # MT-Bench: a list of texts
-    elif "turns" in record:
-        value, *turns = [turn.get("content") for turn in value]  # Arena-Hard v0.1: of {content}
-    if not all(isinstance(turn, str) for turn in turns):
-        raise UserError(f"{where}: turns must be texts, or objects with a text `content`")
-    messages = as_messages(value, where)
-    if not messages or messages[-1]["role"] != "user":
-        raise UserError(f"{where}: a prompt must end with a user turn")
-    return messages, turns
-
-
 # ----------------------------------------------------------------------------- the three ways
 
 MODES = ("plain", "instruct", "refine")
@@ -294,6 +233,8 @@ class Dialogue:
         if ask.turns:
             self.row["turns"] = 1 + len(ask.turns)
         if mode == "refine" and ask.draft is not None:
+            if not isinstance(ask.draft, str):
+                raise UserError(f"{ask.where}: its draft is {ask.draft!r:.40}; expected text")
             self.row["draft"] = ask.draft
 
     @property
@@ -341,6 +282,8 @@ class Answers:
     sampling: Sampling
     batch: int = 16
     on_token: object = None  # called with "draft" or "answer", and every token as it comes
+    bridge: str = "turn"  # a row of data.BRIDGES, between a draft and its refinement
+    sep: str | None = None
     beyond: bool = False  # whether an answer was cut where the model has no more positions
 
     def __call__(self, dialogues):
@@ -362,22 +305,27 @@ class Answers:
     def sequence(self, dialogue, draft=None):
         """What the sampler continues: the ids that training puts before the same answer.
 
-        draft: the ended Sequence of the draft. Its ids are taken as they were sampled: its text,
-        tokenised again, may have others. A draft that the question brought along is tokenised.
+        draft: the ended Sequence of the draft. Behind nothing but the prompt its ids are taken as
+        they were sampled: its text, tokenised again, may have others. Any other draft is tokenised.
         """
-        template, refine = self.template, "draft" in dialogue.row
+        template, question, x = self.template, dialogue.question, draft and draft.prompt
         try:
-            if draft and not template.rewrites:
-                ids = [*draft.prompt, *draft.answer, *template.end_ids]
-            elif refine:
-                ids = template.joined(dialogue.question, dialogue.row["draft"], followed=True)
-            else:
-                (ids,) = template.encode([template.render(dialogue.question, generation=True)])
+            if not draft:
+                (x,) = template.encode([template.render(question, generation=True)])
+            ids = [x]
+            if "draft" in dialogue.row:
+                how = self.bridge, template, dialogue.instruction, self.sep
+                (opens, _, ended), before, after = open_bridge(*how)
+                if draft and not opens and not (ended and template.rewrites):
+                    said = [*draft.answer, *(template.end_ids if ended else [])]
+                else:
+                    text = template.answer(question, dialogue.row["draft"], followed=ended)
+                    (said,) = template.encode([text], behind=opens or template.opening)
+                    said = said if ended else said[: len(said) - len(template.end_ids)]
+                ids += [before, said, after]
         except Refused as error:
             raise UserError(f"{dialogue.ask.where or 'the question'}: {error}") from error
-        asked = [template.turn(dialogue.instruction)] if refine else [""]
-        (turn,) = template.encode(asked, behind=template.end)
-        ids = [int(i) for i in (*ids, *turn)]
+        ids = [int(i) for part in ids for i in part]
         hear = self.on_token and partial(self.on_token, dialogue.stage)
         return Sequence(ids, dialogue.seed, hear, (dialogue.stage, dialogue))
 
@@ -437,6 +385,11 @@ class GenerateFlags(cli.ModelFlags, cli.InstructionFlags, cli.SamplingFlags, cli
     prompt: str | None = flag(None, "one question; its answer streams to the terminal")
     data: str | None = flag(None, "questions, prompts or pairs: a file, a glob or a hub id")
     mode: str = flag("plain", "what is asked", MODES)
+    draft: str | None = flag(
+        None, "text to refine, of --prompt; in --data a column draft or answer"
+    )
+    bridge: str = flag("turn", "between a draft and its refinement", tuple(BRIDGES))
+    sep: str | None = flag(None, "separator of --bridge sep; default: as in training")
     out: str | None = flag(None, "file, continued if it is there; default: standard output")
     format: str = flag("jsonl", "of --out; README has them", tuple(ANSWER_FORMATS))
     name: str | None = flag(None, "what the benchmark's file calls the model; default: --model")
@@ -451,6 +404,14 @@ def check_flags(s, world=1):
         raise UserError("--model is missing; give a Hugging Face directory or a hub id")
     if (s.prompt is None) == (s.data is None):
         raise UserError("give either --prompt TEXT or --data FILE")
+    if s.mode != "refine" and (s.draft is not None or s.bridge != "turn"):
+        raise UserError("--draft and --bridge are for --mode refine")
+    if s.draft is not None and s.prompt is None:
+        raise UserError("--draft refines an answer to --prompt; in --data it is a column")
+    if s.endpoint and s.bridge != "turn":
+        raise UserError(
+            f"--bridge {s.bridge}: a chat server knows turns alone; leave --endpoint out"
+        )
     if not s.out and (s.format != "jsonl" or world > 1):
         raise UserError("--out FILE is needed for a benchmark's format and for several processes")
     if s.n > 1 and (s.format != "jsonl" or s.temperature == 0):
@@ -490,7 +451,10 @@ def open_rows(s, asks, settings, rank, world):
         users = ask.prompt + [{"role": "user", "content": turn} for turn in ask.turns]
         same = isinstance(said, list) and said[:first] + said[first + 1 :: 2] == users
         faults = [] if same else ["prompt"]
-        faults += [name for name, value in settings.items() if row.get(name) != value]
+        names = (*settings, "bridge", "sep")  # the last two where they matter
+        faults += [name for name in names if row.get(name) != settings.get(name)]
+        drafts = [*row.get("earlier_drafts", []), row.get("draft")]
+        faults += ["draft"] * (s.mode == "refine" and ask.draft not in (None, drafts[0]))
         faults += ["n"] if row.get("sample", 0) != n % s.n else []
         if row.get("endpoint") and "endpoint" in faults:  # a server may have moved since
             faults.remove("endpoint")
@@ -536,6 +500,7 @@ def produce(s, asks, numbers, store, settings):
     An answer to --prompt streams to the terminal as well; a server's is printed when it is whole.
     """
     one, answers, stream = s.prompt is not None, answerer(s), None
+    answers.bridge, answers.sep = s.bridge, s.sep
     if one and s.n == 1 and not s.endpoint:
         answers.on_token = stream = Stream(answers.template)
     how = (s.mode, settings.get("instruction"), s.seed, s.n)
@@ -572,8 +537,11 @@ def main():
     s = pinned(parse(GenerateFlags, __doc__.splitlines()[0]))
     rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     check_flags(s, world)
-    one = [Ask([{"role": "user", "content": s.prompt}])]
+    one = [Ask([{"role": "user", "content": s.prompt}], s.draft)]
     asks, tokens = one if s.data is None else read_asks(s.data, s.limit), None
+    if s.mode == "refine" and s.data:
+        brought = sum(ask.draft is not None for ask in asks)
+        print(f"{brought} of {len(asks)} drafts are the data's, the rest ours", file=sys.stderr)
     asks = [ask for ask in asks for _ in range(s.n)]
     if s.format == "arena_hard":
         refuse_twins(asks, s.data or "--prompt")
@@ -583,6 +551,8 @@ def main():
     settings = {name: getattr(s, name) for name in names}
     if s.mode != "plain":
         settings["instruction"] = INSTRUCTIONS.get(s.instruction, s.instruction)
+    if s.bridge != "turn":
+        settings |= {"bridge": s.bridge, "sep": s.sep}
     if s.endpoint:
         settings["endpoint"] = public(s.endpoint)
     store = open_rows(s, asks, settings, rank, world) if s.out else None

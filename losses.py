@@ -420,9 +420,8 @@ def unique(items):
 def _check(name, objective, condition, reference):
     """ValueError for what no table has, and for a row of them that could go wrong in silence."""
     if unknown := [x for x in objective.inputs if x not in INPUTS]:
-        raise ValueError(
-            f"--loss {name}: unknown input {unknown[0]}; known are {', '.join(INPUTS)}"
-        )
+        known = ", ".join(INPUTS)
+        raise ValueError(f"--loss {name}: unknown input {unknown[0]}; known are {known}")
     choices = {"condition": (condition, CONDITIONS), "reference": (reference, REFERENCES)}
     for flag, (value, known) in choices.items():
         if value not in known:
@@ -430,9 +429,9 @@ def _check(name, objective, condition, reference):
     for view in CONDITIONS[condition]:
         if not isinstance(view, tuple) or len(view) != 2 or not {*view} <= {*CONTEXTS}:
             fault = (
-                f"--condition {condition}: {view!r} is no (context of chosen, context of rejected)"
+                f"--condition {condition}: {view!r} is no pair of contexts, of chosen and rejected"
             )
-            raise ValueError(f"{fault}; a context is one of {', '.join(map(str, CONTEXTS))}")
+            raise ValueError(f"{fault}; one is {', '.join(map(str, CONTEXTS))}")
 
 
 def recipe(name, condition=None, bridge=None, reference=None, **hyper):

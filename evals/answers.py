@@ -8,9 +8,9 @@ from collections import Counter
 from typing import NamedTuple
 
 from evals.results import rows_of
-from generate import about_of, read_asks
 from hub.benchmarks import ANSWER_FORMATS, json_digest, question_id, transcript
 from jobs.cli import UserError
+from pairs.asks import about_of, read_asks
 from pairs.layouts import as_messages, to_pair
 from pairs.read import Drops
 

@@ -8,7 +8,7 @@
     mt_bench      MT-Bench (FastChat): jsonl of {question_id, answer_id, model_id, choices, tstamp},
                   to lie in data/mt_bench/model_answer/NAME.jsonl
 
-Any questions (generate.read_asks) can be answered in the format of any benchmark.
+Any questions (pairs.asks.read_asks) can be answered in the format of any benchmark.
 """
 
 import hashlib

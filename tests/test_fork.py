@@ -105,3 +105,8 @@ def test_a_condition_and_a_bridge_train(fork, tiny_model_dir, pairs_file):
     words = ["--model", tiny_model_dir, "--data", pairs_file, "--limit", "4", "--bridge", "quoted"]
     told = python(fork, "evaluate.py", "describe", *words, "--out", fork / "quoted.json")
     assert "averaged_one_sided" in told and "Another answer:" in told and "A better one:" in told
+
+    words = ["--model", tiny_model_dir, "--prompt", "a?", "--draft", "b", "--mode", "refine"]
+    words += ["--bridge", "quoted", "--max_new_tokens", "3", "--out", fork / "refined.jsonl"]
+    python(fork, "generate.py", *words)
+    assert json.loads((fork / "refined.jsonl").read_text())["bridge"] == "quoted"

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ import tiny
 from chat_templates import GEMMA
 from dialogues import say
 
+import data
 import generate
 from conftest import write_model
-from data import Dataset, Limits
+from data import BRIDGES, Bridge, Dataset, Limits
 from generate import Answers, Ask, Dialogue, Sampling, Stream, complete, in_order, read_asks
 from hub.template import Template
 from jobs.cli import UserError
@@ -44,22 +46,23 @@ def template(directory):
 # ----------------------------------------------------------------------------- the modes
 
 
-@pytest.mark.parametrize(
-    "mode, path",
-    [
-        ("plain", LossPath(None, "chosen")),
-        ("instruct", LossPath("instruct", "chosen")),
-        ("refine", LossPath("rejected", "chosen")),
-    ],
-)
-def test_a_mode_asks_as_its_path_was_trained(template, mode, path):
+PATHS = {"plain": LossPath(None, "chosen"), "instruct": LossPath("instruct", "chosen")}
+PATHS["refine"] = LossPath("rejected", "chosen")
+BRIDGED = BRIDGES | {"quoted": Bridge("Another answer:\n", "\nA better one:\n", ended=False)}
+
+
+@pytest.mark.parametrize("mode, bridge", [("plain", "turn"), ("instruct", "turn"),
+                                          *(("refine", bridge) for bridge in BRIDGED)])  # fmt: skip
+def test_a_mode_asks_as_its_path_was_trained(template, mode, bridge, monkeypatch):
     """The prompt's ids are those that training puts before the scored answer."""
+    monkeypatch.setattr(data, "BRIDGES", BRIDGED)
     condition = {"plain": "none", "instruct": "instruct", "refine": "cross"}[mode]
-    rule = recipe("dpo", condition=condition, bridge="turn")
+    rule = recipe("dpo", condition=condition, bridge=bridge)
     pair = Pair(say("Why?"), "Because.", "So what.", "here")
     dataset = Dataset([pair], template, rule, Limits(512, 0.4), "better")
-    segments, _ = dataset.path(0, path)
-    seq = Answers(None, template, GREEDY).sequence(Dialogue(Ask(pair.prompt, "So what."), 0, mode))
+    segments, _ = dataset.path(0, PATHS[mode])
+    answers = Answers(None, template, GREEDY, bridge=bridge)
+    seq = answers.sequence(Dialogue(Ask(pair.prompt, "So what."), 0, mode))
     assert seq.prompt == np.concatenate(segments[:-1]).tolist()
 
 
@@ -87,6 +90,16 @@ def test_refine_joins_its_own_draft(model, template, monkeypatch):
     refined = [seq for seq in seen if seq.tag[0] == "answer"]
     assert sorted(joined) == sorted(seq.prompt for seq in refined)
     assert {seq.seed for seq in refined} == {(0, 0, 1, 0), (0, 1, 1, 0)}  # not the draft's
+
+
+def test_refine_puts_its_own_draft_between_separators(model, template):
+    answers = Answers(model, template, Sampling(12, temperature=1.0), bridge="sep", sep=" ### ")
+    first = answers.sequence(dialogue := Dialogue(Ask(say("Why?")), 0, "refine"))
+    (first,) = complete(model, deque([first]), answers.sampling)
+    dialogue.take(template.decode(first.answer), True)
+    told = template.decode(answers.sequence(dialogue, first).prompt, skip_special=False)
+    asked = template.render(say("Why?"), generation=True)
+    assert told == f"{asked} ### {dialogue.row['draft']} ### "
 
 
 def test_rows_come_in_order(model, template):
@@ -184,6 +197,31 @@ def test_each_mode_runs(directory, command, mode):
     assert all(set(row) == expected and row["mode"] == mode for row in rows)
 
 
+def test_a_draft_of_the_users_own_is_refined(command, capsys):
+    """--draft beside --prompt; in a file the column draft, or the answers of an earlier run."""
+    refine = ["--out", command.out, "--mode", "refine"]
+    command("--prompt", "Why?", "--draft", "So what.", *refine, "--bridge", "sep")
+    (row,) = read_rows(command.out)
+    assert row["draft"] == "So what." and row["answer"] and row["bridge"] == "sep"
+    for words, fault in ((["--draft", "No."], "draft"), (["--draft", "So what."], "bridge")):
+        with pytest.raises(SystemExit):
+            command("--prompt", "Why?", *words, *refine, *["--bridge", "sep"] * (fault == "draft"))
+        assert f"of another run ({fault} differs)" in capsys.readouterr().err
+    command.out.unlink()
+    rows = [{"prompt": "a?", "answer": "A."}, {"prompt": "b?", "answer": "B.", "draft": "b"}]
+    rows = [*rows, {"prompt": "c?"}]
+    command.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command("--data", command.data, *refine)
+    found = [row["draft"] for row in read_rows(command.out)]
+    assert found[:2] == ["A.", "b"] and len(found) == 3
+    assert "2 of 3 drafts are the data's" in capsys.readouterr().err
+    command.data.write_text(json.dumps({"prompt": "a?", "answer": 7}))
+    with pytest.raises(SystemExit):
+        command("--data", command.data, "--mode", "refine")
+    assert "prompts.jsonl:1: its draft is 7; expected text" in capsys.readouterr().err
+    command("--data", command.data)  # asked plainly, it is a column as any other
+
+
 def test_a_file_is_continued(command):
     command("--data", command.data, "--out", command.out)
     whole = command.out.read_bytes()
@@ -272,6 +310,12 @@ def test_a_single_prompt_streams_its_answer(command, capfd):
     [
         (["--prompt", "a", "--data", "b"], "either --prompt TEXT or --data FILE"),
         ([], "either --prompt TEXT or --data FILE"),
+        (["--prompt", "a", "--bridge", "sep"], "--draft and --bridge are for --mode refine"),
+        (["--data", "b", "--mode", "refine", "--draft", "c"], "in --data it is a column"),
+        (
+            ["--prompt", "a", "--mode", "refine", "--bridge", "sep", "--endpoint", "http://x/v1"],
+            "--bridge sep: a chat server knows turns alone",
+        ),
         (["--prompt", "a", "--top_p", "0"], "--top_p 0.0: must be above 0"),
         (["--prompt", "a", "--batch", "0"], "--batch 0: must be at least 1"),
         (["--prompt", "a", "--n", "0"], "--n 0: must be at least 1"),

@@ -219,10 +219,13 @@ def unset(chosen, *, kappa):
 @pytest.mark.parametrize(
     "row, told",
     [
-        ((("rejcted", "chosen"),), "--condition new: .'rejcted', 'chosen'. is no .context of ch"),
-        ((("rejected",),), "--condition new: .'rejected',. is no .context of chosen, context of"),
-        (("rejected", "chosen"), "--condition new: 'rejected' is no .*; a context is one of None"),
-        ((None, None), "--condition new: None is no .context of chosen, context of rejected."),
+        (
+            (("rejcted", "chosen"),),
+            "--condition new: .'rejcted', 'chosen'. is no pair of contexts, of ch",
+        ),
+        ((("rejected",),), "--condition new: .'rejected',. is no pair of contexts, of"),
+        (("rejected", "chosen"), "--condition new: 'rejected' is no .*; one is None, chosen"),
+        ((None, None), "--condition new: None is no pair of contexts"),
         (Objective(unclear), "--loss new: unknown input rejceted; known are chosen, rejected, me"),
         (Objective(unset), "losses.unset: kappa needs a number as default"),
     ],
