@@ -37,7 +37,6 @@ class Size(NamedTuple):
     limit: int  # prompts of a round
     test_limit: int
     n: int  # answers to a prompt
-    draws: int  # times that each prompt is asked for n answers; each gives a pair
     rounds: int
     train: dict  # flags of train.py beyond its defaults
     sampling: dict  # flags of generate.py
@@ -54,7 +53,6 @@ SIZES = {
         limit=20_000,
         test_limit=1000,
         n=5,
-        draws=1,
         rounds=3,
         train={"epochs": 1, "eval_pairs": 0, "checkpoint_activations": True},
         sampling={"max_new_tokens": 2048},
@@ -68,10 +66,9 @@ SIZES = {
         test="recipes/miniature/questions.jsonl",
         limit=20,
         test_limit=20,
-        n=4,
-        draws=16,
-        rounds=3,
-        train={"epochs": 2, "batch": 32, "lr": 3e-4, "max_len": 256, "eval_pairs": 0},
+        n=16,
+        rounds=5,
+        train={"steps": 8, "batch": 10, "lr": 3e-4, "max_len": 256, "eval_pairs": 0},
         sampling={"max_new_tokens": 32},
         exact=True,
     ),
@@ -82,7 +79,6 @@ SIZES = {
 class Flags(RecipeFlags):
     losses: str = flag("dpo,ins_dpo", "objectives to compare, with commas between them")
     rounds: int | None = flag(None, "rounds; default: by size")
-    draws: int | None = flag(None, "pairs per prompt and round; default: by size")
     endpoint: str | None = flag(None, "OpenAI-compatible server that samples")
     serve: str | None = flag(None, "command that starts it, {model} being the policy's directory")
 
@@ -106,17 +102,16 @@ def rounds(lab, s):
 
 def one_round(lab, s, loss, policy, name, seed):
     """Sample, score, pair and train -> the directory of the next policy."""
-    size, pairs = SIZES[s.size], []
-    for draw in range(s.draws or size.draws):
-        flags = {"data": size.prompts, "limit": size.limit, "n": size.n}
-        file = f"{name}/answers{draw}.jsonl"
-        said = sample(lab, s, file, policy, size.limit * size.n, seed=1000 * draw + seed, **flags)
-        hours = cost.scoring(size.parameters, size.limit * size.n)
-        flags = {"model": size.reward_model, "answers": said}
-        pairs.append(lab.evaluate(f"{name}/pairs{draw}.jsonl", "best_of", hours, **flags))
+    size = SIZES[s.size]
+    asked = size.limit * size.n
+    flags = {"data": size.prompts, "limit": size.limit, "n": size.n, "seed": seed}
+    said = sample(lab, s, f"{name}/answers.jsonl", policy, asked, **flags)
+    flags = {"model": size.reward_model, "answers": said}
+    hours = cost.scoring(size.parameters, asked)
+    pairs = lab.evaluate(f"{name}/pairs.jsonl", "best_of", hours, **flags)
     hours = cost.training(size.parameters, size.limit, 1, loss, validation=0)
-    flags = {"loss": loss, "model": policy, "data": ",".join(map(str, pairs)), "seed": seed}
-    return lab.train(f"{name}/run", hours, **flags, **size.train) / "final"
+    flags = {"loss": loss, "model": policy, "data": pairs, "seed": seed} | size.train
+    return lab.train(f"{name}/run", hours, **flags) / "final"
 
 
 def measured(lab, s, policy, name, seed):

@@ -143,7 +143,7 @@ class Lab:
     def tell(self, name, rows, **more):
         """Writes OUT/name.json and prints it as a table; rows: {column: text or Cell} each.
 
-        Behind "|" stands the paper's figure (recipes/paper.json), a dash where we have none.
+        Behind "|" stands the paper's figure, a dash where we have none.
         """
         if self.plan is None:
             return
@@ -151,11 +151,14 @@ class Lab:
         for row in rows:
             known = paper.get(next(iter(row.values())), {})  # the first column names the row
             cells = {column: v for column, v in row.items() if isinstance(v, Cell)}
-            texts = {f"{c} | paper": f"{v} | {known.get(c, '-')}" for c, v in cells.items()}
+            texts = {column: str(v) for column, v in cells.items()}
+            if self.paper in PAPERS:
+                texts = {f"{c} | paper": f"{v} | {known.get(c, '-')}" for c, v in texts.items()}
             printed.append({c: v for c, v in row.items() if c not in cells} | texts)
             plain.append(row | {column: dataclasses.asdict(v) for column, v in cells.items()})
         about = {"table": name, "settings": dataclasses.asdict(self.s)} | more
-        write_json(self.out / f"{name}.json", about | {"rows": plain, "paper": paper})
+        about |= {"rows": plain, "paper": paper}
+        write_json(self.out / f"{name}.json", about)
         print(f"\n{table(printed)}\n{self.out / name}.json", flush=True)
 
 
@@ -261,8 +264,10 @@ def main(paper, recipes, settings, doc):
         recipes[name](plan, s)
         hours = sum(hours for _, hours in plan.steps.values())
         for words, cost in plan.steps.values() if s.dry_run else ():
-            print(shlex.join(words) + (f"  # {cost:.1f} GPU hours" if cost else ""))
-        print(f"{len(plan.steps)} steps, about {hours:.1f} GPU hours")
+            told = f"  # {cost:.1f} GPU hours" if cost and s.size == "full" else ""
+            print(shlex.join(words) + told)
+        told = f", about {hours:.1f} GPU hours" if s.size == "full" else ""
+        print(f"{len(plan.steps)} steps{told}")
         if not s.dry_run:
             recipes[name](Lab(paper, s, plan), s)
 

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 from chat_server import ChatServer
@@ -30,7 +31,7 @@ def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("online")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Metrics, "plot", lambda self: None)
-        start("--losses", "ins_dpo", "--rounds", 2, "--draws", 2, "--out", folder)
+        start("--losses", "ins_dpo", "--rounds", 2, "--out", folder)
     return folder
 
 
@@ -42,10 +43,9 @@ def test_each_round_starts_from_the_last_one_and_its_pairs(out):
     assert settings[0]["model"] == "assets/start"
     assert settings[1]["model"] == str(out / "ins_dpo-seed0/round1/run/final")
     for k, s in enumerate(settings, 1):
-        files = [out / f"ins_dpo-seed0/round{k}/pairs{draw}.jsonl" for draw in (0, 1)]
-        assert s["data"] == ",".join(map(str, files))
-        pairs = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-        assert 20 < len(pairs) <= 40  # two draws of 20 questions; few have four equal answers
+        assert s["data"] == str(out / f"ins_dpo-seed0/round{k}/pairs.jsonl")
+        pairs = [json.loads(line) for line in Path(s["data"]).read_text().splitlines()]
+        assert 10 < len(pairs) <= 20  # 20 questions; few have 16 answers of one score
         assert all(pair["score_chosen"] > pair["score_rejected"] for pair in pairs)
 
 
@@ -65,7 +65,7 @@ def test_the_table_has_the_exact_win_rate_of_every_round(out):
 def test_it_goes_on_where_it_stopped(out, monkeypatch, capsys):
     """A round that lacks its last file is taken up there: nothing before it is made again."""
     (out / "ins_dpo-seed0/round2/world.json").unlink()
-    start("--losses", "ins_dpo", "--rounds", 2, "--draws", 2, "--out", out)
+    start("--losses", "ins_dpo", "--rounds", 2, "--out", out)
     told = re.findall(r"^[\d:]{8} \d+/\d+ (.*)$", capsys.readouterr().out, re.M)
     assert told == ["ins_dpo-seed0/round2/world.json"]
 
@@ -82,13 +82,13 @@ def test_a_server_samples_and_is_started_for_each_policy(tmp_path, monkeypatch):
 
     asked = []
     with ChatServer(reply) as server:
-        words = ["--losses", "dpo", "--rounds", 1, "--draws", 1, "--endpoint", server.url]
+        words = ["--losses", "dpo", "--rounds", 1, "--endpoint", server.url]
         serve = f"sh -c 'echo {{model}} >> {log}; exec sleep 60'"
         start(*words, "--serve", serve, "--out", tmp_path / "out")
     last = str(tmp_path / "out/dpo-seed0/round1/run/final")
-    # the start's test answers, the round's 20 x 4, and the next policy's test answers
+    # the start's test answers, the round's 20 x 16, and the next policy's test answers
     assert log.read_text().split() == ["assets/start", "assets/start", last]
-    assert asked == ["assets/start"] * (20 + 80) + [last] * 20
+    assert asked == ["assets/start"] * (20 + 320) + [last] * 20
 
 
 def test_a_server_that_ends_is_told(tmp_path):

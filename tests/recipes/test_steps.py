@@ -90,7 +90,7 @@ def test_the_plan_reads_nothing_and_knows_the_steps(lab_of, tmp_path, capsys):
     seen = []
     lab_of(recipe)
     assert math.isnan(seen[0]) and seen[1:] == ["low", 2, "high"]
-    assert "row  x | paper\nr        2 | -" in capsys.readouterr().out
+    assert "row  x\nr    2\n" in capsys.readouterr().out
     written = json.loads((tmp_path / "t.json").read_text())
     assert written["rows"] == [{"row": "r", "x": dataclasses.asdict(cell([2]))}]
 
