@@ -493,8 +493,7 @@ class Run:
             fault = f"step {step + 1}: loss {loss}, gradient norm {norm.item()}"
             cure = "Lower --lr or look at the data, then --resume"
             raise UserError(f"{fault}; the weights are unchanged. {cure}")
-        if self.s.clip > 0:
-            clip_grads_with_norm_(parameters, self.s.clip, norm)
+        clip_grads_with_norm_(parameters, self.s.clip or math.inf, norm)  # 0: no clipping
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         self.optimizer.step()

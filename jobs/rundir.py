@@ -43,10 +43,10 @@ def open_out(s, ranks):
     lock = contextlib.ExitStack()
 
     def choose():
-        numbers = [] if s.out else range(1, 10**4)  # so many paths take a tenth of a second
-        auto = [Path("runs") / (s.loss + (f"-{n}" if n > 1 else "")) for n in numbers]
+        first = Path("runs") / s.loss
+        auto = itertools.chain([first], (Path(f"{first}-{n}") for n in itertools.count(2)))
         if s.resume:  # the last that is there
-            auto = list(itertools.takewhile(Path.exists, auto))[-1:] or auto[:1]
+            auto = list(itertools.takewhile(Path.exists, auto))[-1:] or [first]
         for out in [Path(s.out)] if s.out else auto:
             out.mkdir(parents=True, exist_ok=True)
             patience = 60 if s.resume else 0
@@ -62,7 +62,6 @@ def open_out(s, ranks):
                 if s.out:
                     fault = f"--out {out} holds a run"
                     raise UserError(f"{fault}; add --resume to go on, or choose another")
-        raise UserError(f"runs/{s.loss}-N: no name is left; give --out")
 
     with lock:
         yield ranks.share(choose)
