@@ -470,9 +470,8 @@ class Run:
     def backward(self, row, pairs, paths, kl, units):
         """Forward and backward of one row -> (5,) loss, accuracy, rewards, tokens, summed."""
         numbers = [pairs[j] for j in row.pairs]  # the row counts within the step
-        values = self.model(row)  # (S,)
-        values = row.by_token(values) if "policy" in self.by_token else row.sums(values)
-        logps, counts = by_path(values, paths), by_path(row.counts(), paths)
+        gathered = row.by_token if "policy" in self.by_token else row.sums
+        logps, counts = by_path(gathered(self.model(row)), paths), by_path(row.counts(), paths)
         out = self.recipe(logps, counts, self.reference_of("train", numbers), kl)  # of B pairs
         loss = out.losses.sum() / units  # this row's share of the step's loss
         (loss * self.ranks.world).backward()  # FSDP averages over ranks; a step's loss is a sum
