@@ -131,7 +131,36 @@ def test_theorem_3_2_pi_star_is_never_worse_than_the_best_unconditioned_policy(f
     for_all(check)
 
 
+def test_theorem_3_2_needs_a_strictly_increasing_psi():
+    """A step at P = 1/2 is increasing, too, but not strictly: 0.9 and 0.6 are worth the same, so
+    the answer that loses to y1 more often is as optimal as pi*."""
+    prefer = np.array([[0.5, 0.7, 0.9], [0.3, 0.5, 0.6], [0.1, 0.4, 0.5]])
+    best, other = always(prefer.argmax(0)), always([0, 0, 1])
+    step = lambda p: (p > 0.5).astype(float)  # noqa: E731
+    for psi, same in ((step, True), *((psi, False) for psi in PSI.values())):
+        worth = [value(policy, prefer, REF, psi) for policy in (best, other)]
+        assert np.isclose(*worth) == same and worth[0] >= worth[1] - 1e-12
+
+
 # ----------------------------------------------------------------------------- InSPO section 4
+
+
+def test_eq_6_holds_only_under_indifference(for_all):
+    """q = r - beta log Z antisymmetric (P + P' = 1), and every sum_y ref e^(q/beta) = 1: the mean
+    of these sums is sum sum ref ref cosh(q/beta), above 1 unless q = 0 where ref ref' > 0."""
+
+    def check(rng):
+        n, beta = rng.randint(2, 5), rng.uniform(0.1, 2)
+        _, ref = random_world(rng, n)
+        half = [[rng.choice([-1, 1]) * rng.uniform(0.1, 2) for _ in range(n)] for _ in range(n)]
+        half = np.triu(half, 1)
+        for q in (half - half.T, 0 * half):  # q[a, b]: a is given, b is shown
+            sums = ref @ np.exp(q / beta)  # (K,)
+            mean = ref @ np.cosh(q / beta) @ ref
+            close(sums @ ref, mean, 1e-9 * mean)
+            assert (mean > 1 + 1e-9) == q.any() and sums.max() > 1 - 1e-9
+
+    for_all(check)
 
 
 def gibbs(reward, ref, beta):
@@ -347,3 +376,16 @@ def test_ifsr_eq_4_equals_eq_5(name, request):
     margin = 0.1 * (plain + instruction - dialogues)  # dialogues: w first minus l first
     assert abs(margin) > 1e-3
     close(out.losses, -logsigmoid(margin).reshape(1), 1e-5)
+
+
+def test_the_skewness_of_weights_is_bounded_by_their_variance(for_all):
+    """(w - mean)^3 <= (w - mean)^2 for weights in [0, 1], so the skewness is at most 1 / sigma: for
+    the variance that IFSR's section 5 prints, 5.02e-3, at most 14.1, where it prints 62.14."""
+
+    def check(rng):
+        weights = np.array([rng.random() ** rng.choice([1, 9, 99]) for _ in range(50)])
+        gap, sigma = weights - weights.mean(), weights.std()
+        assert sigma == 0 or (gap**3).mean() / sigma**3 <= 1 / sigma
+
+    for_all(check)
+    assert round(1 / 5.02e-3**0.5, 1) == 14.1 < 62.14
