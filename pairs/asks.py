@@ -4,7 +4,7 @@ import sys
 from typing import NamedTuple
 
 from jobs.cli import UserError
-from pairs.layouts import as_messages, to_pair
+from pairs.layouts import as_messages, prompt_of, to_pair
 from pairs.read import Drops, data_files, records
 
 # what an answer's row keeps of its question
@@ -65,7 +65,8 @@ def read_prompt(record, where, drops):
         value, *turns = [turn.get("content") for turn in value]  # Arena-Hard v0.1: of {content}
     if not all(isinstance(turn, str) for turn in turns):
         raise UserError(f"{where}: turns must be texts, or objects with a text `content`")
-    messages = as_messages(value, where)
+    whole = not turns and "turns" not in record  # with its system text, history and input
+    messages = prompt_of(record, where) if whole else as_messages(value, where)
     if not messages or messages[-1]["role"] != "user":
         raise UserError(f"{where}: a prompt must end with a user turn")
     return messages, turns

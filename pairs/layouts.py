@@ -105,6 +105,13 @@ def asked(record, where, answers=()):
     return messages if names else None, tuple(names)
 
 
+def prompt_of(record, where):
+    """The messages of a question alone; every filled column of it is accounted for."""
+    messages, names = asked(record, where)
+    account(record, (*names, "draft"), [m["content"] for m in messages or ()], where)
+    return messages
+
+
 @lru_cache(4096)
 def askable(columns, answers):
     """The columns that may hold what is asked, and those that may hold a system text."""

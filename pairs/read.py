@@ -337,6 +337,8 @@ def records(file, broken=False):
         for n, row in enumerate(_rows(file), 1):
             where = f"{file}:{n}"
             try:
+                if isinstance(row, UserError):
+                    raise row
                 if not isinstance(row, bytes):
                     yield where, row
                 elif row.strip():
@@ -401,13 +403,14 @@ def _opened(file):
 
 
 def csv_records(text, where, delimiter=","):
-    """Yields {column: text} of a csv with a header line; an empty field is an absent value."""
+    """Yields {column: text or None} of a csv with a header; in a broken row's place a UserError."""
     csv.field_size_limit(2**31 - 1)
     try:
         for n, row in enumerate(csv.DictReader(text, delimiter=delimiter, strict=True), 1):
             if None in row or None in row.values():
-                raise UserError(f"{where}:{n}: not as many fields as the header has; mend the row")
-            yield {column: value or None for column, value in row.items()}
+                yield UserError(f"{where}:{n}: not as many fields as the header has; mend the row")
+            else:
+                yield {column: value or None for column, value in row.items()}
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not readable: {error}") from error
 

@@ -144,6 +144,21 @@ def test_prompts_are_read_from_every_layout(tmp_path):
     assert len(read_asks(str(file), limit=3)) == 3
 
 
+def test_a_question_is_read_with_all_that_its_row_holds(tmp_path):
+    rows = [
+        {"instruction": "Translate.", "input": "Katze", "system": "Be brief."},
+        {"prompt": "Which?", "history": [["Can cats swim?", "Some do."]], "id": "a b"},
+    ]
+    file = tmp_path / "asks.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second = (ask.prompt for ask in read_asks(str(file)))
+    assert first == say("Translate.\nKatze", system="Be brief.")
+    assert second == say("Can cats swim?", "Some do.", "Which?")
+    file.write_text(json.dumps(rows[1] | {"context": "A text to look at."}) + "\n")
+    with pytest.raises(UserError, match="column context"):
+        read_asks(str(file))
+
+
 @pytest.mark.parametrize(
     "row, message",
     [

@@ -249,6 +249,9 @@ def test_a_csv_row_of_another_width_is_told(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,chosen,rejected\na,b\n")
     with pytest.raises(UserError, match="a.csv:1: not as many fields as the header has"):
         read_pairs(str(tmp_path / "a.csv"), Drops())
+    (tmp_path / "a.csv").write_text("prompt,chosen,rejected\na,b\nWhy?,So.,No.\n")
+    pairs = read_pairs(str(tmp_path / "a.csv"), drops := Drops(), bad_rows="drop")
+    assert len(pairs) == 1 and str(drops) == f"1 broken row ({tmp_path / 'a.csv'}:1)"
 
 
 def test_what_datasets_writes_is_what_we_read(tmp_path):
