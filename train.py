@@ -223,10 +223,12 @@ def fit(s, ranks, recipe):
     sets, lines = load_data(s, template, recipe, ranks)
     ranks.say("\n".join(lines))
     plan = Plan(len(sets["train"]), s.batch, s.seed, s.epochs or 0.0, s.steps)
+    config = read_config(source)[1]
     s = fit_to_data(s, ranks, recipe, sets, plan)
+    s = dataclasses.replace(s, **memory.fit_to_memory(s, config, ranks))
     rundir.show(s, ranks, recipe, plan)
     ranks.share(lambda: rundir.check_config(s, ranks.say))
-    ranks.say(memory.shortage(s, read_config(source)[1], ranks))
+    ranks.say(memory.shortage(s, config, ranks))
 
     # the model, and the reference's log-probabilities, computed once
     model = build_model(s, ranks, source, recipe.objective.head)
@@ -442,11 +444,7 @@ class Run:
         totals = torch.zeros(6, device=self.ranks.device)  # loss, wins, rewards, tokens, stop
         rows = list(self.rows(self.train, pairs, paths))
         for k, row in enumerate(rows):
-            # one process keeps its gradient until the last row; several reduce it row by row, so
-            # that none of them holds a whole one
-            together = self.ranks.world > 1 or k == len(rows) - 1
-            self.model.set_requires_gradient_sync(together)
-            self.model.set_reshard_after_backward(together)
+            processes.reduce_gradients(self.model, self.ranks.world, k == len(rows) - 1)
             totals[:5] += self.backward(row, pairs, paths, kl, units)
         totals[5] = stopping  # rides along, so that all ranks decide alike
         loss, wins, chosen, rejected, tokens, stop = self.ranks.sum(totals).tolist()

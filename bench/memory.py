@@ -1,11 +1,12 @@
 """Memory of a process: what a row's activations take, and what loading and exporting take.
 
-    python -m bench.memory activations      planned bytes per row (kernels/memory.py) and measured
+    python -m bench.memory activations      bytes per row as autograd keeps them, and as measured
     python -m bench.memory loading          bf16 noise in the shape of Llama-3.2-1B: 2.5 GB of disk
     python -m bench.memory loading --shape llama-3-8b      16 GB of disk, 17 GB of memory
 
 Activations: two layers of published shapes run one row forward in fp32 on the CPU, with and without
-recomputed blocks; the growth of the process's private memory, with the graph alive, is theirs.
+recomputed blocks; the growth of the process's private memory, with the graph alive, is theirs. The
+blocks are not compiled: what compiled ones keep is kernels/memory.py's.
 
 Loading: a checkpoint of noise is written shard by shard, loaded with 1, 2 and 4 processes straight
 into FSDP2 shards, exported from them, and removed. A process's memory is sampled while it works:
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.autograd.graph import saved_tensors_hooks
 
 from bench import measuring
 from bench.inputs import published, write_noise
@@ -35,8 +37,7 @@ from data import build_row, lay_out
 from jobs.cli import UserError, flag, parse, run
 from jobs.processes import Ranks, whole_tensors
 from kernels import chains
-from kernels.memory import measure as planned
-from model import Transformer, export, read_config
+from model import Transformer, export, read_config, rope_table
 from train import TrainFlags, build_model
 
 
@@ -63,9 +64,10 @@ def activations(s):
     shapes, figures = [shape.strip() for shape in s.shapes.split(";")], {}
     found = fresh("memory.rows", env=env, shapes=shapes, tokens=s.tokens)
     for shape, (kept, recomputed) in found.items():
-        sizes = planned(two_layers(shape), s.tokens, torch.float32)
-        forward = sizes["recomputed"] - sizes["block"]  # the one block exists in backward only
-        plans = {"kept: plan": sizes["activations"], "recomputed: plan": forward}
+        config = two_layers(shape)
+        stream = 4 * s.tokens * config.width  # bytes of the residual stream, and 4 at the ends
+        plans = {"kept: plan": 2 * saved_bytes(config, s.tokens) + 4 * stream}
+        plans |= {"recomputed: plan": 2 * stream + 4 * stream}
         figures[shape] = plans | {"kept": kept, "recomputed": recomputed}
     columns = ("kept: plan", "kept", "recomputed: plan", "recomputed")
     lines = [(shape, *(found[c] / 1e9 for c in columns)) for shape, found in figures.items()]
@@ -76,6 +78,37 @@ def two_layers(shape):
     """The Config of a published shape with two layers and a small vocabulary, to fit a laptop."""
     _, config = read_config(ROOT / "bench" / "shapes" / shape)
     return dataclasses.replace(config, n_layers=2, windows=config.windows[:2], vocab=1024)
+
+
+def saved_bytes(config, tokens, device="meta"):
+    """Bytes that autograd keeps for the backward of one block op by op, parameters left out."""
+    with torch.device(device):
+        block = Transformer(config).blocks[0]
+        cos, sin = rope_table(config, torch.arange(tokens)[None], torch.float32)
+        x = torch.zeros(1, tokens, config.width, requires_grad=True)
+    # left out: its parameters, and what all blocks share
+    own = {t.untyped_storage()._cdata for t in (*block.parameters(), cos, sin)}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = block.body(x, cos, sin, Kernel.apply)  # alive: so no storage is counted twice
+    return sum(kept.values()) if y.requires_grad else 0
+
+
+class Kernel(torch.autograd.Function):
+    """Stands for a fused attention kernel, which keeps q, k, v, its output and a log-sum-exp."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        y, logsumexp = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, y, logsumexp)
+        return y
 
 
 def rows(shapes, tokens):

@@ -224,7 +224,12 @@ class RunFlags(HyperFlags):
     log: str | None = flag(None, "also report to: tensorboard, wandb, or both with a comma")
     attention: str = flag("auto", "attention kernel; auto: flex on CUDA", ("auto", "sdpa", "flex"))
     compile: bool | None = flag(None, "compile the blocks (some ten seconds); default: on CUDA")
-    checkpoint_activations: bool = flag(False, "recompute blocks in backward, to save memory")
+    checkpoint_activations: bool | None = flag(
+        None, "recompute whole blocks in backward; default: on CUDA where they would not fit"
+    )
+    keep_activations: float | None = flag(
+        None, "share of activations that compiled blocks keep; default: what fits", above=0, most=1
+    )
     offload: bool = flag(False, "keep parameters and optimizer state in CPU memory")
     shard_group: int | None = flag(
         None, "shard over groups of N processes; default: over all", least=1

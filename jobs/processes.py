@@ -20,6 +20,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch._functorch import config as functorch_config
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -303,6 +304,8 @@ def shard(model, s, ranks):
     options |= {"mp_policy": fsdp.MixedPrecisionPolicy(**dtypes)}
     if s.offload:
         options["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=ranks.kind == "cuda")
+    if s.keep_activations:  # read when blocks are compiled
+        functorch_config.activation_memory_budget = s.keep_activations
     for block in model.blocks:
         block.recompute = s.checkpoint_activations
         if s.compile:
@@ -310,6 +313,17 @@ def shard(model, s, ranks):
         fsdp.fully_shard(block, **options)
     fsdp.fully_shard(model, **options | {"reshard_after_forward": False})
     model.to_empty(device="cpu" if s.offload else ranks.device)
+
+
+def reduce_gradients(model, world, last):
+    """Says what becomes of the gradient of a step's next row; last: whether it is the last one.
+
+    One process keeps it until then; several reduce it row by row, so that none of them holds a
+    whole one. Copies of the shards (--shard_group) meet once, across slow nodes.
+    """
+    model.set_requires_gradient_sync(world > 1 or last)
+    model.set_reshard_after_backward(world > 1 or last)
+    model.set_requires_all_reduce(last)
 
 
 def compile_block(block, attention, backend="inductor"):

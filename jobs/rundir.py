@@ -27,7 +27,8 @@ from jobs.files import flush, read_json, remove, replace, to_line, write_json
 
 # what a resumed run may change: where and how it runs, not what it computes
 MAY_CHANGE = ("out", "resume", "save_every", "eval_every", "keep", "device", "offload",
-              "checkpoint_activations", "shard_group", "log", "revision")  # fmt: skip
+              "checkpoint_activations", "keep_activations", "shard_group", "log",
+              "revision")  # fmt: skip
 # what it may change of what is computed, from there on; not given, it is as before
 TUNABLE = ("lr", "warmup", "schedule", "final_lr", "weight_decay", "clip", "steps", "epochs")
 

@@ -9,7 +9,7 @@ set -euo pipefail
 LOSS=${LOSS:-ifsr_dpo}
 MODEL=${MODEL:-meta-llama/Meta-Llama-3-8B}
 DATA=${DATA:-HuggingFaceH4/ultrafeedback_binarized}
-run() { torchrun --nproc-per-node "${GPUS:-8}" train.py --data "$DATA" --checkpoint_activations \
+run() { torchrun --nproc-per-node "${GPUS:-8}" train.py --data "$DATA" \
     --schedule linear --warmup 0 --weight_decay 0 "$@"; }
 run --loss sft --model "$MODEL" --lr 1e-6 --epochs 1 --out runs/ifsr-sft
 run --loss irft --model runs/ifsr-sft/final --lr 1e-6 --epochs 1 --out runs/ifsr-irft

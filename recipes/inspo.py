@@ -102,7 +102,7 @@ SIZES = {
         },
         prepare={"dedup": True, "max_answer": 2048, "min_answer": 32, "min_margin": 0.405,
                  "guard": "meta-llama/Llama-Guard-3-8B", "eval_pairs": 1000},
-        train={"checkpoint_activations": True},
+        train={},
         sampling={"max_new_tokens": 2048},
         benchmarks={
             "alpaca_eval": Benchmark("tatsu-lab/alpaca_eval:eval", 805,

@@ -54,7 +54,7 @@ SIZES = {
         test_limit=1000,
         n=5,
         rounds=3,
-        train={"epochs": 1, "eval_pairs": 0, "checkpoint_activations": True},
+        train={"epochs": 1, "eval_pairs": 0},
         sampling={"max_new_tokens": 2048},
         exact=False,
     ),

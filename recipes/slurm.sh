@@ -20,4 +20,4 @@ srun torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node 8 --max-restarts 
     --data "${DATA:-HuggingFaceH4/ultrafeedback_binarized}" --eval_pairs 1000 \
     --dedup --max_answer 2048 --min_answer 32 ${MIN_MARGIN:+--min_margin "$MIN_MARGIN"} \
     ${GUARD:+--guard "$GUARD"} \
-    --checkpoint_activations --shard_group 8 --out "${OUT:-runs/llama3-8b-slurm}" --resume "$@"
+    --shard_group 8 --out "${OUT:-runs/llama3-8b-slurm}" --resume "$@"

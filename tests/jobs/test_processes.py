@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
+from runs import argv
 
+import train
 from jobs import processes
-from jobs.cli import UserError
+from jobs.cli import UserError, parse
 
 
 @pytest.fixture
@@ -67,6 +69,30 @@ def test_work_of_the_first_rank_is_shared_in_blocks_and_its_errors_are_told_to_a
     assert first == second and first[2] == "whole"
     assert [row[:2] for row in first[0]] == [(n, n**2) for n in range(11)]
     assert {rank for _, _, rank in first[0]} == {0, 1}
+
+
+def test_copies_of_the_shards_meet_once_per_step(flags, monkeypatch, no_plots):
+    """With --shard_group, across nodes: not once per row. test_splits holds the numbers to it."""
+    sums, rows, reduce, build = [], [], dist.all_reduce, train.build_row
+
+    def counted(tensor, *args, group=None, **options):
+        sums.extend([tensor.numel()] * (group is not None))
+        return reduce(tensor, *args, group=group, **options)
+
+    def watched(*args):
+        rows.append(args)
+        return build(*args)
+
+    def work(ranks):
+        monkeypatch.setattr(dist, "all_reduce", counted)
+        monkeypatch.setattr(train, "build_row", watched)
+        short = {"loss": "simpo", "steps": 2, "batch": 16, "row_tokens": 160, "eval_pairs": 0}
+        train.train(parse(train.TrainFlags, "", argv(flags | short | {"shard_group": 1})), ranks)
+        return len(sums), len(rows)
+
+    for met, ran in on_ranks(2, work):
+        assert ran > 4, "several rows a step"
+        assert met == 2 * (2 + 1), "two steps, two blocks and the root"
 
 
 def test_on_cuda_too_each_process_has_its_share_of_the_cores(monkeypatch):
