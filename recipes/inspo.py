@@ -18,7 +18,6 @@ import itertools
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -28,9 +27,8 @@ from hub.template import Template
 from jobs.cli import UserError, flag
 from jobs.rundir import read_metrics
 from recipes import cost
-from recipes.steps import RecipeFlags, cell, main, seeds_of, words_of
-
-HERE = Path("recipes/miniature")
+from recipes.benchmarks import Benchmarks, JudgeFlags
+from recipes.steps import cell, main, seeds_of, words_of
 
 # ----------------------------------------------------------------------------- what is run
 
@@ -63,15 +61,6 @@ class Model(NamedTuple):
     pairs: int  # of the data, as published
 
 
-class Benchmark(NamedTuple):
-    """Questions, and who answered them before: files, hub ids or (hub dataset, file)."""
-
-    questions: object
-    answers: int  # that a model has to give
-    baseline: object = None  # or the HF directory of a model that has yet to answer
-    named: str | None = None  # what the baseline is called in its file
-
-
 class Size(NamedTuple):
     """All that differs between the paper's size and a laptop's."""
 
@@ -79,17 +68,12 @@ class Size(NamedTuple):
     prepare: dict  # flags of recipes.prepare
     train: dict  # flags of train.py
     sampling: dict  # flags of generate.py
-    benchmarks: dict
-    alpaca: dict  # flags of evaluate.py alpaca
-    judge: str  # of AlpacaEval 2 and Arena-Hard
-    graders: str  # of MT-Bench
     grid: int  # how many values of each grid are tried
     max_lens: tuple
     draft_caps: tuple
     timed_steps: int
 
 
-ARENA, ARENA_01 = "lmarena-ai/arena-hard-auto", "data/arena-hard-v0.1"
 SIZES = {
     "full": Size(
         models={
@@ -104,17 +88,6 @@ SIZES = {
                  "guard": "meta-llama/Llama-Guard-3-8B", "eval_pairs": 1000},
         train={},
         sampling={"max_new_tokens": 2048},
-        benchmarks={
-            "alpaca_eval": Benchmark("tatsu-lab/alpaca_eval:eval", 805,
-                                     ("tatsu-lab/alpaca_eval", "alpaca_eval_gpt4_baseline.json")),
-            "arena_hard": Benchmark((ARENA, f"{ARENA_01}/question.jsonl"), 500,
-                                    (ARENA, f"{ARENA_01}/model_answer/gpt-4-0314.jsonl"),
-                                    "gpt-4-0314"),
-            "mt_bench": Benchmark("HuggingFaceH4/mt_bench_prompts", 160),
-        },
-        alpaca={},  # the published difficulties and gamed baselines
-        judge="gpt-4-1106-preview",
-        graders="gpt-4o,gpt-4",
         grid=99,
         max_lens=(1024, 2048, 4096),
         draft_caps=(0.3, 0.4, 0.5, 1.0),
@@ -125,17 +98,9 @@ SIZES = {
             "start": Model("assets/start", "assets/world/pairs.jsonl", 0.9e6, 60),
             "start-single": Model("assets/start-single", "assets/world/pairs.jsonl", 0.9e6, 60),
         },
-        prepare={"dedup": True, "max_answer": 64, "min_answer": 2, "limit": 64, "eval_pairs": 4},
+        prepare={"dedup": True, "max_answer": 64, "min_answer": 2, "limit": 64, "eval_pairs": 8},
         train={"steps": 2, "batch": 4, "lr": 1e-3, "max_len": 256, "eval_every": 2, "keep": 1},
         sampling={"max_new_tokens": 16},
-        benchmarks={
-            "alpaca_eval": Benchmark(HERE / "alpaca.jsonl", 4, "assets/start"),
-            "arena_hard": Benchmark(HERE / "arena.jsonl", 4, "assets/start", "baseline"),
-            "mt_bench": Benchmark(HERE / "mt_bench.jsonl", 4),
-        },
-        alpaca={"difficulty": "none", "gamed": "none", "resamples": 50},
-        judge="judge",
-        graders="judge,grader",
         grid=2,
         max_lens=(48, 256),
         draft_caps=(0.3, 1.0),
@@ -145,29 +110,23 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class Flags(RecipeFlags):
-    endpoint: str | None = flag(None, "OpenAI-compatible server of the judges")
-    judge: str | None = flag(None, "its name for the judge; default: GPT-4 Turbo, 1106 preview")
-    graders: str | None = flag(None, "its names for MT-Bench's; default: gpt-4o,gpt-4")
+class Flags(JudgeFlags):
     models: str | None = flag(None, "only these of mistral, llama3, gemma2; default: the paper's")
 
 
 class Study:
-    """The steps that InSPO's tables share, as methods over a Lab, flags and their Size."""
+    """The steps that InSPO's tables share; models: how many of them the table has."""
 
     def __init__(self, lab, s, models):
-        self.lab, self.s, self.size, self.seeds = lab, s, SIZES[s.size], seeds_of(s)
+        self.lab, self.size, self.seeds = lab, SIZES[s.size], seeds_of(s)
         known = self.size.models
         wanted = s.models.split(",") if s.models else list(known)[:models]
         if unknown := [name for name in wanted if name not in known]:
             raise UserError(f"--models {unknown[0]}: choose from {', '.join(known)}")
         self.models = {name: known[name] for name in wanted}
-        self.judge = {"endpoint": s.endpoint, "model": s.judge or self.size.judge}
-        self.graders = (s.graders or self.size.graders).split(",")
-        if not s.endpoint and not s.dry_run:
-            raise UserError("--endpoint URL of the judges' server is missing")
-
-    # -- training
+        # the model of what is shown for one alone
+        self.one = "llama3" if "llama3" in wanted else wanted[0]
+        self.judges = Benchmarks(lab, s, self.size.sampling)
 
     def data(self, model):
         """(train.jsonl, validation.jsonl) of a model's data, cleaned."""
@@ -201,107 +160,29 @@ class Study:
 
     def tuned(self, model, loss):
         """Of the grid, what gives the best length-controlled win rate on the validation prompts."""
-        grid, scores = self.grid(loss), {}
-        for point in range(len(grid) if len(grid) > 1 else 0):
-            run, (_, held) = self.train(model, loss, self.seeds[0], **grid[point]), self.data(model)
-            name, best = f"{model}/{run.name}", run / "best"
-            about = {"format": "alpaca_eval", "name": run.name} | self.size.sampling
-            n = self.size.prepare["eval_pairs"]
-            said = self.lab.generate(
-                f"{name}/validation.json", cost.sampling(n), model=best, data=held, **about
-            )
-            verdicts = self.verdicts(f"{name}/validation-verdicts.json", said, held, "alpaca_eval")
-            flags = {"annotations": verdicts, "difficulty": "none", "gamed": "none", "resamples": 0}
-            found = self.lab.evaluate(f"{name}/validation-score.json", "alpaca", **flags)
-            scores[point] = self.lab.read(found, "models", run.name, "length_controlled_winrate")
-        return grid[self.lab.best(scores)] if scores else grid[0]
-
-    # -- benchmarks
-
-    def fetched(self, source):
-        """A file or hub id as it is; (hub dataset, file) downloaded."""
-        if not isinstance(source, tuple):
-            return source
-        folder = self.lab.out / "benchmarks"
-        words = ["hf", "download", *source, "--repo-type", "dataset", "--local-dir", folder]
-        return self.lab.step(f"benchmarks/{source[1]}", words)
-
-    def answers(self, form, name, model):
-        """A model's answers to the questions of a benchmark, in its format."""
-        bench, ending = self.size.benchmarks[form], "json" if form == "alpaca_eval" else "jsonl"
-        flags = {"model": model, "data": self.fetched(bench.questions), "format": form}
-        flags |= {"name": Path(name).name} | self.size.sampling
-        return self.lab.generate(f"{name}/{form}.{ending}", cost.sampling(bench.answers), **flags)
-
-    def baseline(self, form):
-        """The answers that a benchmark compares with."""
-        source = self.size.benchmarks[form].baseline
-        if isinstance(source, tuple):
-            return self.fetched(source)
-        return self.answers(form, "benchmarks/baseline", source)
-
-    def verdicts(self, name, answers, against, form):
-        """Both orders of every pair of answers, judged."""
-        flags = {"answers": answers, "against": against, "format": form} | self.judge
-        return self.lab.evaluate(name, "judge", **flags)
-
-    def alpaca(self, name, run):
-        """AlpacaEval 2 of a run's best checkpoint -> {"LC", "WR"}: [mean, low, high] in percent."""
-        said = self.answers("alpaca_eval", name, run / "best")
-        against = self.baseline("alpaca_eval")
-        verdicts = self.verdicts(f"{name}/annotations.json", said, against, "alpaca_eval")
-        flags = {"annotations": verdicts} | self.size.alpaca
-        found = self.lab.evaluate(f"{name}/alpaca.json", "alpaca", **flags)
-        keys = {"LC": "length_controlled_winrate", "WR": "win_rate"}
-        return {c: self.lab.read(found, "models", run.name, key) for c, key in keys.items()}
-
-    def arena(self, model, table, runs):
-        """Arena-Hard of all runs together, as style control is fitted -> {run: {"AH WR", "AH SC"}}.
-
-        WR is the mean over games in both orders, SC the style-controlled one.
-        """
-        against, verdicts, said = self.baseline("arena_hard"), [], []
-        for run in runs:
-            name = f"{model}/{run.name}"
-            said.append(self.answers("arena_hard", name, run / "best"))
-            file = f"{name}/arena-verdicts.jsonl"
-            verdicts.append(self.verdicts(file, said[-1], against, "arena_hard"))
-        names = {"judgments": verdicts, "answers": [*said, against]}
-        flags = {name: ",".join(map(str, files)) for name, files in names.items()}
-        named = self.size.benchmarks["arena_hard"].named
-        flags |= {"control": "both", "baseline": named}
-        found = self.lab.evaluate(f"{model}/{table}-arena.json", "arena", **flags)
-        keys = {"AH WR": "score", "AH SC": "controlled"}
-        return {
-            run: {c: self.lab.read(found, "models", run.name, key) for c, key in keys.items()}
-            for run in runs
-        }
-
-    def mt_bench(self, name, run):
-        """MT-Bench, mean grade of both turns -> {"MT <grader>": [mean, low, high]}."""
-        said, found = self.answers("mt_bench", name, run / "best"), {}
-        questions = self.size.benchmarks["mt_bench"].questions
-        for grader in self.graders:
-            flags = {"answers": said, "questions": questions, "format": "mt_bench"}
-            flags |= self.judge | {"model": grader}
-            file = f"{name}/grades-{grader.replace('/', '-')}.jsonl"
-            grades = self.lab.evaluate(file, "judge", **flags)
-            local = {"questions": questions} if Path(questions).exists() else {}
-            scores = f"{name}/mtbench-{grader.replace('/', '-')}.json"
-            scores = self.lab.evaluate(scores, "mtbench", judgments=grades, **local)
-            found[f"MT {grader}"] = self.lab.read(scores, "models", run.name, "score")
-        return found
+        grid, scores, n = self.grid(loss), {}, self.size.prepare["eval_pairs"]
+        if len(grid) == 1:
+            return grid[0]
+        for point, flags in enumerate(grid):
+            run, (_, held) = self.train(model, loss, self.seeds[0], **flags), self.data(model)
+            found = self.judges.validation(f"{model}/{run.name}", run / "best", held, n)
+            scores[point] = found["LC"]
+        return grid[self.lab.best(scores)]
 
     def benchmarks(self, model, table, rows, columns):
         """{row: [a run per seed]} -> {row: {"MODEL COLUMN": Cell}}."""
-        found = {}
-        for run in itertools.chain(*rows.values()):
-            name = f"{model}/{run.name}"
-            found[run] = self.alpaca(name, run)
-            found[run] |= self.mt_bench(name, run) if "mt_bench" in columns else {}
-        for run, scores in self.arena(model, table, found).items() if "arena" in columns else ():
-            found[run] |= scores
-        return {row: self.cells(model, [found[run] for run in runs]) for row, runs in rows.items()}
+        models = {f"{model}/{run.name}": run / "best" for run in itertools.chain(*rows.values())}
+        found = {name: self.judges.alpaca(name, best) for name, best in models.items()}
+        if "mt_bench" in columns:
+            for name, best in models.items():
+                found[name] |= self.judges.mt_bench(name, best)
+        if "arena" in columns:
+            for name, scores in self.judges.arena(f"{model}/{table}-arena.json", models).items():
+                found[name] |= scores
+        return {
+            row: self.cells(model, [found[f"{model}/{run.name}"] for run in runs])
+            for row, runs in rows.items()
+        }
 
     def cells(self, model, seeds):
         """[{column: figure} per seed] -> {"MODEL COLUMN": Cell}; Arena-Hard's in percent."""
@@ -330,14 +211,12 @@ def table2(lab, s):
 
 def table3(lab, s):
     """ins_dpo by longest path and cap of the context answer, on AlpacaEval 2."""
-    study = Study(lab, s, models=2)
-    model = "llama3" if "llama3" in study.models else next(iter(study.models))
-    rows = {}
+    study, rows = Study(lab, s, models=2), {}
     for max_len, cap in itertools.product(study.size.max_lens, study.size.draft_caps):
         flags = study.grid("ins_dpo")[0] | {"max_len": max_len, "draft_cap": cap}
-        runs = [study.train(model, "ins_dpo", seed, **flags) for seed in study.seeds]
+        runs = [study.train(study.one, "ins_dpo", seed, **flags) for seed in study.seeds]
         rows[f"{max_len}, {'none' if cap == 1 else cap}"] = runs
-    part = study.benchmarks(model, "table3", rows, ("alpaca",))
+    part = study.benchmarks(study.one, "table3", rows, ("alpaca",))
     lab.tell("table3", joined("max_len, draft cap", [part]))
 
 
@@ -368,7 +247,7 @@ def overheads(lab, s):
         steps, seeds = study.size.timed_steps, found.setdefault(model, {}).setdefault(loss, [])
         for seed in study.seeds:
             run = study.train(model, loss, seed, steps=steps, eval_every=steps)
-            said = study.answers("alpaca_eval", f"{model}/{run.name}", run / "final")
+            said = study.judges.answers("alpaca_eval", f"{model}/{run.name}", run / "final")
             seeds.append(measured(lab, run, said))
     return study, found
 
@@ -411,12 +290,10 @@ def table7(lab, s):
 
 def figure2(lab, s):
     """Loss, accuracy and margin over training: plain dashed, ins_ solid, mean over seeds."""
-    study = Study(lab, s, models=2)
-    model = "llama3" if "llama3" in study.models else next(iter(study.models))
-    runs = {}
+    study, runs = Study(lab, s, models=2), {}
     for loss in (f"{form}{base}" for base in BASES for form in ("", "ins_")):
         flags = study.grid(loss)[0]
-        runs[loss] = [study.train(model, loss, seed, **flags) for seed in study.seeds]
+        runs[loss] = [study.train(study.one, loss, seed, **flags) for seed in study.seeds]
     if lab.plan is None:
         return
     curves = {loss: [curve(run) for run in seeds] for loss, seeds in runs.items()}
@@ -425,7 +302,7 @@ def figure2(lab, s):
         {"method": loss} | {name: cell([seed[name][-1] for seed in seeds]) for name in MEASURES}
         for loss, seeds in curves.items()
     ]
-    lab.tell("figure2", rows, model=model, curves=curves)
+    lab.tell("figure2", rows, model=study.one, curves=curves)
 
 
 MEASURES = ("loss", "accuracy", "margin")

@@ -36,6 +36,7 @@ from pathlib import Path
 import numpy as np
 
 from evals.results import table
+from evals.stats import t_interval
 from jobs.cli import UserError, flag, parse, run
 from jobs.files import Store, out_file, read_json, write_json
 
@@ -43,8 +44,6 @@ from jobs.files import Store, out_file, read_json, write_json
 PAPERS = read_json(Path(__file__).with_name("paper.json"))
 # flags that say where and how fast a step runs, not what it computes
 MAY_CHANGE = ("--endpoint", "--concurrency")
-# 97.5% quantiles of Student's t for 2 to 10 seeds; for more that of 10, which is a little wide
-T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True)
@@ -189,8 +188,7 @@ def cell(values, scale=1.0):
     spread = float(means.std(ddof=1)) if n > 1 else None
     low, high = rows[:, 1:].mean(0).tolist() or (None, None)
     if low is None and n > 1:
-        half = T[min(n, len(T) + 1) - 2] * spread / n**0.5
-        low, high = float(means.mean()) - half, float(means.mean()) + half
+        _, low, high = t_interval(means)
     return Cell(float(means.mean()), spread, low, high, means.tolist())
 
 

@@ -84,7 +84,7 @@ def test_both_orders_and_both_turns_are_judged(out):
     run = out / "start" / "kto-seed0"
     games = [json.loads(line) for line in (run / "arena-verdicts.jsonl").read_text().splitlines()]
     assert len(games) == 4 and all(len(game["games"]) == 2 for game in games)
-    grades = [json.loads(line) for line in (run / "grades-grader.jsonl").read_text().splitlines()]
+    grades = [json.loads(line) for line in (run / "mtbench-grader.jsonl").read_text().splitlines()]
     assert [(g["question_id"], g["turn"]) for g in grades] == [(1, 1), (1, 2), (2, 1), (2, 2)]
 
 
