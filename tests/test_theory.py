@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from data import Dataset, Limits, build_row
+from data import Dataset, Limits, build_row, lay_out
 from hub.template import Template
 from losses import recipe
 from model import load
@@ -389,3 +389,26 @@ def test_the_skewness_of_weights_is_bounded_by_their_variance(for_all):
 
     for_all(check)
     assert round(1 / 5.02e-3**0.5, 1) == 14.1 < 62.14
+
+
+def test_ifsr_eq_5_as_printed_has_no_term_of_the_instruction(tiny_model_dir):
+    """With i in front, x i y_l y_w, it is given and never predicted: log pi(y_w | x, i, y_l) =
+    log pi(y_l, y_w | x, i) - log pi(y_l | x, i). So the margin is that of the two orders, plus
+    plain DPO's with the instruction in the prompt. Left: the packed trie. Right: plain causal."""
+    template, model = Template(tiny_model_dir), load(tiny_model_dir)
+    run = recipe("dpo", "instruct")
+    pair = Pair([{"role": "user", "content": "Which is cold?"}], "Snow is.", "A stove!", "here")
+    example = Dataset([pair], template, run, Limits(1024, 0.4), "better").examples[0]
+    xi, w, l = example.instruct, example.chosen, example.rejected
+    row = build_row([lay_out([([xi, l, w], len(w)), ([xi, w, l], len(l))])], [0], 2)
+    behind = row.sums(model(row))[0].double()  # log pi(y_w | x, i, y_l), log pi(y_l | x, i, y_w)
+
+    def terms(first, second):
+        """log pi(first, second | x, i), log pi(first | x, i)."""
+        ids = torch.tensor([*xi, *first, *second]).long()
+        logps = model.logits(ids[None, :-1])[0].double().log_softmax(-1)
+        logps = logps.gather(-1, ids[1:, None]).squeeze(-1)[len(xi) - 1 :]
+        return logps.sum(), logps[: len(first)].sum()
+
+    (both_l, first_l), (both_w, first_w) = terms(l, w), terms(w, l)
+    close(behind[0] - behind[1], (both_l - both_w) + (first_w - first_l), 1e-4)
