@@ -68,7 +68,7 @@ SIZES = {
         test_limit=20,
         n=16,
         rounds=5,
-        train={"steps": 8, "batch": 10, "lr": 3e-4, "max_len": 256, "eval_pairs": 0},
+        train={"steps": 8, "batch": 10, "lr": 1e-4, "max_len": 256, "eval_pairs": 0},
         sampling={"max_new_tokens": 32},
         exact=True,
     ),
