@@ -98,9 +98,11 @@ class Lab:
 
     def step(self, name, words, hours=0.0):
         """Runs any command line that leaves OUT/name, unless that is there -> OUT/name."""
-        file, words, again = self.out / name, [*map(str, words)], name in self.steps
-        self.steps[name] = words, hours
-        if self.plan is None or again:  # a step that two parts of a recipe share runs once
+        file, words = self.out / name, [*map(str, words)]
+        again, _ = self.steps.setdefault(name, (words, hours))
+        if again != words:
+            raise UserError(f"{name}: of two commands, {shlex.join(again)} and {shlex.join(words)}")
+        if self.plan is None or again is not words:  # what two parts of a recipe share runs once
             return file
         if file.exists():
             made, _ = self.known.get(name, (essence(words), 0))

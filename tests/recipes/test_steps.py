@@ -51,6 +51,16 @@ def test_a_file_of_another_command_is_refused(lab_of, tmp_path):
         lab_of(lambda lab: lab.step("one", echo("y", tmp_path / "one")))
 
 
+def test_two_commands_of_a_recipe_never_leave_the_same_file(lab_of, tmp_path):
+    def recipe(lab):
+        for text in ("x", "y"):
+            lab.step("one", echo(text, tmp_path / "one"))
+
+    with pytest.raises(UserError, match="one: of two commands, sh -c 'echo x .* and sh"):
+        lab_of(recipe)
+    assert not (tmp_path / "one").exists()  # told by the plan
+
+
 def test_where_and_how_fast_may_change(lab_of, tmp_path):
     def recipe(lab, url):
         lab.step("one", [*echo("x", tmp_path / "one"), "--endpoint", url])
