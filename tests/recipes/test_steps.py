@@ -131,6 +131,24 @@ def test_words_of_flags():
     assert words_of(flags) == ["--lr", "0.001", "--resume", "--no-compile"]
 
 
+def test_torchrun_is_that_of_this_python(lab_of, monkeypatch):
+    """train.py on all GPUs, judges and servers' clients in one process."""
+    seen = []
+
+    def start(words, **options):
+        seen.append(words)
+        return subprocess.CompletedProcess(words, 7)
+
+    monkeypatch.setattr(subprocess, "run", start)
+    with pytest.raises(UserError, match="status 7: torchrun --standalone --nproc-per-node 4 train"):
+        lab_of(lambda lab: lab.train("a", loss="dpo"), gpus=4)
+    with pytest.raises(UserError, match="status 7: python generate.py"):
+        lab_of(lambda lab: lab.generate("b", endpoint="http://x"), gpus=4)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    assert seen[0][:6] == [*launcher, "--nproc-per-node", "4"] and seen[0][-1] == "--resume"
+    assert seen[1][:2] == [sys.executable, "generate.py"]
+
+
 def test_it_is_a_command():
     """By a process of its own: the list of recipes, and a name that is none."""
     start = [sys.executable, "-m", "recipes.inspo"]
