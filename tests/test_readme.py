@@ -90,7 +90,9 @@ def test_the_files_of_the_readme_are_the_root_files_and_the_wings():
 
 
 @pytest.mark.parametrize(
-    "page", [ROOT / "README.md", *DOCS], ids=lambda p: f"{p.parent.name}/{p.name}"
+    "page",
+    [ROOT / "README.md", ROOT / "recipes/README.md", *DOCS],
+    ids=lambda p: f"{p.parent.name}/{p.name}",
 )
 def test_every_link_leads_somewhere(page):
     """Files exist, beside the page that names them; headings exist in the page that is named."""

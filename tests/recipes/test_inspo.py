@@ -12,8 +12,9 @@ from chat_server import ChatServer
 
 import evaluate
 import generate
-from jobs.cli import UserError, parser_of
+from jobs.cli import HYPER, UserError, parser_of
 from jobs.rundir import Metrics
+from losses import recipe
 from recipes import cost, inspo, online, prepare, steps
 from train import TrainFlags
 
@@ -28,9 +29,9 @@ def rule(messages, body):
     return f"[[{ {'judge': 6, 'grader': 8}[body['model']] }]]"
 
 
-def start(recipe, *words, module=inspo, paper="inspo"):
+def start(name, *words, module=inspo, paper="inspo"):
     """python -m recipes.PAPER RECIPE WORDS…"""
-    before, sys.argv = sys.argv, [paper, recipe, *map(str, words)]
+    before, sys.argv = sys.argv, [paper, name, *map(str, words)]
     try:
         steps.main(paper, module.RECIPES, module.Flags, module.__doc__)
     finally:
@@ -44,8 +45,8 @@ def out(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, ChatServer(rule) as server:
         patch.setattr(Metrics, "plot", lambda self: None)
         words = ["--size", "miniature", "--endpoint", server.url, "--out", folder]
-        for recipe in inspo.RECIPES:
-            start(recipe, *words, "--models", "start")
+        for name in inspo.RECIPES:
+            start(name, *words, "--models", "start")
         before = len(server.bodies)
         start("table2", *words, "--models", "start")  # again: everything is there
         assert len(server.bodies) == before
@@ -149,7 +150,8 @@ def test_every_command_at_full_size_is_one_of_ours(plan):
         seen.add(script)
         if script == "train.py":
             s = parser_of(TrainFlags, "").parse_args(rest)
-            assert cost.tokens_per_pair(s.loss, s.condition) >= 1000
+            hyper = {name: getattr(s, name) for name in HYPER}
+            recipe(s.loss, s.condition, **hyper)  # ValueError for a flag that it does not have
         elif script == "generate.py":
             parser_of(generate.GenerateFlags, "").parse_args(rest)
         elif script == "evaluate.py":
