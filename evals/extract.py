@@ -42,8 +42,8 @@ def extract(s):
     if Path(s.out).exists():
         raise UserError(f"--out {s.out} is there already; choose another")
     with out_file(s.out), written_whole(s.out) as aside:
-        template = Template(source).source
-        export(aside, config, whole_weights(path, dtype), source, dtype, template)
+        template = Template(source, settings.get("fold_system", False))
+        export(aside, config, whole_weights(path, dtype), source, dtype, template.source)
     print(f"saved: {s.out}, of {path}")
 
 

@@ -108,9 +108,8 @@ class Template:
         added = self.tokenizer.get_added_tokens_decoder().values()
         self._control = sorted((t.content for t in added if t.special), key=len, reverse=True)
         self._named = re.compile("|".join(map(re.escape, self._control)) or r"(?!)")
-        settings, config = (
-            read_json(self.directory / f"{n}config.json") for n in ("tokenizer_", "")
-        )
+        files = (self.directory / f"{n}config.json" for n in ("tokenizer_", ""))
+        settings, config = map(read_json, files)
         vocab = config.get("vocab_size")  # rows of the embedding, which may be padded
         self.vocab = vocab if isinstance(vocab, int) else None  # model.py tells of nonsense
         self.special = {"bos_token": "", "eos_token": ""} | tokens
@@ -119,7 +118,17 @@ class Template:
         self.source = FOLD_SYSTEM * fold_system + self.source
         self._template = self._compile()
         self._seams = {"": []}  # what stands before a text -> its ids if they change that text's
-        probe = self.render(PROBE_DIALOGUE)
+        for self._in_parts in (False, True):  # some know contents as lists of parts alone
+            try:
+                probe = self.render(PROBE_DIALOGUE)
+            except Refused as error:
+                if self._in_parts or "str object" not in error.reason:
+                    raise
+                continue
+            if PROBE in probe:
+                break
+        else:
+            raise UserError(f"{directory}: the chat template leaves out what messages say")
         self.encode([probe])  # tells of control tokens that the model has not
         after = probe.rpartition(PROBE)[2]
         if probe == self.render(PROBE_DIALOGUE, generation=True):  # may always open a reply
@@ -163,7 +172,9 @@ class Template:
         Byte for byte what transformers renders, but for SHIELD inside the text of special tokens
         that messages hold. Raises Refused, in one line, where the template refuses the messages.
         """
-        messages = [m | {"content": self._shield(m["content"])} for m in messages]
+        said = [self._shield(m["content"]) for m in messages]
+        said = [[{"type": "text", "text": t}] for t in said] if self._in_parts else said
+        messages = [m | {"content": text} for m, text in zip(messages, said, strict=True)]
         known = {"messages": messages, "tools": None, "documents": None} | self.special
         try:
             with bounded():
@@ -172,12 +183,8 @@ class Template:
                 raise ValueError(f"its text is longer than {LONGEST} characters")
             return text
         except Exception as error:  # a template is a program: TypeError, OverflowError, its own …
-            reason = " ".join(str(error).split())
-            if (
-                messages
-                and messages[0]["role"] == "system"
-                and not self.source.startswith(FOLD_SYSTEM)
-            ):
+            reason, roles = " ".join(str(error).split()), [m["role"] for m in messages[:1]]
+            if roles == ["system"] and not self.source.startswith(FOLD_SYSTEM):
                 reason += "; --fold_system puts a system turn into the user's"
             raise Refused(self.directory, reason) from error
 
@@ -296,13 +303,10 @@ class Template:
     def _embedded(self, ids):
         """The ids, each of which must have a row in the model's embedding; else UserError."""
         if self.vocab is not None and (beyond := ids.max(initial=-1)) >= self.vocab:
-            token = f"{self.tokenizer.id_to_token(beyond)!r} has id {beyond}"
-            fault = (
-                f"{self.directory}: the tokenizer's {token}, but the model {self.vocab} embeddings"
-            )
-            raise UserError(
-                f"{fault} (vocab_size in config.json); resize them, or mend the tokenizer"
-            )
+            token = f"the tokenizer's {self.tokenizer.id_to_token(beyond)!r} has id {beyond}"
+            fault = f"{self.directory}: {token}, but the model {self.vocab} embeddings"
+            cure = "resize them, or mend the tokenizer"
+            raise UserError(f"{fault} (vocab_size in config.json); {cure}")
         return ids
 
     def shortened(self, messages, ids, room):

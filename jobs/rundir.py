@@ -138,8 +138,10 @@ def check_config(s, say):
     the step where it goes on.
     """
     then, changed = settings_of(s.out), []
+    # a flag that is younger than the run was then as by default
+    known = {f.name: f.default for f in dataclasses.fields(s) if f.default is not None} | then
     for name, value in dataclasses.asdict(s).items():
-        if not then or name in MAY_CHANGE or (was := then.get(name)) == value:
+        if not then or name in MAY_CHANGE or (was := known.get(name, value)) == value:
             continue
         if name not in TUNABLE:
             file = Path(s.out) / "config.json"

@@ -24,14 +24,14 @@ ABOUT_A_ROW = """
     token tokens length len count num probability confidence flag embedding emojis detoxify
     principle principles quotes order generation generations response responses answer answers
     output outputs completion completions chosen rejected accepted solution correct incorrect
-    truth
+    truth config configs
 """
 # Words of names that tell of what stands before an answer: these hold no mere label.
 CONTEXT = """
     prompt prompts question questions instruction instructions query input inputs context
-    contexts history background previous prior initial preceding past trajectory system persona
-    tool tools function functions image images video videos audio document documents passage
-    passages message messages conversation conversations dialogue dialogues dialog
+    contexts history background prefix preamble previous prior initial preceding past trajectory
+    system persona tool tools function functions image images video videos audio document documents
+    passage passages message messages conversation conversations dialogue dialogues dialog
 """
 ABOUT_A_ROW, CONTEXT = (set(re.findall(r"\w+", text)) for text in (ABOUT_A_ROW, CONTEXT))
 LABEL = re.compile(r"[\w.:/+#@%-]{0,64}", re.ASCII)  # a sentence has spaces, or is not ASCII

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from hub.template import SHIELD
 from jobs.cli import UserError
-from pairs.columns import account, kind_of, squeezed
+from pairs.columns import account, kind_of, squeezed, texts_in
 
 SCORES = ("score_{}", "{}_score", "{}_avg_rating", "{}_rating", "{}-rating", "rating_{}")
 SCORES += ("reward_{}", "{}_reward")
@@ -36,6 +36,9 @@ BROKEN = re.compile(f"[\0\ud800-\udfff{SHIELD}]")
 # what a chat template writes: prompts that were rendered before hold it
 RENDERED = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|eot_id|>", "<|user|>", "[INST]")
 RENDERED += ("<|assistant|>", "<|system|>", "<|prompter|>", "<start_of_turn>", "<extra_id_1>")
+RENDERED += ("\nAssistant:", "### Response:")
+# how messages, or a history of pairs of texts, begin as JSON or as Python writes them
+MESSAGES, TURNS = re.compile(r"\s*(\[\s*)?\{\s*['\"]"), re.compile(r"\s*\[\s*\[")
 
 
 class Pair(NamedTuple):
@@ -59,7 +62,7 @@ SYSTEM = ("system", "system_prompt", "system_message")
 # Names of the answers: a form, with the words for the preferred and the other one, or two sides.
 FORMS = ("{}", "{}_response", "response_{}", "{}_answer", "answer_{}", "{}_output", "output_{}")
 FORMS += ("{}_completion", "completion_{}", "{}_messages", "{}_conversation", "conversation_{}")
-FORMS += ("response{}", "answer{}", "output{}", "completion{}")
+FORMS += ("response{}", "answer{}", "output{}", "completion{}", "conv_{}")
 PREFERRED = (("chosen", "rejected"), ("accepted", "rejected"), ("preferred", "dispreferred"))
 PREFERRED += (("preferred", "non_preferred"), ("better", "worse"), ("j", "k"))
 SIDES = (("0", "1"), ("1", "2"), ("a", "b"), ("A", "B"))
@@ -94,7 +97,7 @@ def asked(record, where, answers=()):
         value, names = f"{value}\n{details}", ["instruction", "input"]
     messages = [] if is_blank(value) else as_messages(value, where)
     if "history" in found and "history" not in names:
-        history = parsed(record["history"], where, "[[")
+        history = parsed(record["history"], where, TURNS)
         if isinstance(history, list) and history:
             messages, names = as_messages(history, where) + messages, [*names, "history"]
     for name in systems:
@@ -136,7 +139,7 @@ def plain(record, where, chosen, rejected=None):
 
 def two_answers(record, where, first, second, sides):
     """Reads two answers, of which another column says which is preferred."""
-    chosen, margin = verdict(record, where, *sides)
+    chosen, margin = verdict(record, where, *sides, (first, second))
     names = (first, second, *(name for name in CHOICES if name in record))
     prompt, before = asked(record, where, names)
     answers = record[first], record[second]
@@ -149,10 +152,10 @@ def two_answers(record, where, first, second, sides):
 
 
 def as_texts(value):
-    """A list of texts, or JSON of one -> the list; else None."""
-    if isinstance(value, str) and value.startswith('["'):
+    """A list of texts, or JSON of one -> the list, null as an empty text; else None."""
+    if isinstance(value, str) and value.startswith(('["', "[null")):
         with contextlib.suppress(ValueError):
-            value = json.loads(value)
+            value = [text or "" for text in json.loads(value)]
     return value if texts_alone(value) else None
 
 
@@ -163,7 +166,7 @@ def interleaved(questions, answers):
     return [{"role": r, "content": text} for r, text in zip(roles, turns, strict=False)]
 
 
-def verdict(record, where, a, b):
+def verdict(record, where, a, b, columns):
     """Which of two answers is preferred, 0 or 1, and by how much (or None); Dropped for a tie."""
     name = next((name for name in (*GRADED, *CHOICES) if name in record), None)
     value, margin = record.get(name), None
@@ -183,7 +186,8 @@ def verdict(record, where, a, b):
         won = [score(record.get(f"winner_model_{x}"), "winner_model", where) or 0 for x in "ab"]
         difference = won[0] - won[1]
     else:
-        difference = margin = score_margin(record, where, (a, b))
+        found = (score_margin(record, where, names) for names in ((a, b), columns))
+        difference = margin = next((m for m in found if m is not None), None)
         if margin is None:
             cure = f"expected one of {', '.join((*GRADED, *CHOICES))}, or a score of each"
             raise UserError(f"{where}: no column says which answer is preferred; {cure}")
@@ -400,6 +404,7 @@ def layout_of(columns, need_rejected):
         return "a list of answers", partial(listed, column="completions"), None
     pairs = [(f.format(w), g.format(l)) for f in FORMS for g in (f, *FORMS) for w, l in PREFERRED]
     pairs += [(name, "rejected_response") for name in ("response", "messages", "conversations")]
+    pairs += [("messages", "rejected_messages")]
     for chosen, rejected in pairs:
         if chosen in has and rejected in has:
             return "chosen, rejected", partial(plain, chosen=chosen, rejected=rejected), None
@@ -440,7 +445,13 @@ def to_pair(record, where, drops, need_rejected=True):
 def one_pair(read, record, where, drops, need_rejected, ties=True):
     """The Pair of a record that stands alone; every filled column of it is accounted for."""
     raw = read(record, where)
-    pair = make_pair(raw, need_rejected, ties)
+    try:
+        pair = make_pair(raw, need_rejected, ties)
+    except Dropped as reason:
+        if str(reason) == "no prompt":  # unless a column of another name has it
+            said = texts_in([raw.chosen, raw.rejected])
+            account(record, raw.used, said, where, invented=raw.prompt is None)
+        raise
     said = [message["content"] for message in pair.prompt] + [pair.chosen, pair.rejected or ""]
     invented = raw.prompt is None and isinstance(parsed(raw.chosen, where), str)
     drops.unread |= dict.fromkeys(account(record, raw.used, said, where, invented))
@@ -451,7 +462,7 @@ def one_pair(read, record, where, drops, need_rejected, ties=True):
 
 def is_rendered(text):
     """Whether it holds a control token. One character is found much faster than a word."""
-    return ("|" in text or "[" in text or "_" in text) and any(t in text for t in RENDERED)
+    return any(c in text for c in "|[_:") and any(t in text for t in RENDERED)
 
 
 def make_pair(raw, need_rejected=True, ties=True):
@@ -579,21 +590,23 @@ def is_text_part(part):
     return "text" in filled and filled <= {"type", "text"} and isinstance(part["text"], str)
 
 
-def parsed(value, where, opening="[{"):
+def parsed(value, where, opening=MESSAGES):
     """A text that is a transcript, or messages as JSON or Python writes them -> list; else as is.
 
-    opening: "[[" for a history of pairs of texts.
+    opening: TURNS for a history of pairs of texts.
     """
-    if not isinstance(value, str) or not value.startswith((HH, opening)):
-        return value
-    if value.startswith(HH):
+    if isinstance(value, str) and value.startswith(HH):
         return parse_hh(value)
+    if not isinstance(value, str) or not opening.match(value):
+        return value
     for read in (json.loads, ast.literal_eval):
         with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            found, keys = read(value), ({"role", "content"}, {"from", "value"})
-            if opening == "[[" or all(set(m) >= keys[0] or set(m) >= keys[1] for m in found):
+            found, keys = read(value.strip()), ({"role", "content"}, {"from", "value"})
+            if isinstance(found, dict):  # one message; an answer in JSON may have other roles
+                found = [found] if str(found.get("role", found.get("from"))) in ROLES else "?"
+            if opening is TURNS or all(set(m) >= keys[0] or set(m) >= keys[1] for m in found):
                 return found
-    if re.match(r"\[\{'(role|content|from|value)':", value):
+    if re.match(r"\s*\[\s*\{\s*'(role|content|from|value)':", value):
         raise UserError(f"{where}: messages as text, neither JSON nor Python: {value!r:.40}")
     return value
 

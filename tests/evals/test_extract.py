@@ -8,7 +8,7 @@ import evaluate
 
 
 def test_the_last_checkpoint_is_the_final_model(flags, no_plots, call, ended, tmp_path):
-    flags |= {"loss": "ins_dpo", "save_every": 2, "keep": 5}
+    flags |= {"loss": "ins_dpo", "save_every": 2, "keep": 5, "fold_system": True}
     train_here(flags)
     out = flags["out"]
     call(evaluate, "extract", "--run", out, "--out", out / "last")

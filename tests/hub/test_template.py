@@ -20,6 +20,7 @@ from chat_templates import (
     write_checkpoint,
 )
 from dialogues import say
+from transformers import AutoTokenizer
 
 from data import Dataset, Limits
 from hub import template as template_file
@@ -99,6 +100,25 @@ def test_a_system_turn_is_folded_into_the_first_user_turn(tmp_path):
     assert text == folded.render(say("Be brief\n\nHi", "Yo", "Why?"))
     with pytest.raises(UserError, match="refuses: there is no system role$"):
         folded.render([{"role": "system", "content": "alone"}])
+
+
+IN_PARTS = (  # as Idefics and LLaVA have it; `content` as a text would be left out in silence
+    "{% for m in messages %}{{ m['role'] + ':' }}{% for part in m['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+def test_a_template_that_knows_parts_alone_gets_parts(make):
+    template, dialogue = make(IN_PARTS), say("Hi", "Yo")
+    parts = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]}
+             for m in dialogue]  # fmt: skip
+    theirs = AutoTokenizer.from_pretrained(template.directory)
+    wanted = theirs.apply_chat_template(parts, return_dict=True)["input_ids"]
+    assert template.joined(dialogue[:1], "Yo").tolist() == wanted
+    assert make(IN_PARTS.replace("['type'] ==", ".type ==").replace("part['text']", "part.text"))
+    with pytest.raises(UserError, match="the chat template leaves out what messages say"):
+        make("{% for m in messages %}{{ m['role'] + eos_token }}{% endfor %}")
 
 
 # ----------------------------------------------------------------------------- seams

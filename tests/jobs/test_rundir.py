@@ -1,5 +1,6 @@
 """The run directory: chosen under a lock, freed by starts that fail, changed by resumed runs."""
 
+import dataclasses
 import json
 import threading
 from types import SimpleNamespace
@@ -114,6 +115,16 @@ def test_a_resumed_run_keeps_what_it_is_not_told(flags, no_plots):
         flags.pop(name)
     train_here(flags | {"resume": True})
     assert len(lines(flags["out"])) == len(first) == 4
+
+
+def test_a_flag_that_is_younger_than_the_run_was_as_by_default(tmp_path):
+    s = flags_of(out=tmp_path)
+    then = dataclasses.asdict(s) | {"out": str(tmp_path)}
+    del then["fold_system"], then["ignore_columns"]
+    (tmp_path / "config.json").write_text(json.dumps({"settings": then}))
+    rundir.check_config(s, pytest.fail)
+    with pytest.raises(UserError, match="--fold_system is True, but .* has False"):
+        rundir.check_config(dataclasses.replace(s, fold_system=True), pytest.fail)
 
 
 def test_fewer_steps_than_are_done_are_refused(flags, no_plots):

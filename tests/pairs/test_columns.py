@@ -1,6 +1,7 @@
 """Every filled column is read, or is about the row, or stops the run by its name."""
 
 import itertools
+import json
 import re
 from pathlib import Path
 
@@ -30,6 +31,7 @@ MISSED = {  # a column that nobody reads, beside a good pair
     "history": TEXT,
     "images": [{"bytes": b"x", "path": None}],
     "reasoning": TEXT,
+    "response_prefix": "The",
     "question": "Another question?",
     "messages": say("Hi", "Hello", "Why?"),
     "标题": "哪个平底锅适合煎蛋",
@@ -63,6 +65,34 @@ def test_no_prompt_is_invented_where_another_column_could_hold_it(tmp_path):
     assert read(tmp_path, row)[0][0].prompt == say("Why?")
     with pytest.raises(UserError, match="column title"):
         read(tmp_path, row | {"title": "Why"})
+
+
+@pytest.mark.parametrize("column", ["problem", "text", "turns", "prompts", "context_messages"])
+def test_a_prompt_under_another_name_is_named_and_not_dropped(column, tmp_path):
+    answers = {"chosen": "So.", "rejected": "No."}
+    for value in ("Why is it so?", ["Why"], say("Why")):
+        with pytest.raises(UserError, match=f"column {column} .* would not be read"):
+            read(tmp_path, answers | {column: value})
+    with pytest.raises(UserError, match="1 no prompt"):
+        read(tmp_path, answers | {"source": "A page of the web"})
+
+
+MESSAGE = {"role": "assistant", "content": "So."}
+
+
+@pytest.mark.parametrize("write", [
+    lambda answer: json.dumps(say("Why?") + [answer], indent=2), lambda answer: f"\n {[answer]}",
+    json.dumps, lambda answer: str({"from": "gpt", "value": answer["content"]})])  # fmt: skip
+def test_messages_written_as_text_are_messages_however_they_are_spaced(write, tmp_path):
+    row = {"chosen": write(MESSAGE), "rejected": write(MESSAGE | {"content": "No."})}
+    (pair,), _ = read(tmp_path, {"prompt": "Why?"} | row)
+    assert pair[:3] == (say("Why?"), "So.", "No.")
+
+
+def test_an_answer_in_json_is_a_text(tmp_path):
+    job = '{"role": "cook", "content": "eggs"}'
+    (pair,), _ = read(tmp_path, {"prompt": "A job as JSON?", "chosen": job, "rejected": "No."})
+    assert pair.chosen == job
 
 
 def test_keys_of_messages_are_columns_too(tmp_path):

@@ -197,7 +197,8 @@ def test_all_processes_of_a_run_share_the_dialogues(guard_dir, tiny_model_dir, d
     assert min(map(len, parts)) >= 2 and len(set(judged)) == len(judged) == 2 * len(TEXTS)
     assert places[0] == places[1] == places[2] and lines[0] == lines[2]
     alone, told = load_data(s, Template(tiny_model_dir), recipe("dpo"))
-    assert alone["train"].examples.where == places[0] and told == lines[0]
+    assert alone["train"].examples.where == places[0]
+    assert told == [line for line in lines[0] if not line.startswith("token cache")]
 
 
 # ----------------------------------------------------------------------------- once

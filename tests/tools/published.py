@@ -424,8 +424,9 @@ PUBLISHED = {
         [
             {"messages": [*MORE, *reply("Vans.")], "rejected_response": "Dogs."},
             {"query": "Why?", "response": "Fish.", "rejected_response": "Cats.", "history": []},
+            {"messages": say("Why?", "Fish."), "rejected_messages": say("Why?", "Cats.")},
         ],
-        [(MORE, "Vans.", "Dogs.", None), (say("Why?"), "Fish.", "Cats.", None)],
+        [(MORE, "Vans.", "Dogs.", None)] + [(say("Why?"), "Fish.", "Cats.", None)] * 2,
         {},
     ),
     "OpenAI's fine-tuning": (
@@ -496,9 +497,14 @@ PUBLISHED = {
     ),
     "lmsys/lmsys-arena-human-preference-55k": (
         "train.csv",
-        [arena_55k(1, 0, 0), arena_55k(0, 1, 0), arena_55k(0, 0, 1)],
+        [arena_55k(1, 0, 0), arena_55k(0, 1, 0), arena_55k(0, 0, 1)]
+        + [
+            arena_55k(1, 0, 0)
+            | {"prompt": '["Why?"]', "response_a": "[null]"}
+            | {"response_b": '["Fish."]'}
+        ],
         [(MORE, "Vans.", "Dogs.", None)],
-        {"tie": 1, "prompts differ": 1},
+        {"tie": 1, "prompts differ": 1, "empty answer": 1},
     ),
     "lmarena-ai/arena-human-preference-140k": (
         "train-00000-of-00007.parquet",
@@ -588,6 +594,22 @@ PUBLISHED = {
             }
         ],
         [(say("Why?"), "Fish.", "Cats.", None)],
+        {},
+    ),
+    "llm-blender/Unified-Feedback": (
+        "val-00000-of-00001.parquet",
+        [
+            {
+                "id": "alpaca_0",
+                "conv_A": say("Why?", "Cats."),
+                "conv_A_rating": 0.0,
+                "conv_B": say("Why?", "Fish."),
+                "conv_B_rating": 1.0,
+                "num_turns": 1,
+                "source": "a/b",
+            }
+        ],
+        [(say("Why?"), "Fish.", "Cats.", 1.0)],
         {},
     ),
     "allenai/reward-bench": (
