@@ -176,8 +176,9 @@ class Study:
         if "mt_bench" in columns:
             for name, best in models.items():
                 found[name] |= self.judges.mt_bench(name, best)
-        if "arena" in columns:
-            for name, scores in self.judges.arena(f"{model}/{table}-arena.json", models).items():
+        if "arena" in columns:  # of all seeds at once, so more seeds are another file
+            file = f"{model}/{table}-arena-seeds{'-'.join(map(str, self.seeds))}.json"
+            for name, scores in self.judges.arena(file, models).items():
                 found[name] |= scores
         return {
             row: self.cells(model, [found[f"{model}/{run.name}"] for run in runs])

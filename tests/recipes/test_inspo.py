@@ -120,6 +120,9 @@ def test_several_seeds_have_a_spread(out):
         patch.setattr(Metrics, "plot", lambda self: None)
         words = ["--size", "miniature", "--endpoint", server.url, "--out", out]
         start("table7", *words, "--models", "start", "--seeds", "0,1")
+        start("table4", *words, "--models", "start", "--seeds", "0,1")
+    control = rows_of(out, "table4")["averaged"]["start AH SC"]
+    assert len(control["seeds"]) == 2 and control["low"] <= control["mean"] <= control["high"]
     time = rows_of(out, "table7")["start"]["time"]
     assert len(time["seeds"]) == 2 and time["spread"] is not None and time["low"] < time["high"]
 
