@@ -222,7 +222,7 @@ def next_token(s):
 
 def next_of(s, contexts, flagged):
     """Prints and returns what the model of one flag says next: {model, …, contexts, pairs}."""
-    name, how = getattr(s, flagged), {"fold_system": s.fold_system, "name": f"--{flagged}"}
+    name, how = getattr(s, flagged), {"fold": s.fold_system, "name": f"--{flagged}"}
     model, template = load_model(name, s.dtype, s.device, **how)
     views = open_views(s, template, contexts)
     (prefix,), device = template.encode([s.prefix], template.opening), model.embed.weight.device
