@@ -1,7 +1,8 @@
-"""Computes IFSR's Figure 4: how attention falls on the parts of a prompt while y+ is read.
+"""Computes IFSR's Figures 4 and 6: how attention falls on a prompt, before and after training.
 
-Mass, variance and skewness of the weights by layer, before and after training, with y+ behind x,i
-and behind x,ỹ,i (signs and reservations as in evals/context.py).
+Mass, variance and skewness of the weights by layer and part of the prompt while y+ is read, with
+y+ behind x,i and behind x,ỹ,i (signs and reservations as in evals/context.py). The part `prompt` is
+another reading: all of it, from its last token, in the last layer, after the mean over heads.
 
 Legend: N pairs, P contexts, L layers, H heads, K key/value heads, C head width, T tokens of the
 trie, S of them that predict y+.
@@ -9,6 +10,7 @@ trie, S of them that predict y+.
 
 import itertools
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,13 +40,12 @@ def attention(s):
     contexts = {"x,i": Context("instruct", s.instruction)}
     contexts["x,ỹ,i"] = Context("rejected", s.instruction)
     flags = {"before": "ref", "after": "model"} if s.ref else {"after": "model"}
-    columns, views = {}, None  # columns: {when: {(context, measure, part): (N, L)}}
+    columns, last, views = {}, {}, None  # columns: {when: {(context, measure, part): (N, L)}}
     for name, of in flags.items():
-        model, template = load_model(
-            getattr(s, of), s.dtype, s.device, name=f"--{of}", fold=s.fold_system
-        )
+        how = {"name": f"--{of}", "fold": s.fold_system}
+        model, template = load_model(getattr(s, of), s.dtype, s.device, **how)
         views = views or open_views(s, template, contexts)
-        every = attention_statistics(model, views, name)
+        every, last[name] = attention_statistics(model, views, name)
         columns[name] = {k: v for k, v in every.items() if not np.isnan(v).any()}
         del model  # one model in memory at a time
     means = []  # Estimates of the means over layers
@@ -57,11 +58,16 @@ def attention(s):
             means.append(row | {when: estimate(mean, s.seed) for when, mean in of.items()})
     print(table(means, {"before": ".4g", "after": ".4g", "change": "+.2g"}))
     results = {"model": s.model, "ref": s.ref, "data": s.data, "n": len(views), "means": means}
-    layers = results["layers"] = {}  # {when: {context: {measure: {part: [L means over pairs]}}}}
-    for when, of in columns.items():
-        for (context, measure, part), values in of.items():
-            parts = layers.setdefault(when, {}).setdefault(context, {}).setdefault(measure, {})
-            parts[part] = values.mean(0).tolist()
+    results["layers"] = {  # {when: {"context measure part": [L means over pairs]}}
+        when: {" ".join(name): values.mean(0).tolist() for name, values in of.items()}
+        for when, of in columns.items()
+    }
+    prompts = results["prompts"] = {c: [] for c in contexts}  # {context: [[a token's text]]}
+    for view in views:
+        for c, (segments, _), spans in zip(contexts, view.paths, view.spans, strict=True):
+            ids = np.concatenate(segments)[: spans["y+"][0]]
+            prompts[c].append([template.decode([i], skip_special=False) for i in ids])
+    results["last_query"] = last
     save_results(s.out, results | {"pairs": [view.where for view in views]})
     if figure:
         with out_file(figure):
@@ -88,7 +94,8 @@ class Watched:
 
 
 def attention_statistics(model, views, label):
-    """{(context, measure, part): (N, L)} of the attention of the S tokens that predict y+.
+    """Attention of the S tokens that predict y+: {(context, measure, part): (N, L)}, and the last
+    query's weights, {context: [[one per token of the prompt] per pair]}.
 
     Of one query and head: `mass` is the sum of its weights on a part of the context; `variance`
     (population) and `skewness` (third standardised moment) are those of the weights within the
@@ -96,8 +103,7 @@ def attention_statistics(model, views, label):
     query to query, there is the mass only. NaN stands for what is not there.
     """
     device, shape = model.embed.weight.device, (len(views), model.config.n_layers)
-    columns = itertools.product(views.contexts, MEASURES, PROMPT_PARTS)
-    found = {column: np.full(shape, np.nan) for column in columns}
+    found, last = defaultdict(lambda: np.full(shape, np.nan)), {c: [] for c in views.contexts}
     bar = {"iterable": views, "leave": False}
     for n, view in enumerate(progress(f"attention {label}", len(views), "pair", **bar)):
         row = build_row([lay_out(view.paths)], [n], len(views.contexts)).to(device)
@@ -113,7 +119,12 @@ def attention_statistics(model, views, label):
                     values = moments(weights[..., a:b], part)
                     for measure, value in zip(MEASURES, values, strict=True):
                         found[context, measure, part][n, layer] = value
-    return found
+            # the first token of y+ is predicted by the last one of the prompt
+            weights = weights[:, 0, : spans["y+"][0]].mean(0)  # of the last layer: (prompt,)
+            last[context].append(weights.tolist())
+            for measure, value in zip(MEASURES[1:], moments(weights, "prompt")[1:], strict=True):
+                found[context, measure, "prompt"][n] = value
+    return found, last
 
 
 def moments(weights, part):
@@ -136,9 +147,10 @@ def draw_layers(columns, contexts, file):
     axes = dict(zip(itertools.product(contexts, MEASURES), panels, strict=True))
     for when, found in columns.items():
         for (context, measure, part), values in found.items():
-            look = {"color": f"C{PROMPT_PARTS.index(part)}", "lw": 1.3, "label": f"{part} {when}"}
-            look["linestyle"] = "--" if when == "before" else "-"
-            axes[context, measure].plot(values.mean(0), **look)
+            look = {"lw": 1.3, "linestyle": "--" if when == "before" else "-"}
+            if part in PROMPT_PARTS:  # not the last layer's alone
+                look |= {"color": f"C{PROMPT_PARTS.index(part)}", "label": f"{part} {when}"}
+                axes[context, measure].plot(values.mean(0), **look)
     for (context, measure), axis in axes.items():
         scale = "log" if measure == "variance" else "linear"
         axis.set(title=f"{context}: {measure}", xlabel="layer", yscale=scale)

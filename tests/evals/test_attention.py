@@ -75,13 +75,21 @@ def test_attention_equals_transformers(config, pairs, tmp_path):
     directory = write_model(tmp_path, config)
     model, template = load_model(str(directory))
     peer, views = Peer(directory), Views(pairs[:2], template, CONTEXTS, max_len=2048)
-    columns = attention_statistics(model, views, "")
+    columns, last = attention_statistics(model, views, "")
     found = [[[columns[c, m, part] for m in MEASURES] for part in PROMPT_PARTS] for c in CONTEXTS]
     found = np.array(found).transpose(3, 0, 4, 1, 2)  # (N, P, L, parts, measures)
     for n, row in enumerate(PAIRS[:2]):
         for p, context in enumerate(CONTEXTS):
             expected = attention_by_hand(peer, row, context, template)
             np.testing.assert_allclose(found[n, p], expected, rtol=2e-3, atol=1e-6)
+            before, answer = peer.ids(row, context)  # the last layer, from the last query
+            attentions = peer.run(before + answer, output_attentions=True).attentions
+            weights = attentions[-1][0, :, len(before) - 1, : len(before)].double().mean(0).numpy()
+            np.testing.assert_allclose(last[context][n], weights, rtol=2e-3, atol=1e-6)
+            away = weights - weights.mean()
+            moments = weights.var(), (away**3).mean() / weights.std() ** 3
+            own = [columns[context, m, "prompt"][n, 0] for m in ("variance", "skewness")]
+            np.testing.assert_allclose(own, moments, rtol=1e-2)
     np.testing.assert_allclose(np.nansum(found[..., 0], -1), 1, atol=1e-6)  # the parts are all
 
 
@@ -126,7 +134,14 @@ def test_attention_command(tiny_model_dir, pairs_file, command, tmp_path):
               if (m["context"], m["measure"]) == ("x,ỹ,i", "mass")]  # fmt: skip
     assert len(masses) == 5 and sum(masses) == pytest.approx(1)
     assert results["layers"]["before"] == results["layers"]["after"]
-    assert len(results["layers"]["after"]["x,i"]["skewness"]["i"]) == 2  # layers
+    layers = results["layers"]["after"]
+    assert len(layers["x,i skewness i"]) == 2
+    assert len({*layers["x,i skewness prompt"]}) == 1  # of the last layer alone
+    for context, weights in results["last_query"]["after"].items():
+        texts = results["prompts"][context]
+        assert [*map(len, texts)] == [*map(len, weights)] and len(texts) == 3
+        assert all(sum(row) == pytest.approx(1) for row in weights)
+        assert texts[0][0] == "<|im_start|>" and "".join(texts[0]).endswith("assistant\n")
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "change" in printed
     printed, _, status = command("attention", *words, "--instruction", "shorter!")
@@ -164,7 +179,7 @@ def test_attention_of_a_real_model_equals_transformers(smollm2, hh_file):
     """SmolLM2 on one pair: the mass of ỹ and of the first token, layer by layer."""
     model, template = load_model(str(smollm2))
     views = Views(read_pairs(str(hh_file), Drops(), 1), template, CONTEXTS, max_len=2048)
-    found = attention_statistics(model, views, "")
+    found, _ = attention_statistics(model, views, "")
     segments, _ = views[0].paths[1]
     ids, spans, peer = np.concatenate(segments).tolist(), views[0].spans[1], Peer(smollm2)
     queries = slice(spans["y+"][0] - 1, spans["y+"][1] - 1)
