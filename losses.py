@@ -256,6 +256,7 @@ CONDITIONS = {
     "one_sided": (("rejected", "rejected"),),  # InSPO section 5.3 (ii)
     "averaged": ((None, None), ("rejected", "chosen")),  # InSPO section 5.3 (iv)
     "instruct": (("instruct", "instruct"),),  # IFSR without the pseudo response
+    "averaged_instruct": ((None, None), ("instruct", "instruct")),  # and its stage I without it
 }
 
 
