@@ -84,11 +84,11 @@ class Benchmarks:
         words = ["hf", "download", *source, "--repo-type", "dataset", "--local-dir", folder]
         return self.lab.step(f"benchmarks/{source[1]}", words)
 
-    def answers(self, form, name, model):
-        """A model's answers to the questions of a benchmark, in its format -> file."""
+    def answers(self, form, name, model, **how):
+        """A model's answers to a benchmark, in its format -> file; how: flags of generate.py."""
         bench, ending = self.known[form], "json" if form == "alpaca_eval" else "jsonl"
         flags = {"model": model, "data": self.fetched(bench.questions), "format": form}
-        flags |= {"name": Path(name).name} | self.sampling
+        flags |= {"name": Path(name).name} | self.sampling | how
         return self.lab.generate(f"{name}/{form}.{ending}", cost.sampling(bench.answers), **flags)
 
     def baseline(self, form):
@@ -100,7 +100,7 @@ class Benchmarks:
 
     # -- verdicts and scores
 
-    def verdicts(self, name, form, answers, against, judge=None, **flags):
+    def verdicts(self, name, form, answers, against, /, judge=None, **flags):
         """Judged answers: in both orders against others, or graded where against is None."""
         if not self.s.endpoint and not self.s.dry_run:
             raise UserError("--endpoint URL of the judges' server is missing")
@@ -108,9 +108,12 @@ class Benchmarks:
         flags |= {"model": judge or self.judge, "endpoint": self.s.endpoint}
         return self.lab.evaluate(name, "judge", **flags)
 
-    def alpaca(self, name, model):
+    def alpaca(self, name, model, **how):
         """AlpacaEval 2, in percent -> {"LC": length-controlled, "WR": plain win rate}."""
-        said, against = self.answers("alpaca_eval", name, model), self.baseline("alpaca_eval")
+        said, against = (
+            self.answers("alpaca_eval", name, model, **how),
+            self.baseline("alpaca_eval"),
+        )
         verdicts = self.verdicts(f"{name}/annotations.json", "alpaca_eval", said, against)
         return self.win_rates(f"{name}/alpaca.json", verdicts, Path(name).name, ALPACA[self.s.size])
 

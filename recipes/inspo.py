@@ -24,11 +24,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from hub.template import Template
-from jobs.cli import UserError, flag
+from jobs.cli import flag
 from jobs.rundir import read_metrics
 from recipes import cost
 from recipes.benchmarks import Benchmarks, JudgeFlags
-from recipes.steps import cell, main, seeds_of, words_of
+from recipes.steps import cell, main, seeds_of, selected, words_of
 
 # ----------------------------------------------------------------------------- what is run
 
@@ -120,12 +120,9 @@ class Study:
     def __init__(self, lab, s, models):
         self.lab, self.size, self.seeds = lab, SIZES[s.size], seeds_of(s)
         known = self.size.models
-        wanted = s.models.split(",") if s.models else list(known)[:models]
-        if unknown := [name for name in wanted if name not in known]:
-            raise UserError(f"--models {unknown[0]}: choose from {', '.join(known)}")
-        self.models = {name: known[name] for name in wanted}
+        self.models = selected("--models", s.models, known, list(known)[:models])
         # the model of what is shown for one alone
-        self.one = "llama3" if "llama3" in wanted else wanted[0]
+        self.one = "llama3" if "llama3" in self.models else next(iter(self.models))
         self.judges = Benchmarks(lab, s, self.size.sampling)
 
     def data(self, model):

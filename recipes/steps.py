@@ -248,6 +248,14 @@ def seeds_of(s):
         raise UserError(f"--seeds {s.seeds}: numbers, with commas between them") from error
 
 
+def selected(flagged, names, known, default):
+    """The values of a flag, with commas between them -> {name: known[name]}; None: the default."""
+    wanted = names.split(",") if names else default
+    if unknown := [name for name in wanted if name not in known]:
+        raise UserError(f"{flagged} {unknown[0]}: choose from {', '.join(known)}")
+    return {name: known[name] for name in wanted}
+
+
 def main(paper, recipes, settings, doc):
     """The entry point of recipes/PAPER.py; recipes: {name: function of (Lab, flags)}."""
 

@@ -15,7 +15,7 @@ import generate
 from jobs.cli import HYPER, UserError, parser_of
 from jobs.rundir import Metrics
 from losses import recipe
-from recipes import cost, inspo, online, prepare, steps
+from recipes import cost, ifsr, inspo, online, prepare, steps
 from train import TrainFlags
 
 SHOWN = re.compile(r"=== Answer of A ===\n(.*?)\n\n=== Answer of B ===\n(.*?)\n\n=== End", re.S)
@@ -131,6 +131,7 @@ def test_several_seeds_have_a_spread(out):
 
 PLANS = [(inspo, "inspo", name) for name in inspo.RECIPES]
 PLANS += [(online, "online", name) for name in online.RECIPES]
+PLANS += [(ifsr, "ifsr", name) for name in ifsr.RECIPES]
 
 
 @pytest.fixture(params=PLANS, ids=lambda plan: f"{plan[1]} {plan[2]}")
@@ -161,9 +162,11 @@ def test_every_command_at_full_size_is_one_of_ours(plan):
             parser_of(evaluate.find_command(rest[0])[0], "").parse_args(rest[1:])
         elif script == "recipes.prepare":
             parser_of(prepare.PrepareFlags, "").parse_args(rest)
+        elif words[0] == "HF_ALLOW_CODE_EVAL=1":  # a program of others
+            assert words[1:3] == ["lm_eval", "run"]
         else:
             assert line.startswith("hf download "), line
-    assert "train.py" in seen
+    assert "train.py" in seen or plan[:2] in (("ifsr", "table1"), ("ifsr", "table2"))
     assert last.startswith(f"{len(lines)} steps, about ")
 
 
