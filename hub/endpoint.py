@@ -35,6 +35,7 @@ STAND_INS = {"max_tokens": "max_completion_tokens", "seed": None, "top_p": None,
              "temperature": None, "max_completion_tokens": None}  # fmt: skip
 REFUSALS = "support|recogni|unknown|unexpected|permitted|allowed|both"  # of a refusal of an option
 UNKNOWN = re.compile(f"(?!.*too large).*({REFUSALS})", re.IGNORECASE)
+WRONG = re.compile("available|deprecat|invalid|must", re.IGNORECASE)  # of a value; not of a length
 
 
 class RequestRefused(Exception):
@@ -93,7 +94,8 @@ class Endpoint:
     def _learn(self, said, sent):
         """Whether a refusal is of an option that was sent, and the server can be asked without."""
         named = [name for name in STAND_INS if name in sent and re.search(rf"\b{name}\b", said)]
-        if not named or not UNKNOWN.match(said):
+        of_length = named[:1] and named[0].startswith("max_")
+        if not named or not (UNKNOWN.match(said) or (WRONG.search(said) and not of_length)):
             return False
         with self.lock:  # a request that was under way then learns nothing new
             if named[0] not in self.swaps:

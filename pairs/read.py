@@ -21,14 +21,15 @@ import re
 import sys
 import zlib
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
 from fsspec.utils import glob_translate
 
 from jobs.cli import UserError
-from jobs.files import parse_json
-from pairs.columns import account
+from jobs.files import parse_json, read_json
+from pairs.columns import account, squeezed
 from pairs.layouts import TABLES, Dropped, make_pair, one_pair, recognise
 
 KINDS = r"\.(parquet|arrow|(jsonl|ndjson|json|csv|tsv)(\.(gz|xz|zst))?)"
@@ -152,6 +153,11 @@ def weighted(pairs, weight, drops):
     return drops.sift(pairs, (None if i in drawn else "left out by the weight" for i in places))
 
 
+def asked_of(pair):
+    """What tells prompts apart: who says what, up to case and white space."""
+    return tuple((m["role"], squeezed(m["content"]).casefold()) for m in pair.prompt)
+
+
 def hold_out(pairs, n, seed):
     """Splits off about n random pairs for validation, by whole prompts -> (train, held out).
 
@@ -163,8 +169,7 @@ def hold_out(pairs, n, seed):
         raise UserError(f"--eval_pairs {n} leaves nothing of {len(places)} pairs to train on")
     groups = defaultdict(dict)  # prompt -> {place: pair}
     for pair in pairs:
-        prompt = tuple((m["role"], m["content"]) for m in pair.prompt)
-        groups[prompt].setdefault(pair.where, pair)
+        groups[asked_of(pair)].setdefault(pair.where, pair)
     order, held = [*groups.values()], {}
     for i in np.random.default_rng((seed, HOLD_OUT)).permutation(len(order)).tolist():
         if abs(len(held) + len(order[i]) - n) < abs(len(held) - n) and len(order) > 1:
@@ -177,8 +182,8 @@ def hold_out(pairs, n, seed):
 
 def told_of_held(train, held, source, drops):
     """One line on the validation pairs, and how many of them ask what a training pair asks."""
-    known = {str(pair.prompt) for pair in train}
-    shared = sum(str(pair.prompt) in known for pair in held)
+    known = set(map(asked_of, train))
+    shared = sum(asked_of(pair) in known for pair in held)
     told = f"validation: {len(held)} pairs of {source}, dropped: {drops}"
     return f"{told}; prompt trained on too: {shared}"
 
@@ -204,13 +209,19 @@ def data_files(source, revision=None):
         return found
     name, _, split = source.partition(":")
     advice = "no such file; give a path, a glob or a hub dataset id"
-    if os.path.isdir(name):
-        found, card = folder_files(name), os.path.join(name, "README.md")
-        if chosen := of_split(found, split, configs_of(card)):
-            return [os.path.join(name, f) for f in chosen]
-        advice += f" (the folder holds {missing(split, found)})"
-    elif HUB_ID.fullmatch(name) and not re.search(f"{KINDS}$|\\.gz$", name):
-        return hub_files(name, split, revision)
+    try:
+        if os.path.isdir(name):
+            found, configs = folder_files(name), configs_of(os.path.join(name, "README.md"))
+            if splits := read_json(Path(name, "dataset_dict.json")).get("splits"):  # save_to_disk
+                parts = [{"split": part, "path": f"{part}/*"} for part in splits]
+                configs = configs or {"default": {"data_files": parts}}
+            if chosen := of_split(found, split, configs):
+                return [os.path.join(name, f) for f in chosen]
+            advice += f" (the folder holds {missing(split, found)})"
+        elif HUB_ID.fullmatch(name) and not re.search(f"{KINDS}$|\\.gz$", name):
+            return hub_files(name, split, revision)
+    except UserError as error:
+        advice = error
     raise UserError(f"--data {source}: {advice}")
 
 
@@ -256,7 +267,8 @@ def declared(files, split, configs):
         fault = f"its card declares no split {chosen or 'train'} of {config}"
         raise UserError(f"{fault}, but {', '.join(paths)}; name one, as :{config}/{[*paths][0]}")
     patterns = [paths[chosen]] if isinstance(paths[chosen], str) else paths[chosen]
-    patterns = [glob_translate(os.path.join(folder or "", pattern)) for pattern in patterns]
+    patterns = [os.path.normpath(os.path.join(folder or "", pattern)) for pattern in patterns]
+    patterns = [*map(glob_translate, patterns)]
     return [f for f in files if any(re.match(pattern, f) for pattern in patterns)]
 
 
@@ -290,8 +302,8 @@ def hub_files(name, split, revision=None):
         card = fetch("README.md") if "README.md" in listed else ""
         if chosen := of_split(listed, split, configs_of(card)):
             return [fetch(f) for f in chosen]
-    except UserError as error:
-        raise UserError(f"--data {name}: {error}") from error
+    except UserError:
+        raise
     except Exception as error:  # the hub client raises some twenty kinds; all mean: not reachable
         if found := cached_files(name, split, hub):
             names = ", ".join(map(os.path.basename, found))
@@ -299,8 +311,8 @@ def hub_files(name, split, revision=None):
             return found
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         fault = "not a file, and the hub did not serve it"
-        raise UserError(f"--data {name}: {fault}: {reason}") from error
-    raise UserError(f"--data {name}: {missing(split, filter(is_data, listed))}")
+        raise UserError(f"{fault}: {reason}") from error
+    raise UserError(missing(split, filter(is_data, listed)))
 
 
 def missing(split, files):
@@ -359,8 +371,12 @@ def _rows(file):
         import pyarrow.parquet
 
         try:
-            if file.endswith(".arrow"):  # as datasets' save_to_disk writes it
-                batches = pyarrow.ipc.open_stream(file)
+            if file.endswith(".arrow"):  # a stream, as datasets' save_to_disk writes it, or a file
+                with open(file, "rb") as f:
+                    whole, ipc = f.read(6) == b"ARROW1", pyarrow.ipc
+                batches = (
+                    ipc.open_file(file).read_all().to_batches() if whole else ipc.open_stream(file)
+                )
             else:
                 table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
                 batches = table.iter_batches(1024)
@@ -406,7 +422,10 @@ def csv_records(text, where, delimiter=","):
     """Yields {column: text or None} of a csv with a header; in a broken row's place a UserError."""
     csv.field_size_limit(2**31 - 1)
     try:
-        for n, row in enumerate(csv.DictReader(text, delimiter=delimiter, strict=True), 1):
+        reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+        if twice := [c for c, n in Counter(reader.fieldnames or ()).items() if n > 1]:
+            raise UserError(f"{where}: two columns are called {twice[0]!r}; rename or delete one")
+        for n, row in enumerate(reader, 1):
             if None in row or None in row.values():
                 yield UserError(f"{where}:{n}: not as many fields as the header has; mend the row")
             else:

@@ -134,10 +134,23 @@ def test_threads_that_learn_at_once_all_get_their_answer(capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("fault", [TOO_LARGE, {"message": "the prompt is not supported"}])
+@pytest.mark.parametrize("message", [
+    "`temperature` must be strictly positive", "`temperature` is deprecated for this model",
+    "Invalid value for 'temperature'", "'temperature' is not available"])  # fmt: skip
+def test_a_value_that_a_server_refuses_is_left_out_too(message):
+    """As text-generation-inference, newer Claude models and proxies say it."""
+    with ChatServer(lambda m, body: {"message": message} if "temperature" in body else "yes") as s:
+        assert client(s).chat(HELLO, temperature=0.0, seed=1).text == "yes"
+        assert s.bodies[-1].keys() == {"model", "messages", "stream", "seed"}
+
+
+DEEPSEEK = {"message": "Invalid max_tokens value, the valid range of max_tokens is [1, 4]"}
+
+
+@pytest.mark.parametrize("fault", [TOO_LARGE, DEEPSEEK, {"message": "the prompt is not supported"}])
 def test_a_refusal_of_something_else_changes_no_option(fault, capsys):
     with ChatServer(lambda messages, body: fault) as server:
-        with pytest.raises(RequestRefused, match="too large|not supported"):
+        with pytest.raises(RequestRefused, match="too large|not supported|valid range"):
             client(server).chat(HELLO, max_tokens=9)
         assert len(server.bodies) == 1 and not capsys.readouterr().err
 

@@ -267,6 +267,24 @@ def test_what_datasets_writes_is_what_we_read(tmp_path):
     for source in ("saved", "both", "a.csv"):
         assert chosen(str(tmp_path / source)) == expected
     assert chosen(f"{tmp_path / 'both'}:test") == expected[:1]
+    datasets.DatasetDict(mine=whole, yours=whole.select([0])).save_to_disk(tmp_path / "odd")
+    assert chosen(f"{tmp_path / 'odd'}:yours") == expected[:1]
+    with pytest.raises(UserError, match="--data .*odd: .* no split train of default, but mine, yo"):
+        chosen(str(tmp_path / "odd"))
+
+
+def test_an_arrow_file_is_read_as_a_stream_is(tmp_path):
+    table = pyarrow.Table.from_pylist([GOOD, GOOD | {"prompt": "How?"}])
+    with pyarrow.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as file:
+        file.write_table(table)
+    assert len(read_pairs(str(tmp_path / "a.arrow"), Drops())) == 2
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    """Python's csv keeps the last of them alone."""
+    (tmp_path / "a.csv").write_text("prompt,prompt,chosen,rejected\nMore.,Why?,So.,No.\n")
+    with pytest.raises(UserError, match="a.csv: two columns are called 'prompt'"):
+        read_pairs(str(tmp_path / "a.csv"), Drops())
 
 
 # ----------------------------------------------------------------------------- what a card declares
@@ -330,5 +348,5 @@ def test_a_hub_dataset_is_read_by_its_card(monkeypatch, carded, tmp_path):
     monkeypatch.setattr(hub, "hf_hub_download", lambda name, file, **_: str(tmp_path / file))
     assert chosen("lab/name") == ["preference/train.jsonl"]
     assert chosen("lab/name:edit") == ["edit/a.jsonl"]
-    with pytest.raises(UserError, match="--data lab/name: its card declares no split x of edit"):
+    with pytest.raises(UserError, match="--data lab/name:edit/x: its card declares no split x"):
         chosen("lab/name:edit/x")
