@@ -345,7 +345,7 @@ def find_command(name):
 def main():
     name, *argv = sys.argv[1:] or ["(none)"]
     if name in ("-h", "--help"):
-        print(__doc__)
+        print(__doc__.splitlines()[0], end="\n\n")
         for command, about in COMMANDS.items():
             print(textwrap.fill(f"{command:12}{about}", 100, subsequent_indent=" " * 12))
     else:

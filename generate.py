@@ -391,7 +391,7 @@ class GenerateFlags(cli.ModelFlags, cli.InstructionFlags, cli.SamplingFlags, cli
     bridge: str = flag("turn", "between a draft and its refinement", tuple(BRIDGES))
     sep: str | None = flag(None, "separator of --bridge sep; default: as in training")
     out: str | None = flag(None, "file, continued if it is there; default: standard output")
-    format: str = flag("jsonl", "of --out; README has them", tuple(ANSWER_FORMATS))
+    format: str = flag("jsonl", "of --out, told in docs/evaluation.md", tuple(ANSWER_FORMATS))
     name: str | None = flag(None, "what the benchmark's file calls the model; default: --model")
     n: int = flag(1, "answers per question, each with random numbers of its own", least=1)
     seed: int = flag(0, "random numbers: prompt i draws from (seed, i)")

@@ -31,7 +31,7 @@ from hub import weights
 from hub.template import Template
 from hub.tokenizer import refuse_other_ids
 from jobs import checkpoint, cli, processes, rundir
-from jobs.cli import UserError, as_user_error, flag, parse, progress, run
+from jobs.cli import UserError, as_user_error, flag, progress, run
 from jobs.files import ASSETS, written_whole
 from jobs.processes import Ranks, Stopped
 from kernels import chains, detached, flex, memory
@@ -182,7 +182,7 @@ def fit_to_data(s, ranks, recipe, sets, plan):
 
 
 def main():
-    s = weights.pinned(parse(TrainFlags, __doc__.splitlines()[0]))
+    s = weights.pinned(rundir.read_flags(TrainFlags, __doc__.splitlines()[0]))
     with Ranks(s.device) as ranks:
         train(s, ranks)
 
@@ -195,8 +195,8 @@ def train(s, ranks):
         recipe = losses.recipe(s.loss, s.condition, s.bridge, s.reference, **hyper)
     try:
         with rundir.open_out(s, ranks) as out:
-            s = dataclasses.replace(s, out=out, **ranks.share(lambda: rundir.kept(s, asked, out)))
-            fit(s, ranks, recipe)
+            s = dataclasses.replace(s, out=out)
+            fit(s, ranks, recipe, rundir.given(asked))
             if embedded and ranks.first and recipe.objective.head == "logps":
                 from evals.world import tell_win_rate
 
@@ -206,8 +206,8 @@ def train(s, ranks):
         raise UserError(f"{error.filename or s.out}: {error.strerror}; then --resume") from error
 
 
-def fit(s, ranks, recipe):
-    """Set up, train, export."""
+def fit(s, ranks, recipe, given):
+    """Set up, train, export. given: {name: value} of the flags, for config.json."""
     source = weights.fetch(ranks, s.model, "--model")
     reference_source = weights.fetch(ranks, s.ref_model, "--ref_model") if s.ref_model else source
     outline(source, recipe.objective.head, new_head=True)  # what is wrong with it is told now
@@ -249,7 +249,7 @@ def fit(s, ranks, recipe):
     elif first > plan.steps:
         raise UserError(f"--steps {plan.steps}: {first} are done already")
     # OUT holds a run from here on
-    facts = {"ranks": ranks.world, "hyper": recipe.hyper, "steps": plan.steps}
+    facts = {"flags": given, "ranks": ranks.world, "hyper": recipe.hyper, "steps": plan.steps}
     ranks.share(lambda: rundir.write_config(s, **facts))
     metrics = rundir.Metrics(s, ranks, first)
     if reference:
@@ -585,7 +585,8 @@ def validate(job, metrics, template, step):
         return
     line = job.validate(step)
     metrics.write(line)
-    shown = [f"{k} {v:.4f}" for k, v in line.items() if k not in ("step", "eval_seconds")]
+    names = [k for k in line if k not in ("step", "eval_seconds") and rundir.measured(line, k)]
+    shown = [f"{k} {line[k]:.4f}" for k in names]
     job.ranks.say(f"step {step}: {', '.join(shown)}")
     if step > 0 and line["eval_loss"] < job.state["best"]:
         job.state |= {"best": line["eval_loss"], "best_step": step}

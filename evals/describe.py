@@ -90,7 +90,8 @@ def figures_of(s):
     uncut = (pairs, template, rule, Limits(10**9, 1.0), s.instruction)
     whole = Dataset(*uncut) if data.cuts else data
     lengths = dict(zip(PARTS, np.asarray(whole.examples.lengths).T, strict=True))  # (N,) each
-    del lengths["instruct"]
+    # an answer behind a bridge has other ids for some tokenizers only, and no length for the rest
+    lengths = {k: n for k, n in lengths.items() if k != "instruct" and n.any()}
     # share of a row's tokens that are not padding, over the batches of one epoch in file order
     sizes = [data.size(i, rule.paths) for i in range(len(data))]
     row_tokens, steps = max(s.row_tokens, *sizes), range(0, len(sizes), s.batch)

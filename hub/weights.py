@@ -25,7 +25,7 @@ def pinned(s):
 
     So has --ref_model or --ref of the same id: what is made of the model says which one it was.
     """
-    if (revision := getattr(s, "revision", None)) is None:
+    if (revision := getattr(s, "revision", None)) is None or f"{s.model}".endswith(f"@{revision}"):
         return s
     hub = re.fullmatch(r"[\w.-]+/[\w.-]+", s.model or "") and not Path(s.model).exists()
     if not hub or getattr(s, "endpoint", None):

@@ -105,11 +105,12 @@ def parser_of(settings, description, command=""):
     for home in settings.__mro__:
         for name in home.__dict__.get("__annotations__", ()):
             if field := fields.pop(name, None):
-                if home not in groups:
-                    title = home.__doc__.splitlines()[0].removesuffix(".")
-                    own = home is settings or title.startswith(home.__name__)  # has no docstring
-                    groups[home] = parser.add_argument_group("flags" if own else title)
-                add_flag(groups[home], field, hints[name])
+                title = home.__doc__.splitlines()[0].removesuffix(".")
+                own = home is settings or title.startswith(home.__name__)  # has no docstring
+                title = "flags" if own else title
+                if title not in groups:
+                    groups[title] = parser.add_argument_group(title)
+                add_flag(groups[title], field, hints[name])
     return parser
 
 
@@ -133,9 +134,14 @@ def add_flag(group, field, kind):
         group.add_argument(f"--{name}", type=kind, choices=field.metadata["choices"], **told)
 
 
-def parse(settings, description, argv=None, command=""):
-    """argv -> an instance of the dataclass `settings`; UserError for unknown flags and values."""
-    s = settings(**vars(parser_of(settings, description, command).parse_args(argv)))
+def parse(settings, description, argv=None, command="", before=None):
+    """argv -> an instance of the dataclass `settings`; UserError for unknown flags and values.
+
+    before: {name: value} of flags that were given earlier, and hold where argv has no others.
+    """
+    parser = parser_of(settings, description, command)
+    parser.set_defaults(**(before or {}))
+    s = settings(**vars(parser.parse_args(argv)))
     for field in dataclasses.fields(s):
         value, bounds = getattr(s, field.name), {"least": 0} | field.metadata["bounds"]
         if type(value) not in (int, float):

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from jobs.cli import UserError
+from jobs.cli import UserError, parse
 from jobs.files import flush, read_json, remove, replace, to_line, write_json
 
 # what a resumed run may change: where and how it runs, not what it computes
@@ -44,11 +44,7 @@ def open_out(s, ranks):
     lock = contextlib.ExitStack()
 
     def choose():
-        first = Path("runs") / s.loss
-        auto = itertools.chain([first], (Path(f"{first}-{n}") for n in itertools.count(2)))
-        if s.resume:  # the last that is there
-            auto = list(itertools.takewhile(Path.exists, auto))[-1:] or [first]
-        for out in [Path(s.out)] if s.out else auto:
+        for out in candidates(s):
             out.mkdir(parents=True, exist_ok=True)
             patience = 60 if s.resume else 0
             if held := hold(out / ".lock", ranks.say, patience, must=s.out or s.resume):
@@ -66,6 +62,15 @@ def open_out(s, ranks):
 
     with lock:
         yield ranks.share(choose)
+
+
+def candidates(s):
+    """The directories that may be OUT, the likeliest first: runs/LOSS, LOSS-2, … without --out."""
+    first = Path("runs") / s.loss
+    auto = itertools.chain([first], (Path(f"{first}-{n}") for n in itertools.count(2)))
+    if s.resume:  # the last that is there
+        auto = list(itertools.takewhile(Path.exists, auto))[-1:] or [first]
+    return [Path(s.out)] if s.out else auto
 
 
 def remove_unused(out):
@@ -120,15 +125,28 @@ def settings_of(out):
     return then
 
 
-def kept(s, asked, out):
-    """{name: value} that a resumed run takes from OUT/config.json, since its flags do not say.
+def read_flags(settings, description, argv=None):
+    """The flags of argv; a resumed run has those of its earlier starts where it gives no others."""
+    s = parse(settings, description, argv)
+    return parse(settings, description, argv, before=given_before(s)) if s.resume else s
 
-    s, asked: its settings with defaults, and as given. For all that it may change of its numbers.
+
+def given(s):
+    """{name: value} of the flags that were given: those that are not at their defaults."""
+    fields = {field.name: field.default for field in dataclasses.fields(s)}
+    return {name: value for name, value in vars(s).items() if value != fields[name]}
+
+
+def given_before(s):
+    """{name: value} of the flags that the run had which s resumes, for those that s does not give.
+
+    --steps takes the place of --epochs, and the other way round.
     """
-    then = settings_of(out) if s.resume else {}
-    length = () if asked.steps is asked.epochs is None else ("steps", "epochs")
-    names = [n for n in TUNABLE if getattr(asked, n) is None and n not in length]
-    return {name: then[name] for name in names if name in then}
+    file = next(iter(candidates(s))) / "config.json"
+    flags = (read_json(file) or {}).get("flags", {}) if settings_of(file.parent) else {}
+    length = () if s.steps is s.epochs is None else ("steps", "epochs")
+    known = vars(s).keys() - {"out", "resume", *length}
+    return {name: value for name, value in flags.items() if name in known}
 
 
 def check_config(s, say):
@@ -231,7 +249,8 @@ def what_moved(rows):
         return "what moved was not measured: there are no validation pairs (--eval_pairs)"
     names = ("eval_plain_margin", "eval_plain_accuracy")
     names = names if names[0] in rows[-1] else ("eval_loss",)
-    told = ", ".join(f"{name} {rows[0][name]:.4f} -> {rows[-1][name]:.4f}" for name in names)
+    ends = {name: [x[name] for x in (rows[0], rows[-1]) if measured(x, name)] for name in names}
+    told = ", ".join(f"{k} {' -> '.join(f'{x:.4f}' for x in of)}" for k, of in ends.items() if of)
     if abs(rows[-1][names[0]] - rows[0][names[0]]) < 0.01:
         return f"nothing moved: {told}; raise --lr, or --epochs for more steps"
     return f"moved: {told}"
@@ -262,7 +281,8 @@ def draw(runs, file):
     for axis, name in zip(figure.subplots(1, 3), ("loss", "accuracy", "margin"), strict=True):
         for n, (label, lines) in enumerate(runs.items()):
             for k, (prefix, (style, about)) in enumerate(CURVES.items()):
-                points = [(x["step"], x[prefix + name]) for x in lines if measured(x, prefix, name)]
+                key = prefix + name
+                points = [(x["step"], x[key]) for x in lines if measured(x, key)]
                 if points:
                     look = {"ms": 3.5, "lw": 1.2, "color": f"C{n if label else k}"}
                     (line,) = axis.plot(*zip(*points, strict=True), style, **look)
@@ -277,11 +297,11 @@ def draw(runs, file):
     figure.savefig(file, dpi=120)
 
 
-def measured(x, prefix, name):
+def measured(x, name):
     """Whether a line of metrics has this one. Where the policy is still the reference no pair is
     won, which is no accuracy of 0."""
-    tied = name == "accuracy" and x.get(f"{prefix}margin") == 0 == x.get(f"{prefix}accuracy")
-    return prefix + name in x and not tied
+    tied = name.endswith("accuracy") and x.get(name.replace("accuracy", "margin")) == 0
+    return name in x and not (tied and x[name] == 0)
 
 
 def tensorboard(s, step):

@@ -23,7 +23,7 @@ from pairs.token_cache import cache_folder
 
 @dataclass(frozen=True)
 class CleaningFlags:
-    """A rule each; None or False leaves it out."""
+    """Rules that leave pairs out, all of them off by default."""
 
     dedup: bool = flag(False, "leave out exact duplicates")
     max_answer: int | None = flag(None, "no pairs with an answer over so many tokens", least=1)

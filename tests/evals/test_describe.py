@@ -53,6 +53,7 @@ def test_every_record_is_kept_or_dropped_by_a_named_rule(tell, file):
     }
     assert "read 28 records: kept 24, dropped 4" in text
     assert f"3 identical answers  ({file}:1, {file}:2)" in text
+    assert "bridged" not in text and "bridged_chosen" not in told["tokens"], "there are none"
 
 
 def test_lengths_are_those_of_the_tokenised_pairs_uncut(tell, tiny_model_dir, file):

@@ -115,7 +115,10 @@ def test_all_missing_flags_are_told_at_once():
 def test_help_has_groups_real_defaults_and_the_right_usage(ended):
     out, _, _ = ended(evaluate, "reward", "--help")
     assert out.startswith("usage: python evaluate.py reward [flags]\n")
+    assert out.count("\nflags:\n") == 1, "its own and those of a class without a name for users"
     assert "default: None" not in out and "(default last)" in " ".join(out.split())
+    commands, _, _ = ended(evaluate, "--help")
+    assert "Legend" not in commands and "\nextract " in commands, "nothing about the file"
     text = parser_of(TrainFlags, "").format_help()
     groups = ["\nflags:", "\nHyperparameters of the objectives", "\nHow a pair becomes paths"]
     assert all(group in text for group in groups)

@@ -127,6 +127,19 @@ def test_a_flag_that_is_younger_than_the_run_was_as_by_default(tmp_path):
         rundir.check_config(dataclasses.replace(s, fold_system=True), pytest.fail)
 
 
+def test_out_and_resume_alone_go_on_with_the_flags_of_the_first_start(flags, no_plots):
+    """Also with those that have a default, which a later flag may not override in silence."""
+    train_here(flags | {"loss": "simpo", "seed": 3, "dedup": True})
+    train_here({"out": flags["out"], "resume": True, "epochs": 2})
+    assert len(lines(flags["out"])) == 10, "20 pairs by 4, twice: --epochs replaces --steps"
+    train_here({"out": flags["out"], "resume": True, "steps": 11})
+    content = json.loads((flags["out"] / "config.json").read_text())
+    assert content["settings"]["dedup"] and content["settings"]["seed"] == 3
+    assert content["flags"]["loss"] == "simpo" and "keep" not in content["flags"]
+    with pytest.raises(UserError, match="--resume: --seed is 0, but .* has 3"):
+        train_here({"out": flags["out"], "resume": True, "seed": 0})
+
+
 def test_fewer_steps_than_are_done_are_refused(flags, no_plots):
     train_here(flags | {"loss": "simpo"})
     with pytest.raises(UserError, match="--steps 3: 4 are done already"):
@@ -145,7 +158,8 @@ def test_what_decides_data_and_objective_stays(flags, no_plots, change):
 
 def test_the_closing_line_says_what_moved(flags, no_plots, capsys):
     train_here(flags | {"loss": "ins_dpo"})
-    assert "\nmoved: eval_plain_margin 0.0000 -> " in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "\nmoved: eval_plain_margin 0.0000 -> " in told and "accuracy 0.0000" not in told
     train_here(flags | {"loss": "ins_dpo", "lr": 1e-9, "out": flags["out"] / "still"})
     told = capsys.readouterr().out
     assert "\nnothing moved: eval_plain_margin 0.0000 -> " in told and "raise --lr" in told
@@ -155,8 +169,8 @@ def test_what_moved_has_three_answers():
     start = {"step": 0, "eval_loss": 2.0, "eval_plain_margin": 0.0, "eval_plain_accuracy": 0.0}
     end = start | {"step": 4, "eval_plain_margin": 0.5, "eval_plain_accuracy": 0.75}
     assert rundir.what_moved([start, {"loss": 1.0}, end]) == (
-        "moved: eval_plain_margin 0.0000 -> 0.5000, eval_plain_accuracy 0.0000 -> 0.7500"
-    )
+        "moved: eval_plain_margin 0.0000 -> 0.5000, eval_plain_accuracy 0.7500"
+    ), "a tie at the start is no accuracy of 0"
     assert rundir.what_moved([{"eval_loss": 2.0}, {"eval_loss": 1.999}]).startswith("nothing moved")
     assert "not measured" in rundir.what_moved([{"loss": 1.0}])
 

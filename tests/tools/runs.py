@@ -16,9 +16,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import train
-from jobs.cli import parse
+from jobs import rundir
 from jobs.processes import Ranks
-from train import TrainFlags
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,7 +38,7 @@ def train_here(*runs):
     ranks = Ranks("cpu")
     try:
         for flags in runs:
-            train.train(parse(TrainFlags, "", argv(flags)), ranks)
+            train.train(rundir.read_flags(train.TrainFlags, "", argv(flags)), ranks)
     finally:
         dist.destroy_process_group()
         for number, handler in handlers.items():
