@@ -402,7 +402,7 @@ def check_flags(s, world=1):
     """Raise UserError for flags that make no sense."""
     if s.model is None:
         raise UserError("--model is missing; give a Hugging Face directory or a hub id")
-    if (s.prompt is None) == (s.data is None):
+    if bool(s.prompt) == bool(s.data):
         raise UserError("give either --prompt TEXT or --data FILE")
     if s.mode != "refine" and (s.draft is not None or s.bridge != "turn"):
         raise UserError("--draft and --bridge are for --mode refine")

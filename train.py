@@ -196,7 +196,7 @@ def train(s, ranks):
     try:
         with rundir.open_out(s, ranks) as out:
             s = dataclasses.replace(s, out=out)
-            fit(s, ranks, recipe, rundir.given(asked))
+            fit(s, ranks, recipe, asked)
             if embedded and ranks.first and recipe.objective.head == "logps":
                 from evals.world import tell_win_rate
 
@@ -206,8 +206,8 @@ def train(s, ranks):
         raise UserError(f"{error.filename or s.out}: {error.strerror}; then --resume") from error
 
 
-def fit(s, ranks, recipe, given):
-    """Set up, train, export. given: {name: value} of the flags, for config.json."""
+def fit(s, ranks, recipe, asked):
+    """Set up, train, export. asked: the flags as they were given, for config.json."""
     source = weights.fetch(ranks, s.model, "--model")
     reference_source = weights.fetch(ranks, s.ref_model, "--ref_model") if s.ref_model else source
     outline(source, recipe.objective.head, new_head=True)  # what is wrong with it is told now
@@ -249,8 +249,8 @@ def fit(s, ranks, recipe, given):
     elif first > plan.steps:
         raise UserError(f"--steps {plan.steps}: {first} are done already")
     # OUT holds a run from here on
-    facts = {"flags": given, "ranks": ranks.world, "hyper": recipe.hyper, "steps": plan.steps}
-    ranks.share(lambda: rundir.write_config(s, **facts))
+    facts = {"ranks": ranks.world, "hyper": recipe.hyper, "steps": plan.steps}
+    ranks.share(lambda: rundir.write_config(s, asked, **facts))
     metrics = rundir.Metrics(s, ranks, first)
     if reference:
         metrics.write(reference)

@@ -126,27 +126,18 @@ def settings_of(out):
 
 
 def read_flags(settings, description, argv=None):
-    """The flags of argv; a resumed run has those of its earlier starts where it gives no others."""
-    s = parse(settings, description, argv)
-    return parse(settings, description, argv, before=given_before(s)) if s.resume else s
-
-
-def given(s):
-    """{name: value} of the flags that were given: those that are not at their defaults."""
-    fields = {field.name: field.default for field in dataclasses.fields(s)}
-    return {name: value for name, value in vars(s).items() if value != fields[name]}
-
-
-def given_before(s):
-    """{name: value} of the flags that the run had which s resumes, for those that s does not give.
+    """The flags of argv; a resumed run has those of its earlier starts where it gives no others.
 
     --steps takes the place of --epochs, and the other way round.
     """
-    file = next(iter(candidates(s))) / "config.json"
-    flags = (read_json(file) or {}).get("flags", {}) if settings_of(file.parent) else {}
-    length = () if s.steps is s.epochs is None else ("steps", "epochs")
-    known = vars(s).keys() - {"out", "resume", *length}
-    return {name: value for name, value in flags.items() if name in known}
+    s = parse(settings, description, argv)
+    if not s.resume:
+        return s
+    settings_of(out := next(iter(candidates(s))))  # refuses what is none
+    length = {"steps", "epochs"} if s.steps or s.epochs else set()
+    before = (read_json(out / "config.json") or {}).get("flags", {})
+    before = {name: before[name] for name in before.keys() & vars(s).keys() - length}
+    return parse(settings, description, argv, before=before)
 
 
 def check_config(s, say):
@@ -169,13 +160,15 @@ def check_config(s, say):
         say(f"--resume: from here on {', '.join(changed)}; lr follows the schedule of these values")
 
 
-def write_config(s, **extra):
-    """Writes OUT/config.json: the resolved settings and versions, once nothing stands in the way.
+def write_config(s, asked, **extra):
+    """Writes OUT/config.json: the resolved settings, the flags that were given, and versions.
 
     Before it is there, a start that failed can be corrected and tried again in the same OUT.
     """
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    content = {"settings": dataclasses.asdict(s), "versions": versions} | extra
+    flags = [f for f in dataclasses.fields(s) if f.name not in ("out", "resume")]
+    given = {f.name: x for f in flags if (x := getattr(asked, f.name)) != f.default}
+    content = {"settings": dataclasses.asdict(s), "flags": given, "versions": versions} | extra
     write_json(Path(s.out) / "config.json", content)
 
 

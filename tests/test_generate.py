@@ -325,6 +325,7 @@ def test_a_single_prompt_streams_its_answer(command, capfd):
     [
         (["--prompt", "a", "--data", "b"], "either --prompt TEXT or --data FILE"),
         ([], "either --prompt TEXT or --data FILE"),
+        (["--prompt", ""], "either --prompt TEXT or --data FILE"),
         (["--prompt", "a", "--bridge", "sep"], "--draft and --bridge are for --mode refine"),
         (["--data", "b", "--mode", "refine", "--draft", "c"], "in --data it is a column"),
         (
