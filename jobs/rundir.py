@@ -44,7 +44,7 @@ def open_out(s, ranks):
     lock = contextlib.ExitStack()
 
     def choose():
-        for out in candidates(s):
+        for out in run_directories(s):
             out.mkdir(parents=True, exist_ok=True)
             patience = 60 if s.resume else 0
             if held := hold(out / ".lock", ranks.say, patience, must=s.out or s.resume):
@@ -64,7 +64,7 @@ def open_out(s, ranks):
         yield ranks.share(choose)
 
 
-def candidates(s):
+def run_directories(s):
     """The directories that may be OUT, the likeliest first: runs/LOSS, LOSS-2, … without --out."""
     first = Path("runs") / s.loss
     auto = itertools.chain([first], (Path(f"{first}-{n}") for n in itertools.count(2)))
@@ -133,7 +133,7 @@ def read_flags(settings, description, argv=None):
     s = parse(settings, description, argv)
     if not s.resume:
         return s
-    settings_of(out := next(iter(candidates(s))))  # refuses what is none
+    settings_of(out := next(iter(run_directories(s))))  # refuses what is none
     length = {"steps", "epochs"} if s.steps or s.epochs else set()
     before = (read_json(out / "config.json") or {}).get("flags", {})
     before = {name: before[name] for name in before.keys() & vars(s).keys() - length}
