@@ -63,10 +63,9 @@ def attention(s):
         for when, of in columns.items()
     }
     prompts = results["prompts"] = {c: [] for c in contexts}  # {context: [[a token's text]]}
-    for view in views:
-        for c, (segments, _), spans in zip(contexts, view.paths, view.spans, strict=True):
-            ids = np.concatenate(segments)[: spans["y+"][0]]
-            prompts[c].append([template.decode([i], skip_special=False) for i in ids])
+    for view, (p, c) in itertools.product(views, enumerate(contexts)):
+        ids = np.concatenate(view.paths[p][0][:-1])
+        prompts[c].append([template.decode([i], skip_special=False) for i in ids])
     results["last_query"] = last
     save_results(s.out, results | {"pairs": [view.where for view in views]})
     if figure:

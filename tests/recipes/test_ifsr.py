@@ -15,10 +15,13 @@ from assets import world
 from evals.stats import estimate
 from evals.world import world_probabilities
 from generate import load_model
+from hub.template import open_template
+from hub.weights import resolve
 from jobs.cli import UserError
 from jobs.rundir import Metrics
 from losses import recipe
-from recipes import ifsr, steps
+from pairs.layouts import Pair
+from recipes import ifsr, prepare, steps
 
 TINY = ["--samples", 1, "--prompts", 3, "--train", "steps=1 batch=4 limit=24"]
 ONE = ["--models", "start", "--datasets", "separable"]
@@ -188,6 +191,19 @@ def test_figure5_is_a_square_of_increases(out):
     mean, low, high = estimate(gaps)
     cell = rows["separable"]["intransitive"]
     assert (cell["mean"], cell["low"], cell["high"]) == pytest.approx((mean, low, high))
+
+
+def test_a_prompt_is_asked_once_and_not_if_it_is_too_long(capsys):
+    def pair(text, chosen):
+        return Pair([{"role": "user", "content": text}], chosen, "No.", f"file:{chosen}")
+
+    said = [("Who wrote Hamlet?", "a"), ("Who wrote Hamlet?", "b"), ("What do cows eat? " * 9, "c"),
+            ("What do bees make?", "d"), ("Which animal barks?", "e")]  # fmt: skip
+    pairs, template = [pair(*row) for row in said], open_template(resolve("assets/start"))
+    found = prepare.first_pairs(pairs, template, 2, max_prompt=40)
+    assert [p.chosen for p in found] == ["a", "d"]
+    assert "1 prompt over 40 tokens (file:c)" in capsys.readouterr().out
+    assert [p.chosen for p in prepare.first_pairs(pairs, template, 9)] == ["a", "c", "d", "e"]
 
 
 def test_figures_are_the_mean_over_sampling_seeds():
