@@ -315,15 +315,17 @@ class Template:
         Whole turns go from the left, then tokens from the middle of the question. What the template
         opens with (BOS, a system turn, the question's header) and the reply's opening stay.
         """
-        system = messages[:1] if messages[0]["role"] == "system" else []
-        *turns, question = messages[len(system) :]
+        roles = [m["role"] for m in messages]
+        first = next((i for i, role in enumerate(roles) if role != "system"), 0)
+        last = len(roles) - 1 - (roles[::-1].index("user") if "user" in roles else 0)
+        system, turns, (question, *rest) = messages[:first], messages[first:last], messages[last:]
         while len(ids) > room and turns:
             turns = turns[2:]  # a question and its answer, so that roles still alternate
-            dialogue = [*system, *turns, question]
+            dialogue = [*system, *turns, question, *rest]
             ids = self.encode([self.render(dialogue, generation=True)])[0]
         if len(ids) <= room:
             return ids
-        probe = self.render([*system, question | {"content": PROBE}], generation=True)
+        probe = self.render([*system, question | {"content": PROBE}, *rest], generation=True)
         (probe,) = self.encode([probe])
         n = min(len(ids), len(probe))
         head = np.append(ids[:n] != probe[:n], True).argmax()  # tokens that open both

@@ -102,6 +102,15 @@ def test_a_system_turn_is_folded_into_the_first_user_turn(tmp_path):
         folded.render([{"role": "system", "content": "alone"}])
 
 
+def test_a_system_turn_behind_the_question_does_not_take_its_place(make):
+    template, brief = make(CHATML), {"role": "system", "content": "Be brief."}
+    dialogue = [brief, brief | {"content": "Rhyme."}, *say("a", "b", "Why? " * 40), brief]
+    (ids,) = template.encode([template.render(dialogue, generation=True)])
+    text = template.decode(template.shortened(dialogue, ids, 150), skip_special=False)
+    assert text.startswith(template.render(dialogue[:2])) and "Why? " in text
+    assert text.endswith(template.render([brief], generation=True)) and "assistant\nb" not in text
+
+
 IN_PARTS = (  # as Idefics and LLaVA have it; `content` as a text would be left out in silence
     "{% for m in messages %}{{ m['role'] + ':' }}{% for part in m['content'] %}"
     "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{{ eos_token }}"
