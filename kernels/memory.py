@@ -89,15 +89,16 @@ def per_gpu(sizes, n, dtype=torch.bfloat16):
     """{what: bytes} on each of n GPUs, as jobs.processes.shard lays a model of these sizes out.
 
     fp32 weights, gradients and AdamW's two moments are sharded. Gathered in the compute dtype are,
-    on several GPUs, the root and two blocks (one computes, one is fetched), and in backward their
-    gradients, of which one block's is copied to fp32 to be reduced; on one GPU, everything.
+    on several GPUs, the root with its gradient; on one GPU, everything. In work are either a chunk
+    of the head's logits, or two blocks (one computes, one is fetched) and a gradient that waits to
+    be reduced in fp32. The peak is in backward, while a row's activations are there.
     """
     p, block, root = sizes["parameters"], sizes["largest block"], sizes["root"]
     share = 4 * -(-p // n)  # in fp32, rounded up
-    gathered = (2 * block + root) + (block + root) if n > 1 else p + block
+    gathered = 2 * root if n > 1 else p + root
+    working = max(sizes["head"], 3 * block * dtype.itemsize + 4 * block)
     parts = {"weights": share, "gradients": share, "optimizer": 2 * share}
-    parts["gathered"] = gathered * dtype.itemsize + 4 * max(block, root)  # the latter to reduce
-    return parts | {"head": sizes["head"]}
+    return parts | {"gathered": gathered * dtype.itemsize, "in work": working}
 
 
 def fit_to_memory(s, config, ranks):
@@ -141,7 +142,7 @@ def needed(s, config, ranks, share, recompute=False, offload=None):
         sizes = measure(config, s.row_tokens, dtype)
     parts = per_gpu(sizes, s.shard_group or ranks.world, dtype)
     if s.offload if offload is None else offload:  # then these are in CPU memory
-        parts = {name: parts[name] for name in ("gathered", "head")}
+        parts = {name: parts[name] for name in ("gathered", "in work")}
     return sum(parts.values()) + sizes["recomputed" if recompute else "activations"]
 
 

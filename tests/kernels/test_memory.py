@@ -51,8 +51,9 @@ def test_states_are_shared_among_gpus_and_gathered_ones_are_not():
     alone, eight = memory.per_gpu(sizes, 1), memory.per_gpu(sizes, 8)
     assert [alone[k] for k in ("weights", "gradients", "optimizer")] == [3200, 3200, 6400]
     assert [eight[k] for k in ("weights", "gradients", "optimizer")] == [400, 400, 800]
-    assert alone["gathered"] == 2 * (800 + 10) + 4 * 100
-    assert eight["gathered"] == 2 * (2 * 10 + 100 + 10 + 100) + 4 * 100
+    assert alone["gathered"] == 2 * (800 + 100) and eight["gathered"] == 2 * 2 * 100
+    assert eight["in work"] == 2 * 3 * 10 + 4 * 10, "a chunk of logits is smaller"
+    assert memory.per_gpu(sizes | {"head": 1000}, 8)["in work"] == 1000
 
 
 @pytest.fixture
@@ -67,8 +68,9 @@ def settings():
     "shape, gpus, gb, changed, recomputed, share",
     [
         ("llama-3-8b", 8, 80, {}, False, 1.0),
-        ("llama-3-8b", 4, 80, {}, False, 0.75),  # 83 GB of 80 with all of it
-        ("llama-3-8b", 8, 40, {}, True, 1.0),
+        ("llama-3-8b", 4, 80, {}, False, 0.75),  # 78 GB of 72 with all of it
+        ("llama-3-8b", 8, 40, {}, False, 0.25),
+        ("llama-3-8b", 8, 30, {}, True, 1.0),
         ("llama-3-8b", 4, 80, {"compile": False}, True, 1.0),
         ("llama-3-8b", 1, 80, {"offload": True}, False, 1.0),
         ("gemma-2-9b", 8, 80, {}, False, 0.75),
