@@ -127,6 +127,12 @@ class Dataset:
         if not len(self.examples):
             raise UserError(f"no pair is left after tokenisation; dropped: {self.drops}")
 
+    @classmethod
+    def of(cls, s, pairs, template, recipe, **options):
+        """The Dataset of these pairs under the settings of a command (jobs.cli.PathFlags)."""
+        limits = Limits(s.max_len, s.draft_cap, s.score_eos)
+        return cls(pairs, template, recipe, limits, s.instruction, s.sep, **options)
+
     def __len__(self):
         return len(self.examples)
 

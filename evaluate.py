@@ -13,13 +13,12 @@ import importlib
 import math
 import os
 import sys
-import textwrap
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from data import Dataset, Limits, lay_out, path_sums
+from data import Dataset, lay_out, path_sums
 from evals.answers import align, question_ids, read_answers, read_both
 from evals.results import refuse, save_results, table
 from evals.rewardbench import sections
@@ -31,7 +30,7 @@ from hub.weights import Weights, pinned, resolve
 from jobs import cli
 from jobs.cli import UserError, as_user_error, flag, parse, require, run
 from jobs.files import Store, read_json
-from losses import recipe
+from losses import by_path, recipe
 from model import path_limit
 from pairs.layouts import number
 from pairs.read import Drops, read_pairs
@@ -55,7 +54,7 @@ class RewardFlags(ScoreFlags):
 
 
 def evaluate_reward(s):
-    """Score --answers, and --against or both sides of --pairs; print and write what came out."""
+    """Score answers by a reward model, and count wins against others, or of chosen answers."""
     require(s, "model", *(() if s.pairs else ("answers",)))
     sides = read_sides(s)
     # Both sides at once, so that the same answer on both is scored once and ties: in another row
@@ -128,8 +127,7 @@ def compare_sides(ours, theirs, our_scores, their_scores, s):
     subsets = by_subset(our_scores, their_scores, names, fine, s.seed)
     found = {"win_rate": wins, "ties": ties, "difference": gap, "subsets": subsets}
     if s.pairs:
-        won = our_scores[fine] > their_scores[fine]
-        found["sections"], _ = sections(names[fine], won, s.seed)
+        found["sections"] = sections(names[fine], our_scores[fine] > their_scores[fine], s.seed)
     return found
 
 
@@ -178,10 +176,9 @@ def reward_scores(model, template, answers, pool="last", row_tokens=None, cache=
     pairs = list(zip(ids[: len(answers)], ids[len(answers) :], strict=True))
     most = model.config.positions or math.inf
     if long := sum(len(x) + len(y) > most for x, y in pairs):
-        told = (
-            f"{long} of {len(pairs)} dialogues are longer than the reward model's {most} positions"
-        )
-        print(f"{told}: scored whole, as transformers does without truncation", file=sys.stderr)
+        told = f"{long} of {len(pairs)} dialogues are longer than the reward model's {most} "
+        told += "positions: scored whole, as transformers does without truncation"
+        print(told, file=sys.stderr)
     # a score is kept by the tokens that it depends on, so equal answers are scored once
     keys = [hashlib.sha256(x.tobytes() + b"|" + y.tobytes()).hexdigest() for x, y in pairs]
     first = {key: n for n, key in enumerate(keys) if key not in known}
@@ -203,7 +200,7 @@ class BestOfFlags(ScoreFlags):
 
 
 def evaluate_best_of(s):
-    """Score several answers to each question; the best and the worst of them become a pair."""
+    """Make pairs of the best and the worst of several answers, by a reward model."""
     require(s, "model", "answers", "out")
     answers = read_answers(s.answers, "--answers")[: s.limit]
     scores = scored(s, answers)  # (N,)
@@ -269,12 +266,12 @@ def pair_logps(model, dataset, paths, row_tokens=None, label="score"):
     """Log-probabilities of these paths of a data.Dataset: {Path: (N,)} sums and token counts."""
     sizes = [dataset.size(i, paths) for i in range(len(dataset))]
     trie = partial(dataset.trie, paths=paths)
-    columns = path_sums(model, trie, sizes, len(paths), row_tokens, label)  # two of (N, P)
-    return [dict(zip(paths, values.unbind(1), strict=True)) for values in columns]
+    found = path_sums(model, trie, sizes, len(paths), row_tokens, label)  # two of (N, P)
+    return [by_path(values, paths) for values in found]
 
 
 def evaluate_pairs(s):
-    """Score every path of every pair once per model, and read the margins off."""
+    """Tell how often, and by what margin, the implicit reward of a policy prefers the chosen."""
     require(s, "model", "data")
     rules, every = readings(s)
     drops = Drops()
@@ -283,10 +280,9 @@ def evaluate_pairs(s):
     if every.objective.uses_reference:
         directories.append(resolve(s.ref, "--ref"))
         refuse_other_ids(*directories, "--ref")
-    limit = path_limit(s.max_len, *directories)
+    s = dataclasses.replace(s, max_len=path_limit(s.max_len, *directories))
     model, template = load_model(s.model, s.dtype, s.device, fold=s.fold_system)
-    limits = Limits(limit, s.draft_cap, s.score_eos)
-    dataset = Dataset(rows, template, every, limits, s.instruction, s.sep, shown=True)
+    dataset = Dataset.of(s, rows, template, every, shown=True)
     print(f"{s.data}: {len(rows)} pairs read, dropped: {drops}; scored: {dataset.report()}")
     sums, counts = pair_logps(model, dataset, every.paths, s.row_tokens, "policy")
     del model  # one model in memory at a time
@@ -306,26 +302,9 @@ def evaluate_pairs(s):
     save_results(s.out, results | {"pairs": [example.where for example in dataset.examples]})
 
 
-COMMANDS = {  # name: what it does
-    "reward": "score answers with a reward model, and count wins against other answers",
-    "pairs": "accuracy and margin of the implicit reward on preference pairs: of the plain policy, "
-    "which gets deployed, and of the cross-conditioned one, which was trained",
-    "best_of": "best and worst of several answers per question, by a reward model, as pairs",
-    "world": "exact win rate in the embedded small world",
-    "alpaca": "AlpacaEval 2: win rate, raw and length-controlled, from annotations",
-    "arena": "Arena-Hard: scores from verdicts, raw and style-controlled",
-    "mtbench": "MT-Bench: scores by turn and category",
-    "compare": "two models, question by question, with a paired interval",
-    "report": "one self-contained page of all of it",
-    "context": "why conditioning works: answers with and without another one (IFSR's Table 2)",
-    "next_token": "the same for the next token's distribution (IFSR's Table 7)",
-    "attention": "where the attention of a conditioned answer goes (IFSR's Figure 4)",
-    "judge": "let a model compare answers, or grade them; files as the benchmarks' tools write",
-    "runs": "draw training runs over each other, and tabulate their ends",
-    "describe": "what a training run would make of its data",
-    "plan": "the memory that a training run would take",
-    "extract": "make a model of one of a run's checkpoints",
-}
+COMMANDS = ("reward", "pairs", "best_of", "world", "alpaca", "arena", "mtbench", "compare",
+            "report", "context", "next_token", "attention", "judge", "runs", "describe", "plan",
+            "extract")  # fmt: skip
 
 
 def find_command(name):
@@ -346,8 +325,8 @@ def main():
     name, *argv = sys.argv[1:] or ["(none)"]
     if name in ("-h", "--help"):
         print(__doc__.splitlines()[0], end="\n\n")
-        for command, about in COMMANDS.items():
-            print(textwrap.fill(f"{command:12}{about}", 100, subsequent_indent=" " * 12))
+        for command in COMMANDS:
+            print(f"{command:12}{find_command(command)[1].__doc__.splitlines()[0]}")
     else:
         flags, command = find_command(name)
         command(pinned(parse(flags, command.__doc__, argv, name)))

@@ -385,9 +385,7 @@ class GenerateFlags(cli.ModelFlags, cli.InstructionFlags, cli.SamplingFlags, cli
     prompt: str | None = flag(None, "one question; its answer streams to the terminal")
     data: str | None = flag(None, "questions, prompts or pairs: a file, a glob or a hub id")
     mode: str = flag("plain", "what is asked", MODES)
-    draft: str | None = flag(
-        None, "text to refine, of --prompt; in --data a column draft or answer"
-    )
+    draft: str | None = flag(None, "text to refine, of --prompt; --data has it as draft or answer")
     bridge: str = flag("turn", "between a draft and its refinement", tuple(BRIDGES))
     sep: str | None = flag(None, "separator of --bridge sep; default: as in training")
     out: str | None = flag(None, "file, continued if it is there; default: standard output")
@@ -409,9 +407,8 @@ def check_flags(s, world=1):
     if s.draft is not None and s.prompt is None:
         raise UserError("--draft refines an answer to --prompt; in --data it is a column")
     if s.endpoint and s.bridge != "turn":
-        raise UserError(
-            f"--bridge {s.bridge}: a chat server knows turns alone; leave --endpoint out"
-        )
+        fault = f"--bridge {s.bridge}: a chat server knows turns alone"
+        raise UserError(f"{fault}; leave --endpoint out")
     if not s.out and (s.format != "jsonl" or world > 1):
         raise UserError("--out FILE is needed for a benchmark's format and for several processes")
     if s.n > 1 and (s.format != "jsonl" or s.temperature == 0):
@@ -450,17 +447,15 @@ def open_rows(s, asks, settings, rank, world):
         said, first = row.get("prompt"), len(ask.prompt)  # behind these, every other turn is ours
         users = ask.prompt + [{"role": "user", "content": turn} for turn in ask.turns]
         same = isinstance(said, list) and said[:first] + said[first + 1 :: 2] == users
-        faults = [] if same else ["prompt"]
-        names = (*settings, "bridge", "sep")  # the last two where they matter
-        faults += [name for name in names if row.get(name) != settings.get(name)]
         drafts = [*row.get("earlier_drafts", []), row.get("draft")]
-        faults += ["draft"] * (s.mode == "refine" and ask.draft not in (None, drafts[0]))
-        faults += ["n"] if row.get("sample", 0) != n % s.n else []
-        if row.get("endpoint") and "endpoint" in faults:  # a server may have moved since
-            faults.remove("endpoint")
-        if faults:
-            fault = f"{where}: of another run ({faults[0]} differs)"
-            raise UserError(f"{fault}; move the file away")
+        differs = {"prompt": not same, "n": row.get("sample", 0) != n % s.n}
+        differs["draft"] = s.mode == "refine" and ask.draft not in (None, drafts[0])
+        names = (*settings, "bridge", "sep")  # the last two where they matter
+        differs |= {name: row.get(name) != settings.get(name) for name in names}
+        if row.get("endpoint") and settings.get("endpoint"):  # a server may have moved since
+            differs["endpoint"] = False
+        if faults := [name for name, other in differs.items() if other]:
+            raise UserError(f"{where}: of another run ({faults[0]} differs); move the file away")
 
     file = s.out if s.format == "jsonl" else f"{s.out}.rows.jsonl"
     return Shared(file, len(asks), check, rank, world)

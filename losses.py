@@ -413,6 +413,11 @@ def _named(name, logps, counts):
     return {name: summed(logps), f"{name}_tokens": logps[:, :longest]}
 
 
+def by_path(values, paths):
+    """(B, P) -> {path: (B,)}, or (B, P, T) -> {path: (B, T)}."""
+    return dict(zip(paths, values.unbind(1), strict=True))
+
+
 def unique(items):
     """The items in order, each once."""
     return list(dict.fromkeys(items))
@@ -429,10 +434,8 @@ def _check(name, objective, condition, reference):
             raise ValueError(f"--{flag} {value}: unknown; choose from {', '.join(known)}")
     for view in CONDITIONS[condition]:
         if not isinstance(view, tuple) or len(view) != 2 or not {*view} <= {*CONTEXTS}:
-            fault = (
-                f"--condition {condition}: {view!r} is no pair of contexts, of chosen and rejected"
-            )
-            raise ValueError(f"{fault}; one is {', '.join(map(str, CONTEXTS))}")
+            fault = f"{view!r} is no pair of contexts, of chosen and rejected; one is "
+            raise ValueError(f"--condition {condition}: {fault}{', '.join(map(str, CONTEXTS))}")
 
 
 def recipe(name, condition=None, bridge=None, reference=None, **hyper):

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hub.weights import ConfigFields, Weights, resolve, write_directory
 from jobs.cli import UserError
-from jobs.files import parse_json
+from jobs.files import read_json
 
 
 @dataclass(frozen=True)
@@ -488,8 +488,14 @@ def read_config(directory):
     file = Path(directory) / "config.json"
     if not file.exists():
         raise UserError(f"{directory}: no config.json; not a Hugging Face model directory")
-    raw = parse_json(file.read_text(encoding="utf-8"), str(file))
+    raw = read_json(file)
     return raw, config_of(raw, str(file))
+
+
+def stored_dtype(directory):
+    """The torch dtype that a HF directory says its weights have."""
+    raw, _ = read_config(directory)
+    return getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or "bfloat16")
 
 
 def path_limit(max_len, *directories, most=4096):

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 import losses
-from data import Dataset, Limits, Plan, build_row, pack, plain_paths
+from data import Dataset, Plan, build_row, pack, plain_paths
 from hub import weights
 from hub.template import Template
 from hub.tokenizer import refuse_other_ids
@@ -35,8 +35,8 @@ from jobs.cli import UserError, as_user_error, flag, progress, run
 from jobs.files import ASSETS, written_whole
 from jobs.processes import Ranks, Stopped
 from kernels import chains, detached, flex, memory
-from losses import summed, unique
-from model import export, load_weights, outline, path_limit, read_config
+from losses import by_path, summed, unique
+from model import export, load_weights, outline, path_limit, read_config, stored_dtype
 from pairs.cleaning import CleaningFlags, clean
 from pairs.read import Drops, hold_out, parse_sources, read_pairs, told_of_held
 from pairs.token_cache import cache_key, cached
@@ -64,7 +64,6 @@ class TrainFlags(cli.RunFlags, CleaningFlags, cli.PathFlags, cli.DataFlags, cli.
     steps: int | None = flag(None, "optimizer steps; default: by --epochs", least=1)
     epochs: float | None = flag(None, "passes over the data (default 3)", above=0)
     batch: int | None = flag(None, "pairs per step, of all ranks (128; with few pairs 16)", least=1)
-    max_len: int | None = flag(None, "longest path; default: 4096, or the model's limit", least=1)
     lr: float | None = flag(None, "peak learning rate (5e-7; for 0.1-1B 1e-5 to 5e-5)", above=0)
     warmup: float | None = flag(None, "share of the steps with rising lr (0.1; 0: none)", below=1)
     schedule: str | None = flag(None, "of lr after it (cosine); linear ends at 0", SCHEDULES)
@@ -118,7 +117,8 @@ def load_data(s, template, recipe, ranks=None):
         return {name: dataset.stored() for name, dataset in sets.items()}, lines
 
     sets, lines = cached(lambda: data_key(s, template, recipe, guard), make, share)
-    return {name: tokenise(s, template, recipe, stored=x) for name, x in sets.items()}, lines
+    how = (s, (), template, recipe)
+    return {name: Dataset.of(*how, stored=x, seed=s.seed) for name, x in sets.items()}, lines
 
 
 def data_key(s, template, recipe, guard):
@@ -149,16 +149,10 @@ def read_and_tokenise(s, template, recipe, guard=None, shown=False):
         n = min(1000, len(pairs) // 10) if s.eval_pairs is None else s.eval_pairs
         pairs, held = hold_out(pairs, n, s.seed)
     lines.append(told_of_held(pairs, held, s.eval_data or s.data, left))
-    sets = {"train": tokenise(s, template, recipe, pairs, shown=shown)}
+    sets = {"train": Dataset.of(s, pairs, template, recipe, shown=shown, seed=s.seed)}
     if held:
-        sets["validation"] = tokenise(s, template, recipe, held)
+        sets["validation"] = Dataset.of(s, held, template, recipe, seed=s.seed)
     return sets, [*lines, *(f"{name}: {dataset.report()}" for name, dataset in sets.items())]
-
-
-def tokenise(s, template, recipe, pairs=(), **options):
-    """The Dataset of these pairs under these settings."""
-    limits = Limits(s.max_len, s.draft_cap, s.score_eos)
-    return Dataset(pairs, template, recipe, limits, s.instruction, s.sep, seed=s.seed, **options)
 
 
 def fit_to_data(s, ranks, recipe, sets, plan):
@@ -217,7 +211,7 @@ def fit(s, ranks, recipe, asked):
     s = dataclasses.replace(s, max_len=path_limit(s.max_len, source, reference_source))
     template = Template(source, s.fold_system)
     if template.fallback:
-        ranks.say(f"{s.model} has no chat template: using the plain one of hub/template.py")
+        ranks.say(f"{s.model} has no chat template: using the plain one of assets/templates")
 
     # the data: read, cleaned, held out, tokenised; and which pairs make up which step
     sets, lines = load_data(s, template, recipe, ranks)
@@ -238,7 +232,8 @@ def fit(s, ranks, recipe, asked):
     of = (digests[source], digests[reference_source], sets)
     owner = ranks.share(lambda: checkpoint.owner_of(s, recipe, *of))
     job = Run(s, ranks, recipe, model, owner, sets, plan)
-    found = job.saver.newest() if s.resume else None  # another run's is refused here
+    # another run's is refused here
+    found = checkpoint.newest(job.saver.directory, owner, ranks.say) if s.resume else None
     ranks.deferred = True  # from here on a signal waits for the next place to save or stop
     reference = job.score_reference(reference_source, digests[reference_source])
     if found:
@@ -272,11 +267,6 @@ def build_model(s, ranks, source, head):
     processes.shard(model, s, ranks)
     load_weights(model, source, processes.local_part)
     return model
-
-
-def by_path(values, paths):
-    """(B, P) -> {path: (B,)}, or (B, P, T) -> {path: (B, T)}."""
-    return dict(zip(paths, values.unbind(1), strict=True))
 
 
 class Run:
@@ -527,9 +517,7 @@ class Run:
 
     def export(self, name, template):
         """OUT/<name>: a HF directory, written aside and renamed when whole."""
-        raw, _ = read_config(template.directory)
-        # the checkpoint's own dtype, whatever the masters are
-        dtype = getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or "bfloat16")
+        dtype = stored_dtype(template.directory)  # the checkpoint's own, whatever the masters are
         tensors = processes.whole_tensors(self.model, dtype)
         if self.ranks.first:
             final, config = Path(self.s.out) / name, self.model.config

@@ -13,8 +13,6 @@ about half of it).
 Legend: N questions, M rows of the gamed baselines.
 """
 
-import csv
-import gzip
 from collections import Counter
 from dataclasses import dataclass
 
@@ -40,14 +38,13 @@ class AlpacaFlags(VerdictFlags):
 
 
 def annotations_in(file):
-    """Yields what results.gather takes of a json, jsonl, csv or csv.gz file.
+    """Yields what results.gather takes of a file of annotations, json, jsonl or csv.
 
     A value is (share of a win in [0, 1] or NaN, length, baseline's length), in characters.
     UserError for unknown columns.
     """
-    rows = csv_rows(file) if file.endswith((".csv", ".csv.gz")) else records(file)
     seen = Counter()  # rows of each model
-    for where, row in rows:
+    for where, row in records(file):
         try:
             if "len_model" in row:
                 model, lengths = row["model"], (float(row["len_model"]), float(row["len_baseline"]))
@@ -66,33 +63,26 @@ def annotations_in(file):
         yield model, index, ((share, *lengths), fault), where
 
 
-def csv_rows(file, published=None):
-    """Yields ("file:line", {column: text}) of a csv or csv.gz with a header line.
+def published(source, name):
+    """The file that --difficulty or --gamed names; "hub": this one of AlpacaEval's dataset."""
+    if source != "hub":
+        return source
+    from huggingface_hub import hf_hub_download
 
-    published: the file of AlpacaEval's dataset on the hub that the name "hub" fetches.
-    """
-    if file == "hub" and published:
-        from huggingface_hub import hf_hub_download
-
-        try:
-            file = hf_hub_download("tatsu-lab/alpaca_eval", published, repo_type="dataset")
-        except Exception as error:  # the hub client raises some twenty kinds: not reachable
-            cure = "give a local file, or none: --difficulty none fits without the published "
-            cure += "difficulties, as custom prompts need"
-            raise UserError(f"the hub did not serve {published}: {cure}") from error
     try:
-        with (gzip.open if file.endswith(".gz") else open)(file, "rt", encoding="utf-8") as f:
-            yield from ((f"{file}:{n}", row) for n, row in enumerate(csv.DictReader(f), 2))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not readable: {error}") from error
+        return hf_hub_download("tatsu-lab/alpaca_eval", name, repo_type="dataset")
+    except Exception as error:  # the hub client raises some twenty kinds: not reachable
+        cure = "give a local file, or none: --difficulty none fits without the published "
+        cure += "difficulties, as custom prompts need"
+        raise UserError(f"the hub did not serve {name}: {cure}") from error
 
 
 def read_difficulty(source):
     """{question index: difficulty}; None where there is none."""
     if source == "none":
         return None
-    rows, column = csv_rows(source, "instruction_difficulty.csv"), "instruction_difficulty"
-    return {int(row.get("index") or row[""]): float(row[column]) for _, row in rows}
+    rows = records(published(source, "instruction_difficulty.csv"))
+    return {int(r.get("index") or r[""]): float(r["instruction_difficulty"]) for _, r in rows}
 
 
 def read_gamed(source, difficulty):
@@ -101,7 +91,7 @@ def read_gamed(source, difficulty):
     if source == "none" or difficulty is None:  # they answer AlpacaEval's questions
         return np.zeros((0, 3)), np.zeros(0)
     models = {}
-    for _, row in csv_rows(source, "df_gamed.csv"):
+    for _, row in records(published(source, "df_gamed.csv")):
         if scaled := "std_delta_len" in row:  # AlpacaEval's own
             delta, label = row["std_delta_len"], row["preference"]
         else:

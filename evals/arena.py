@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evals.results import VERDICTS, collect, read_verdict, rows_of, save_results, table, to_label
-from evals.stats import Estimate, interval, logistic, ratio_of_sums, resample, sigmoid
+from evals.stats import interval, logistic, ratio_of_sums, resample, sigmoid
 from jobs.cli import UserError, VerdictFlags, flag, progress, require
 from pairs.layouts import number
 
@@ -132,13 +132,6 @@ def game_columns(models):
     return [np.array(column) for column in zip(*rows, strict=True)]
 
 
-def raw_score(questions, seed, resamples):
-    """Weighted mean over all games of a model -> Estimate."""
-    games = [g for g in questions.values() if g]
-    wins = [sum(s * w for s, w in pair) for pair in games]
-    return ratio_of_sums(wins, [sum(w for _, w in pair) for pair in games], seed, resamples)
-
-
 def bradley_terry(battles, names, style, equal, seed=0, resamples=0):
     """Skills of all models against the baseline, whose skill is 0, fitted with the style columns.
 
@@ -173,10 +166,12 @@ def arena(s):
     models = collect(judged_games(s.judgments, s.category), s, "verdict", only)
     results = {}
     for model, rows in models.items():
-        n, score = sum(map(bool, rows.values())), raw_score(rows, s.seed, s.resamples)
-        # the weighted mean of a question's games; None where there is no verdict
-        means = {q: g and sum(x * w for x, w in g) / sum(w for _, w in g) for q, g in rows.items()}
-        results[model] = {"n": n, "score": score, "values": means}
+        # per question its games' wins and weights, summed; None where there is no verdict
+        sums = {q: g and (sum(x * w for x, w in g), sum(w for _, w in g)) for q, g in rows.items()}
+        known = [both for both in sums.values() if both]
+        score = ratio_of_sums(*zip(*known, strict=True), s.seed, s.resamples)
+        means = {q: both and both[0] / both[1] for q, both in sums.items()}
+        results[model] = {"n": len(known), "score": score, "values": means}
     if s.control != "none":
         battles = game_columns(models)
         columns = style_of_games(battles, s)
@@ -187,9 +182,10 @@ def arena(s):
         named = zip((STYLE[i] for i in CONTROLS[s.control]), pull.tolist(), strict=True)
         print("style weights: " + ", ".join(f"{name} {value:+.3f}" for name, value in named))
     order = sorted(results, key=lambda model: -results[model]["score"].mean)
-    print(table([{"model": model, "n": results[model]["n"]} | {
-        view.replace("_", " "): f"{value:.1%}"
-        for view, value in results[model].items() if isinstance(value, Estimate)
-    } for model in order]))  # fmt: skip
+    rows = []
+    for model in order:
+        shown = {k.replace("_", " "): v for k, v in results[model].items() if k != "values"}
+        rows.append({"model": model} | shown)
+    print(table(rows, ".1%"))
     told = {"command": "arena", "seed": s.seed, "control": s.control}
     save_results(s.out, told | {"models": results})

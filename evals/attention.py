@@ -34,7 +34,7 @@ class AttentionFlags(AnalysisFlags, InstructionFlags):
 
 
 def attention(s):
-    """What the parts of a prompt get of the attention while y+ is read, by layer."""
+    """What a prompt's parts get of the attention while y+ is read, by layer (IFSR Figure 4)."""
     require(s, "model", "data")
     figure = s.out and figure_file(s.out)
     contexts = {"x,i": Context("instruct", s.instruction)}

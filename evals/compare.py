@@ -71,7 +71,7 @@ def compare(s):
         about = {"side": name, "file": getattr(s, name), "n": len(shared)}
         text = {"seeds": " ".join(f"{mean:.4f}" for mean in found)}
         rows.append(about | results[name] | text)
-    print(table(rows, {"mean": ".4f"}))
+    print(table(rows, ".4f"))
     gap = results["difference"] = estimate(values[0] - values[1], s.seed)
     counts = [int(compares(*values).sum()) for compares in (np.greater, np.equal, np.less)]
     results |= zip(("a_higher", "equal", "b_higher"), counts, strict=True)

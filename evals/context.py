@@ -126,7 +126,7 @@ class ContextFlags(AnalysisFlags):
 
 
 def context(s):
-    """Loss of the chosen answers under what may stand before them, and their spread."""
+    """Loss and spread of the chosen answers under what may stand before them (IFSR Table 2)."""
     require(s, "model", "data")
     model, template = load_model(s.model, s.dtype, s.device, fold=s.fold_system)
     contexts = INSTRUCTED | SHOWN | separated(template, s.sep)
@@ -207,7 +207,7 @@ class NextTokenFlags(AnalysisFlags):
 
 
 def next_token(s):
-    """Distribution of the next token behind x, and behind x with each of three instructions."""
+    """Distribution of the next token behind x and what may follow it (IFSR Table 7)."""
     require(s, "model", "data")
     shows = (None, "rejected" if s.draft else "instruct")
     contexts = {k: c for k, c in (INSTRUCTED | SHOWN).items() if c.shows in shows}

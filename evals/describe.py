@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data import Dataset, Limits, pack
+from data import Dataset, pack
 from evals.results import draw_lengths, figure_file, out_file, save_results, table
 from families.llama_guard import Guard
 from hub.template import Template
@@ -52,7 +52,7 @@ def describe(s):
     for rule, told in figures["dropped"].items():
         print(f"  {told['pairs']:7} {rule}  ({', '.join(told['rows'])})")
     rows = [{"tokens": part} | told for part, told in figures["tokens"].items()]
-    print("\n" + table(rows, dict.fromkeys([*rows[0]][1:], ".0f")))
+    print("\n" + table(rows, ".0f"))
     cuts = ", ".join(f"{share:.1%} {what}" for what, share in figures["cut"].items())
     print(f"\ncut by the limits: {cuts or 'none'}")
     fill, sets = figures["row_fill"], figures["path_sets"]
@@ -60,7 +60,7 @@ def describe(s):
     told = "\ntokens of the path sets of the first {of_the_first_pairs} pairs, bridge {bridge}"
     print(told.format(**sets))
     rows = [{"path set": name} | told for name, told in sets["conditions"].items()]
-    print(table(rows, {"saved": ".1%"}))
+    print(table(rows, ".1%"))
     print("\npaths of the first pair: an answer|what stands before it, scored tokens in [[ ]]")
     for path, text in figures["examples"].items():
         print(f"\n--- {path} ([[scored]])\n{text}")
@@ -84,11 +84,10 @@ def figures_of(s):
     if (rules := CleaningFlags.of(s)) != CleaningFlags():
         guard = Guard(s.guard, s.device, chains.attend) if s.guard else None
         pairs = clean(pairs, rules, template, drops, guard)
-    limits = Limits(s.max_len, s.draft_cap, s.score_eos)
-    data = Dataset(pairs, template, rule, limits, s.instruction, s.sep, shown=True)
+    data = Dataset.of(s, pairs, template, rule, shown=True)
     # lengths are those of the pairs as they lie, without the limits
-    uncut = (pairs, template, rule, Limits(10**9, 1.0), s.instruction)
-    whole = Dataset(*uncut) if data.cuts else data
+    uncut = dataclasses.replace(s, max_len=10**9, draft_cap=1.0)
+    whole = Dataset.of(uncut, pairs, template, rule) if data.cuts else data
     lengths = dict(zip(PARTS, np.asarray(whole.examples.lengths).T, strict=True))  # (N,) each
     # an answer behind a bridge has other ids for some tokenizers only, and no length for the rest
     lengths = {k: n for k, n in lengths.items() if k != "instruct" and n.any()}
@@ -125,10 +124,10 @@ def figures_of(s):
 
 def path_sets(s, pairs, template, bridge):
     """Tokens of these pairs in separate sequences and in tries, per condition."""
-    sets, limits = {}, Limits(s.max_len, s.draft_cap)
+    sets = {}
     for condition in CONDITIONS:
         rule = recipe("dpo", condition, bridge)
-        data = Dataset(pairs, template, rule, limits, s.instruction, s.sep)
+        data = Dataset.of(s, pairs, template, rule)
         paths = [data.path(i, path) for i in range(len(data)) for path in rule.paths]
         apart = sum(len(segment) for segments, _ in paths for segment in segments)
         trie = sum(data.size(i, rule.paths) for i in range(len(data)))

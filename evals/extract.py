@@ -12,12 +12,12 @@ from safetensors import safe_open
 
 from hub.template import Template
 from hub.weights import resolve
-from jobs.checkpoint import saved
+from jobs.checkpoint import check_part, saved
 from jobs.cli import UserError, flag, require
-from jobs.files import checksum, out_file, read_json, written_whole
+from jobs.files import out_file, read_json, written_whole
 from jobs.rundir import settings_of
 from losses import recipe
-from model import export, read_config
+from model import export, read_config, stored_dtype
 
 
 @dataclass(frozen=True)
@@ -36,26 +36,22 @@ def extract(s):
         raise UserError(f"--run {s.run}: no checkpoint of step {s.step}; there are: {steps}")
     path, settings = known[s.step or max(known)], settings_of(s.run)
     source = resolve(settings["model"])
-    raw, config = read_config(source)
-    config = replace(config, head=recipe(settings["loss"]).objective.head)
-    dtype = getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or "bfloat16")
+    config = replace(read_config(source)[1], head=recipe(settings["loss"]).objective.head)
     if Path(s.out).exists():
         raise UserError(f"--out {s.out} is there already; choose another")
     with out_file(s.out), written_whole(s.out) as aside:
-        template = Template(source, settings.get("fold_system", False))
-        export(aside, config, whole_weights(path, dtype), source, dtype, template.source)
+        template = Template(source, settings.get("fold_system", False)).source
+        export(aside, config, whole_weights(path), source, stored_dtype(source), template)
     print(f"saved: {s.out}, of {path}")
 
 
-def whole_weights(path, dtype):
+def whole_weights(path):
     """Yields (name, whole tensor) of a checkpoint's weights, joined from the rows of its ranks."""
     files = []
     for r, expected in enumerate(read_json(path / "state.json")["sha256"]):
-        file = path / f"rank-{r}.safetensors"
-        if not file.exists() or checksum(file) != expected:
-            raise UserError(f"{file}: missing or damaged; take another --step")
-        files.append(safe_open(file, "pt"))
+        check_part(path / f"rank-{r}.safetensors", expected)
+        files.append(safe_open(path / f"rank-{r}.safetensors", "pt"))
     for name in sorted(files[0].keys()):  # each rank has rows of every tensor, if only none
         if name.startswith("weight/"):
             rows = [file.get_tensor(name) for file in files]
-            yield name.removeprefix("weight/"), torch.cat(rows).to(dtype)
+            yield name.removeprefix("weight/"), torch.cat(rows)

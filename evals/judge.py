@@ -17,7 +17,6 @@ A verdict that cannot be read is null in the file, counted, and no tie.
 import re
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -28,7 +27,7 @@ from generate import Ask, Dialogue, answerer
 from hub.benchmarks import json_digest, question_id, refuse_twins, transcript, write_rows
 from hub.weights import Weights, resolve
 from jobs.cli import EndpointFlags, ModelFlags, SamplingFlags, UserError, flag, progress, require
-from jobs.files import ASSETS, Store
+from jobs.files import ASSETS, Store, read_text
 
 VERDICT_FORMATS = ("alpaca_eval", "arena_hard", "mt_bench", "mt_bench_pair")
 # what AlpacaEval's and Arena-Hard's templates call things
@@ -155,12 +154,8 @@ def judge(s):
     if single and s.against:
         raise UserError("--format mt_bench grades single answers; leave --against out")
     where = s.template or ASSETS / "judge" / ("grade.txt" if single else "compare.txt")
-    try:
-        text = Path(where).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--template {where}: not readable: {error}") from error
     needs = ("question", "answer") if single else ("question", "answer_a", "answer_b")
-    prompt = Prompt(text, needs, f"--template {where}")
+    prompt = Prompt(read_text(where, f"--template {where}"), needs, f"--template {where}")
     answers = read_answers(s.answers, "--answers", s.questions)[: s.limit]
     if s.format == "arena_hard":
         refuse_twins(answers, s.answers)

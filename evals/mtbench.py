@@ -108,8 +108,8 @@ def mtbench(s):
         for model in order:
             found, row = results[model], {"model": model}
             if parts == "turns":
-                row |= {"n": found["n"], "score": f"{found['score']:.2f}"}
-            means = {f"{prefix}{name}": mean for name, mean in found[parts].items()}
-            rows.append(row | {name: f"{v.mean:.2f}" if v else "-" for name, v in means.items()})
-        print(table(rows))
+                row |= {"n": found["n"], "score": found["score"]}
+            means = found[parts].items()
+            rows.append(row | {f"{prefix}{name}": mean and mean.mean for name, mean in means})
+        print(table(rows, ".2f"))
     save_results(s.out, {"command": "mtbench", "seed": s.seed, "models": results})

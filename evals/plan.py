@@ -5,7 +5,7 @@ Only config.json is read, and the model is built on the meta device: no weights,
 
 from dataclasses import dataclass
 
-from evals.results import markdown_table
+from evals.results import table
 from hub.weights import resolve
 from jobs.cli import CheckpointFlags, flag, require
 from kernels.memory import HEADROOM, measure, per_gpu
@@ -29,12 +29,12 @@ def memory_table(config, tokens, gpu_bytes=80 * 10**9):
            "with --checkpoint_activations")  # fmt: skip
     for n in GPUS:
         parts = per_gpu(sizes, n)
-        total = sum(parts.values())
-        rows.append([str(n), *(f"{size / gb:.1f}" for size in (*parts.values(), total))])
-        for row in row_sizes:
+        parts["sum"] = total = sum(parts.values())
+        rows.append({"GPUs": str(n)} | {what: f"{size / gb:.1f}" for what, size in parts.items()})
+        for name, row in zip(("+ row", "+ recomputed"), row_sizes, strict=True):
             fits = total + row <= HEADROOM * gpu_bytes
-            rows[-1].append(f"{(total + row) / gb:.1f}{'' if fits else ' (too much)'}")
-    yield from markdown_table(("GPUs", *parts, "sum", "+ row", "+ recomputed"), rows)
+            rows[-1][name] = f"{(total + row) / gb:.1f}{'' if fits else ' (too much)'}"
+    yield table(rows)
     yield (f"GB per GPU; too much: over {HEADROOM:.0%} of {gpu_bytes / gb:.0f} GB. "
            "--offload keeps weights, gradients and optimizer in CPU memory")  # fmt: skip
 

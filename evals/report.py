@@ -16,7 +16,7 @@ from evals.answers import question_ids, read_answers
 from evals.results import draw_lengths, files_of, out_file, read_results
 from evals.stats import Estimate
 from jobs.cli import UserError, flag, require
-from jobs.files import ASSETS
+from jobs.files import ASSETS, read_text
 from jobs.rundir import draw, read_metrics
 
 HIDDEN = {"values", "scores", "models", "pairs", "margins", "probabilities"}  # too long for a table
@@ -80,10 +80,7 @@ def tables_of(file, results):
 def pictures_of(run, sides):
     """Yields (title, about, PNG as data URI) of a run's curves and the lengths of answer files."""
     if run:
-        file = Path(run) / "metrics.jsonl"
-        if not file.exists():
-            raise UserError(f"--run {run}: no metrics.jsonl; give the --out of a training run")
-        picture = embedded(draw, {None: read_metrics(file)})
+        picture = embedded(draw, {None: read_metrics(Path(run) / "metrics.jsonl")})
         yield "Training", "loss, accuracy and margin over steps", picture
     if sides:
         lengths = {name: [len(answer.text) for answer in rows] for name, rows in sides.items()}
@@ -127,7 +124,7 @@ def report(s):
     files = files_of(s.answers, "--answers") if s.answers else []
     sides = {file: read_answers(file, "--answers")[: s.limit] for file in files}
     rows = side_by_side(sides, results)
-    text, strict = (ASSETS / "report.html").read_text(encoding="utf-8"), jinja2.StrictUndefined
+    text, strict = read_text(ASSETS / "report.html"), jinja2.StrictUndefined
     page = jinja2.Template(text, autoescape=True, undefined=strict).render(
         title=s.title,
         tables=[t for file, content in results.items() for t in tables_of(file, content)],

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from jobs.cli import UserError
-from jobs.files import out_file, parse_json, write_json
+from jobs.files import out_file, read_json, write_json
 from pairs.read import Drops, records
 
 STRONG = 3  # how often a strong verdict counts in Arena-Hard
@@ -53,11 +53,8 @@ def rows_of(text, name):
 
 def read_results(file):
     """A file of save_results -> dict, "models" {} where it has none; UserError for another file."""
-    try:
-        content = parse_json(Path(file).read_text(encoding="utf-8"), file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not readable: {error}") from error
-    known = isinstance(content, dict) and ("models" in content or "command" in content)
+    content = read_json(file)
+    known = "models" in content or "command" in content
     if not known or not isinstance(content.setdefault("models", {}), dict):
         raise UserError(f"{file}: no result file; write one with evaluate.py … --out")
     return content
@@ -140,26 +137,26 @@ def refuse(drops, expected, max_missing, what):
         raise UserError(f"{fault}; mend them or raise --max_missing {max_missing}")
 
 
-def table(rows, forms=None):
-    """[{column: text, number or Estimate}] -> aligned lines, the first column on the left.
+def table(rows, forms=""):
+    """[{column: text, number or Estimate, None: -}] -> lines, the first column on the left.
 
-    forms: {column: how its numbers are formatted, as ".1%"}.
+    forms: how numbers but whole ones are formatted, as ".1%", of all columns or {column: form}.
     """
-    columns, forms = list(dict.fromkeys(name for row in rows for name in row)), forms or {}
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    forms = dict.fromkeys(columns, forms) if isinstance(forms, str) else forms
+
+    def cell(value, form):
+        form = "" if isinstance(value, str | int) else form
+        return "-" if value is None else format(value, form)
+
     cells, lines = [columns], []
     for row in rows:
-        cells.append([format(row[c], forms.get(c, "")) if c in row else "" for c in columns])
+        cells.append([cell(row.get(c, ""), forms.get(c, "")) for c in columns])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for first, *others in cells:
         line = "  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])])
         lines.append(line.rstrip())
     return "\n".join(lines)
-
-
-def markdown_table(columns, rows):
-    """Column names and rows of texts -> the lines of a table in Markdown."""
-    lines = (columns, ["---"] * len(columns), *rows)
-    return ["| " + " | ".join(cells) + " |" for cells in lines]
 
 
 def figure_file(file):

@@ -21,7 +21,7 @@ def sections(subsets, wins, seed=0):
     """{section: Estimate} of the sections whose subsets are all there, and "score" if all four are.
 
     subsets: (N,) names, of which others than RewardBench's are passed over; wins: (N,) 0 or 1.
-    Also returns the subsets that are missing from sections of which some are there. Prints both.
+    Prints them, and the subsets that are missing from sections of which some are there.
     """
     subsets, wins = np.asarray(subsets), np.asarray(wins, dtype=np.float64)
     counts = dict(zip(*np.unique(subsets, return_counts=True), strict=True))
@@ -40,7 +40,7 @@ def sections(subsets, wins, seed=0):
         found[name] = ratio_of_sums((wins * weights)[part], weights[part], seed, RESAMPLES)
     if found:
         rows = [{"RewardBench": name, "accuracy": share} for name, share in found.items()]
-        print(table(rows, {"accuracy": ".1%"}))
+        print(table(rows, ".1%"))
     if missing:
         print(f"RewardBench: sections left out for want of {', '.join(missing)}")
-    return found, missing
+    return found

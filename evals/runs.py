@@ -12,15 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from evals.results import markdown_table, out_file
+from evals.results import out_file, table
 from evals.stats import t_interval
 from jobs.cli import UserError, flag
-from jobs.files import read_json
-from jobs.rundir import draw, read_metrics
+from jobs.rundir import MAY_CHANGE, draw, read_metrics, settings_of
 
 # Runs of one group may differ in chance, in place and in what changes no number
-NOT_COMPARED = ("seed", "out", "resume", "save_every", "keep", "device", "offload", "shard_group",
-                "checkpoint_activations", "log", "row_tokens", "eval_pairs")  # fmt: skip
+NOT_COMPARED = {*MAY_CHANGE, "seed", "row_tokens", "eval_pairs"} - {"eval_every", "revision"}
 MEASURES_OF_A_SEED = ("best eval loss", "its accuracy", "its plain accuracy", "its plain margin")
 
 
@@ -36,8 +34,7 @@ def runs(s):
         raise UserError("runs: name the run directories, OUT1 OUT2 …")
     lines = {str(Path(run)): read_metrics(Path(run) / "metrics.jsonl") for run in s.runs}
     found = {name: ends(of) for name, of in lines.items()}
-    rows = [{"run": name} | {k: in_words(v) for k, v in of.items()} for name, of in found.items()]
-    print("\n".join(markdown_table(rows[0], [row.values() for row in rows])))
+    print(table([{"run": name} | of for name, of in found.items()], ".4f"))
     groups = by_seed(found)
     if any(len(seeds) > 1 for seeds in groups.values()):
         print_seeds(groups)
@@ -51,8 +48,7 @@ def by_seed(found):
 
     Runs without a config.json belong to none.
     """
-    configs = {run: read_json(Path(run) / "config.json").get("settings") or {} for run in found}
-    configs, groups = {run: of for run, of in configs.items() if "seed" in of}, {}
+    configs, groups = {run: of for run in found if (of := settings_of(run))}, {}
     keys = dict.fromkeys(key for of in configs.values() for key in of if key not in NOT_COMPARED)
     keys = [k for k in keys if len({json.dumps(of.get(k)) for of in configs.values()}) > 1]
     for run, of in configs.items():
@@ -71,20 +67,21 @@ def print_seeds(groups):
               for group, seeds in groups.items()}  # fmt: skip
     rows = []
     for group, seeds in values.items():
-        columns = np.array(list(seeds.values())).T  # (measures, seeds)
-        spread = [f" ± {of.std(ddof=1):.4f}" if len(of) > 1 else "" for of in columns]
-        cells = [f"{of.mean():.4f}{told}" for of, told in zip(columns, spread, strict=True)]
-        rows.append([group, str(len(seeds)), *cells])
-    print("", *markdown_table(["group", "seeds", *names], rows), sep="\n")
+        row = {"group": group, "seeds": len(seeds)}
+        for name, of in zip(names, np.array(list(seeds.values())).T, strict=True):  # (seeds,)
+            row[name] = f"{of.mean():.4f}" + (f" ± {of.std(ddof=1):.4f}" if len(of) > 1 else "")
+        rows.append(row)
+    print("\n" + table(rows))
     first, *others = values
     for group in others:
         shared = [seed for seed in values[group] if seed in values[first]]
-        gaps = {seed: values[group][seed] - values[first][seed] for seed in shared}
-        rows = [[f"seed {seed}", *(f"{v:+.4f}" for v in gap)] for seed, gap in gaps.items()]
+        gaps = {f"seed {seed}": values[group][seed] - values[first][seed] for seed in shared}
         if len(gaps) > 1:
-            means = map(t_interval, np.array(list(gaps.values())).T)  # of (measures, seeds)
-            rows.append(["mean [95%]", *(f"{mean:+.4f}" for mean in means)])
-        print("", *markdown_table([f"{group} less {first}", *names], rows), sep="\n")
+            of_measures = np.array(list(gaps.values())).T  # (measures, seeds)
+            gaps["mean [95%]"] = [t_interval(of) for of in of_measures]
+        what = f"{group} less {first}"
+        rows = [{what: told} | dict(zip(names, gap, strict=True)) for told, gap in gaps.items()]
+        print("\n" + table(rows or [{what: ""}], "+.4f"))
 
 
 def ends(lines):
@@ -105,7 +102,3 @@ def ends(lines):
         "its plain margin": best.get("eval_plain_margin"),
         "pairs/s": sum(x["pairs"] for x in steps) / seconds if seconds else None,
     }
-
-
-def in_words(value):
-    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"

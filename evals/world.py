@@ -25,7 +25,7 @@ class WorldFlags(CheckpointFlags, InstructionFlags):
 
 
 def world(s):
-    """Print exact win rates under both kinds of preference, and what could be reached."""
+    """Print exact win rates in the embedded small world, and what could be reached."""
     require(s, "model")
     start = world_probabilities(*load_model(s.start, "fp32", "cpu", name="--start"))
     loaded = load_model(s.model, "fp32", "cpu")  # model and template
@@ -68,9 +68,8 @@ def world_probabilities(model, template, bridge=None, instruction="better"):
     path, tries = Path("rejected" if bridge else None, "chosen"), []
     for first in range(0, len(dataset), n):  # a trie per question, or per question and answer shown
         own = [dataset.path(i, path) for i in range(first, first + n)]
-        for (*context, _), _ in (
-            own[1:] + own[:1] if bridge else own[:1]
-        ):  # as shown, from the first
+        shown = own[1:] + own[:1] if bridge else own[:1]  # in the order of the answers shown
+        for (*context, _), _ in shown:
             tries.append(lay_out([([*context, answer], k) for (*_, answer), k in own]))
     logps, _ = path_sums(model, tries.__getitem__, list(map(len, tries)), n, label="world")
     return small_world.answer_probabilities(logps.view((-1, n, n) if bridge else (-1, n)).numpy())

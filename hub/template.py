@@ -34,7 +34,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hub.tokenizer import read_tokenizer
 from jobs.cli import UserError
-from jobs.files import read_json
+from jobs.files import ASSETS, read_json, read_text
 
 LINUX = sys.platform == "linux"
 if LINUX:
@@ -52,29 +52,10 @@ PROBE_DIALOGUE = [{"role": "user", "content": "u"}, {"role": "assistant", "conte
 STARTS = ("A", " A", "\nA", "é", ".")  # of texts: does a tokenizer encode them alike behind others?
 INSIDE = "\ufdd1"  # another noncharacter, which no merge joins to what follows it
 
-# For base models, after HALOs' legacy form: a role line, the text, and the end token after answers.
-FALLBACK_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{{ '\\n<|' + m['role'] + '|>\\n' + m['content'] }}"
-    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\\n<|assistant|>\\n' }}{% endif %}"
-)
-
-# For models that were published without a template, by model_type: OASST's reward models read
-# <|prompter|>Q<|endoftext|><|assistant|>A<|endoftext|>.
-PUBLISHED_TEMPLATES = {
-    "gpt_neox_reward_model": "{% for m in messages %}"
-    "{{ '<|prompter|>' if m['role'] == 'user' else '<|' + m['role'] + '|>' }}"
-    "{{ m['content'] + '<|endoftext|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-}
-
-
-# --fold_system: what the template then gets as `messages`.
-FOLD_SYSTEM = (
-    "{% if messages[0].role == 'system' and messages[1:] %}{% set messages = [{'role': 'user', "
-    "'content': messages[0].content + '\n\n' + messages[1].content}] + messages[2:] %}{% endif %}"
-)
+# Of models that were published without a template, by model_type (OASST's reward models); `plain`
+# for base models, after HALOs' legacy form: a role line, the text, the end token; and what
+# --fold_system puts in front: what the template then gets as `messages`.
+OWN_TEMPLATES = {f.stem: f.read_text().strip() for f in (ASSETS / "templates").glob("*.jinja")}
 
 
 class Refused(UserError):
@@ -114,8 +95,9 @@ class Template:
         self.vocab = vocab if isinstance(vocab, int) else None  # model.py tells of nonsense
         self.special = {"bos_token": "", "eos_token": ""} | tokens
         source = self._find(settings, config.get("model_type"))
-        self.fallback, self.source = source is None, source or FALLBACK_TEMPLATE
-        self.source = FOLD_SYSTEM * fold_system + self.source
+        self.fallback, self.source = source is None, source or OWN_TEMPLATES["plain"]
+        self.folds = OWN_TEMPLATES["fold_system"] * fold_system
+        self.source = self.folds + self.source
         self._template = self._compile()
         self._seams = {"": []}  # what stands before a text -> its ids if they change that text's
         for self._in_parts in (False, True):  # some know contents as lists of parts alone
@@ -143,11 +125,11 @@ class Template:
         """chat_template.jinja, else tokenizer_config.json's (maybe a list), its kind's, or None."""
         file = self.directory / "chat_template.jinja"
         if file.exists():
-            return file.read_text(encoding="utf-8")
+            return read_text(file)
         value = settings.get("chat_template")
         if isinstance(value, list):
             value = {t["name"]: t["template"] for t in value}.get("default")
-        return value or PUBLISHED_TEMPLATES.get(kind)
+        return value or OWN_TEMPLATES.get(kind)
 
     def _compile(self):
         """The template as a program, with the functions that transformers gives it."""
@@ -184,7 +166,7 @@ class Template:
             return text
         except Exception as error:  # a template is a program: TypeError, OverflowError, its own …
             reason, roles = " ".join(str(error).split()), [m["role"] for m in messages[:1]]
-            if roles == ["system"] and not self.source.startswith(FOLD_SYSTEM):
+            if roles == ["system"] and not self.folds:
                 reason += "; --fold_system puts a system turn into the user's"
             raise Refused(self.directory, reason) from error
 

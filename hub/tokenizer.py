@@ -65,10 +65,8 @@ def build_anew(tokenizer, directory):
     settings = read_json(directory / "config.json") | read_json(directory / TOKENIZER_FILES[1])
     kind = (settings.get("tokenizer_class") or "").removesuffix("Fast")
     steps = f"{tokenizer.pre_tokenizer} {tokenizer.decoder}"
-    as_it_lies = (
-        settings.get("model_type") in ("mistral", "mixtral", "phi3") or "ByteLevel" in steps
-    )
-    if kind == "LlamaTokenizer" and not as_it_lies:
+    as_it_lies = settings.get("model_type") in ("mistral", "mixtral", "phi3")
+    if kind == "LlamaTokenizer" and not as_it_lies and "ByteLevel" not in steps:
         scheme = "always" if settings.get("legacy") else "first"
         scheme = "never" if settings.get("add_prefix_space") is False else scheme
         tokenizer.normalizer = None

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from jobs.cli import UserError
-from jobs.files import checksum, parse_json, read_json, write_json
+from jobs.files import checksum, read_json, write_json
 
 
 def pinned(s):
@@ -101,8 +101,6 @@ class ConfigFields:
     ROPE = {"default": [], "linear": ["factor"], "llama3": LLAMA3}  # rope_type -> what it needs
 
     def __init__(self, raw, where):
-        if not isinstance(raw, dict):
-            raise UserError(f"{where}: not a JSON object")
         self.raw, self.where, self.seen = raw, where, set()
 
     def get(self, name, default=None):
@@ -230,8 +228,7 @@ class Weights:
 
 def _weight_map(index):
     """{tensor name: file name} of model.safetensors.index.json."""
-    content = parse_json(index.read_text(encoding="utf-8"), str(index))
-    where = content.get("weight_map") if isinstance(content, dict) else None
+    where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise UserError(f"{index}: no weight_map; not an index of safetensors files")
     for file in where.values():

@@ -49,9 +49,8 @@ def owner_of(s, recipe, model, reference, sets):
     choices = (recipe.name, recipe.condition, recipe.bridge, recipe.reference, recipe.hyper)
     owner = {"model": model[:16], "objective": " ".join(map(str, choices))}
     owner |= {"reference": reference[:16] if recipe.objective.uses_reference else "none"}
-    owner |= {
-        f"{name} data": content_digest(dataset.stored()[0])[:16] for name, dataset in sets.items()
-    }
+    for name, dataset in sets.items():
+        owner[f"{name} data"] = content_digest(dataset.stored()[0])[:16]
     return owner | {"plan": f"batch {s.batch}, seed {s.seed}"}
 
 
@@ -89,13 +88,6 @@ class Saver:
             self.thread.join()
         if self.fault:
             raise UserError(f"{self.fault}; free some space, then --resume")
-
-    def newest(self):
-        """(path, state) to resume from; None where there is no whole checkpoint. Says which."""
-        found = newest(self.directory, self.owner, self.say)
-        none = f"no whole checkpoint in {self.directory}: starting at step 0"
-        self.say(f"resuming from {found[0]}" if found else none)
-        return found
 
     def _write(self, tensors, part, state):
         """The thread: every rank writes its part, and rank 0 publishes when all are whole."""
@@ -140,30 +132,26 @@ def saved(directory):
 def newest(directory, owner=None, say=print):
     """(path, state) of the newest checkpoint that is whole, or None.
 
-    Says in one line each why it passes over another. UserError for one that is not `owner`'s.
+    Says which, and in one line each why it passes over another. UserError for one that is not
+    `owner`'s, naming what differs.
     """
     for path in saved(directory):
         try:
             state = on_all(lambda path=path: _read_state(path))[0]
         except UserError as fault:
-            say(f"{path}: {fault}; trying the one before")
+            say(f"{fault}; trying the one before")
             continue
-        compare_owners(path, state["owner"], owner or {}, say)
+        theirs, ours = state["owner"], owner or {}
+        if other := [name for name, value in ours.items() if theirs.get(name, value) != value]:
+            told = ", ".join(f"{name} ({theirs[name]}, now {ours[name]})" for name in other)
+            cure = "give back what it had, or start anew in another --out"
+            raise UserError(f"--resume: {path} belongs to another {told}; {cure}")
+        if untold := [name for name in ours if name not in theirs]:
+            say(f"{path}: of an older version; not compared: {', '.join(untold)}")
+        say(f"resuming from {path}")
         return path, state
+    say(f"no whole checkpoint in {directory}: starting at step 0")
     return None
-
-
-def compare_owners(path, theirs, ours, say):
-    """UserError, naming what differs, for a checkpoint of another run.
-
-    One of an older version does not tell everything: what it does not is said, and taken as it is.
-    """
-    if other := [name for name, value in ours.items() if theirs.get(name, value) != value]:
-        told = ", ".join(f"{name} ({theirs[name]}, now {ours[name]})" for name in other)
-        cure = "give back what it had, or start anew in another --out"
-        raise UserError(f"--resume: {path} belongs to another {told}; {cure}")
-    if untold := [name for name in ours if name not in theirs]:
-        say(f"{path}: of an older version; not compared: {', '.join(untold)}")
 
 
 def _read_state(path):
@@ -172,21 +160,18 @@ def _read_state(path):
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         dict(state["owner"])
         for r in range(dist.get_rank(), state["world"], dist.get_world_size()):
-            _check(path / f"rank-{r}.safetensors", state["sha256"][r])
+            check_part(path / f"rank-{r}.safetensors", state["sha256"][r])
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f"state.json is not readable ({error})") from error
+        raise UserError(f"{path / 'state.json'} is not readable ({error})") from error
     return state
 
 
-def _check(file, expected):
+def check_part(file, expected):
+    """UserError for a file of a checkpoint that is not the one of this checksum."""
     if file.is_symlink() or not file.exists():
-        raise UserError(f"{file.name} is {'a link' if file.is_symlink() else 'missing'}")
-    try:
-        safe_open(file, "pt")
-    except SafetensorError as error:
-        raise UserError(f"{file.name} is truncated or no safetensors file") from error
-    if checksum(file) != expected:
-        raise UserError(f"{file.name} does not match its checksum")
+        raise UserError(f"{file} is {'a link' if file.is_symlink() else 'missing'}")
+    if checksum(file) != expected:  # truncated, or changed
+        raise UserError(f"{file} does not match its checksum")
 
 
 def restore(path, state, model, optimizer):

@@ -68,8 +68,7 @@ class Parser(argparse.ArgumentParser):
             known = word.startswith("--") and options.get(self._plain(name))
             words.append(known + equals + value if known else word)
         found, unknown = self.parse_known_args(words)
-        if unknown:
-            name = unknown[0].partition("=")[0]
+        for name in (word.partition("=")[0] for word in unknown):
             if not name.startswith("-"):
                 self.error(f"unexpected word {name!r}")
             near = difflib.get_close_matches(self._plain(name), options, 1)
@@ -146,12 +145,10 @@ def parse(settings, description, argv=None, command="", before=None):
         value, bounds = getattr(s, field.name), {"least": 0} | field.metadata["bounds"]
         if type(value) not in (int, float):
             continue
-        must = "" if math.isfinite(value) else "a finite number"
-        for name, bound in bounds.items():
-            words, holds = BOUNDS[name]
-            must = must if holds(value, bound) else f"{words} {bound}"
-        if must:
-            raise UserError(f"--{field.name} {value}: must be {must}")
+        tests = {f"{BOUNDS[n][0]} {b}": BOUNDS[n][1](value, b) for n, b in bounds.items()}
+        for must, holds in ({"a finite number": math.isfinite(value)} | tests).items():
+            if not holds:
+                raise UserError(f"--{field.name} {value}: must be {must}")
     return s
 
 
@@ -222,9 +219,7 @@ class RunFlags(HyperFlags):
     """What a long run needs: where it writes, how it goes on, how it fits its machine."""
 
     out: str | None = flag(None, "run directory; default: runs/LOSS, or the next free LOSS-2, …")
-    save_every: int | None = flag(
-        None, "steps between checkpoints; default: as --eval_every", least=1
-    )
+    save_every: int | None = flag(None, "steps between checkpoints; default: --eval_every", least=1)
     keep: int = flag(2, "newest checkpoints kept, beside the best one", least=1)
     resume: bool = flag(False, "go on from the newest whole checkpoint in --out")
     log: str | None = flag(None, "also report to: tensorboard, wandb, or both with a comma")
@@ -237,9 +232,7 @@ class RunFlags(HyperFlags):
         None, "share of activations that compiled blocks keep; default: what fits", above=0, most=1
     )
     offload: bool = flag(False, "keep parameters and optimizer state in CPU memory")
-    shard_group: int | None = flag(
-        None, "shard over groups of N processes; default: over all", least=1
-    )
+    shard_group: int | None = flag(None, "shard over groups of N processes; default: all", least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,6 +286,4 @@ class ResultFlags:
 class VerdictFlags(ResultFlags):
     """An evaluation of verdicts or scores, of which some may be missing."""
 
-    max_missing: float = flag(
-        0.05, "largest share of missing or faulty verdicts of a model", most=1
-    )
+    max_missing: float = flag(0.05, "largest share of missing or faulty verdicts", most=1)

@@ -91,9 +91,20 @@ def out_file(file, flag="--out"):
         raise UserError(f"{flag} {file}: {error.strerror}") from error
 
 
+def read_text(file, name=None):
+    """A file's text; UserError where it cannot be read. name: what the error calls it."""
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{name or file}: not readable: {error}") from error
+
+
 def read_json(file):
-    """A JSON file's content; {} where there is none."""
-    return parse_json(file.read_text(encoding="utf-8"), str(file)) if file.exists() else {}
+    """The object in a JSON file, as a dict; {} where there is no file."""
+    content = parse_json(read_text(file), str(file)) if os.path.exists(file) else {}
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: not a JSON object")
+    return content
 
 
 def parse_json(text, where):
@@ -113,6 +124,12 @@ def read_lines(file):
         return Path(file).read_bytes().split(b"\n")[:-1]
     except FileNotFoundError:
         return []
+
+
+def rows_in(file):
+    """Yields ("file:row", row) of the whole lines of a JSON file; none where there is no file."""
+    for n, line in enumerate(read_lines(file), 1):
+        yield f"{file}:{n}", parse_json(line, f"{file}:{n}")
 
 
 def to_line(row):
@@ -193,15 +210,13 @@ class Shared:
     def _rows(self):
         """("file:row", index, row) of all parts, then of FILE, into which they may be joined."""
         for part in sorted(glob.glob(f"{glob.escape(self.name)}.part*")):
-            for k, line in enumerate(read_lines(part), 1):
-                row = parse_json(line, f"{part}:{k}")
+            for where, row in rows_in(part):
                 index = row.pop("index", None) if isinstance(row, dict) else None
-                yield f"{part}:{k}", index, row
-        lines = read_lines(self.name)
-        if len(lines) > self.n:
-            raise UserError(f"{self.name}: {len(lines)} rows for {self.n} prompts; move it away")
-        for i, line in enumerate(lines):
-            yield f"{self.name}:{i + 1}", i, parse_json(line, f"{self.name}:{i + 1}")
+                yield where, index, row
+        if (found := len(read_lines(self.name))) > self.n:
+            raise UserError(f"{self.name}: {found} rows for {self.n} prompts; move it away")
+        for i, (where, row) in enumerate(rows_in(self.name)):
+            yield where, i, row
 
     def append(self, i, row):
         append_row(self.part, {"index": i} | row)

@@ -80,9 +80,8 @@ class Ranks:
         if isinstance(error, Stopped) or (error and self.stopping and not self.deferred):
             self.say("stopped by a signal while no step was under way: nothing was lost")
             sys.stdout.flush()
-            os._exit(
-                self.exit_status
-            )  # the others stop by the same signal: no collective would be answered
+            # the others stop by the same signal: no collective would be answered
+            os._exit(self.exit_status)
         if self.world == 1 or error is None or isinstance(error, SystemExit):
             dist.destroy_process_group()
         else:

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from jobs.cli import UserError, parse
-from jobs.files import flush, read_json, remove, replace, to_line, write_json
+from jobs.files import flush, read_json, remove, replace, rows_in, to_line, write_json
 
 # what a resumed run may change: where and how it runs, not what it computes
 MAY_CHANGE = ("out", "resume", "save_every", "eval_every", "keep", "device", "offload",
@@ -46,19 +46,18 @@ def open_out(s, ranks):
     def choose():
         for out in run_directories(s):
             out.mkdir(parents=True, exist_ok=True)
-            patience = 60 if s.resume else 0
-            if held := hold(out / ".lock", ranks.say, patience, must=s.out or s.resume):
-                # looked at under the lock, so that of two starts on one OUT only one trains
-                held_run = (out / "config.json").exists() or any(out.glob("checkpoints/step-*"))
-                if s.resume or not held_run:  # what a failed start left is no run
-                    if not s.out:
-                        lock.callback(remove_unused, out)
-                    lock.enter_context(held)
-                    return str(out)
-                held.close()
-                if s.out:
-                    fault = f"--out {out} holds a run"
-                    raise UserError(f"{fault}; add --resume to go on, or choose another")
+            held = hold(out / ".lock", ranks.say, 60 if s.resume else 0)
+            # looked at under the lock, so that of two starts on one OUT only one trains
+            holds_run = (out / "config.json").exists() or any(out.glob("checkpoints/step-*"))
+            if held and (s.resume or not holds_run):  # what a failed start left is no run
+                if not s.out:
+                    lock.callback(remove_unused, out)
+                lock.enter_context(held)
+                return str(out)
+            if s.out or s.resume:
+                fault = " holds a run; add --resume to go on, or choose another"
+                raise UserError(f"--out {out}{fault if held else ': another run is writing to it'}")
+            held and held.close()
 
     with lock:
         yield ranks.share(choose)
@@ -79,9 +78,8 @@ def remove_unused(out):
         remove(out)
 
 
-def hold(file, say, patience=60, must=True):
-    """Opens and locks a file. Where another process has it still after `patience` seconds:
-    UserError, or None if it need not be this one.
+def hold(file, say, patience=60):
+    """Opens and locks a file; None where another process has it still after `patience` seconds.
 
     With --resume it is waited for, since a run whose launcher was killed may still be saving.
     """
@@ -99,8 +97,6 @@ def hold(file, say, patience=60, must=True):
             say(f"{file}: this file system keeps no locks ({error.strerror}); going on without")
             return opened
     opened.close()
-    if must:
-        raise UserError(f"--out {fault}")
 
 
 def show(s, ranks, recipe, plan):
@@ -118,8 +114,7 @@ def show(s, ranks, recipe, plan):
 def settings_of(out):
     """The settings in OUT/config.json; {} where there is none."""
     file = Path(out) / "config.json"
-    content = read_json(file) or {"settings": {}}
-    then = content.get("settings") if isinstance(content, dict) else None
+    then = read_json(file).get("settings", {})
     if not isinstance(then, dict) or (file.exists() and not then):
         raise UserError(f"{file}: holds no settings; not the config.json of a run")
     return then
@@ -224,14 +219,9 @@ def read_metrics(file, say=print):
     """The lines of metrics.jsonl. A last line that a kill tore is left out and said."""
     if not Path(file).exists():
         raise UserError(f"{file}: no such file; expected a run directory of train.py")
-    rows, texts = [], Path(file).read_text(encoding="utf-8").splitlines()
-    for n, text in enumerate(texts, 1):
-        try:
-            rows.append(json.loads(text))
-        except ValueError as error:
-            if n < len(texts):
-                raise UserError(f"{file}:{n}: broken JSON; mend or remove the line") from error
-            say(f"{file}:{n}: the last line is torn; left out")
+    rows = [row for _, row in rows_in(file)]
+    if Path(file).read_bytes()[-1:] not in (b"", b"\n"):
+        say(f"{file}:{len(rows) + 1}: the last line is torn; left out")
     return rows
 
 

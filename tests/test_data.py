@@ -132,7 +132,8 @@ def test_the_reference_of_a_run_with_another_seed_is_not_taken_over(tiny):
     for seed in (0, 0, 1):
         dataset = Dataset(GROUPS, tiny, rule, ROOM, "better", seed=seed)
         s = SimpleNamespace(dtype="fp32", attention="sdpa", score_eos=True)
-        run = SimpleNamespace(s=s, wanted={"train": rule.reference_paths}, sets={"train": dataset})
+        wanted = {"train": rule.reference_paths}
+        run = SimpleNamespace(s=s, wanted=wanted, sets={"train": dataset}, by_token=set())
         keys.append(train.Run.reference_key(run, "weights"))
     assert keys[0] == keys[1] != keys[2]
 

@@ -72,9 +72,11 @@ def test_nulls_are_counted_and_refused(compared, capsys):
 def test_what_cannot_be_compared(tmp_path):
     a = result_file(tmp_path / "a.json", {"x": 1})
     b = result_file(tmp_path / "b.json", {"x": 1}, command="mtbench")
-    (tmp_path / "c.json").write_text("[]")
+    (tmp_path / "c.json").write_text("{}")
+    (tmp_path / "d.json").write_text("[]")
     for flags, message in (({"b": b}, "different commands: .'arena', 'mtbench'."),
                            ({"b": tmp_path / "c.json"}, "no result file; write one with"),
+                           ({"b": tmp_path / "d.json"}, "d.json: not a JSON object"),
                            ({"b": f"{a},nowhere.json"}, "--b nowhere.json: no such file"),
                            ({"b": a, "model_b": "n"}, "no model n; it has m")):  # fmt: skip
         with pytest.raises(UserError, match=message):

@@ -121,7 +121,10 @@ def _answer(prompt, text):
 
 
 def test_report_errors(tmp_path):
-    cases = [({}, "nothing to show"), ({"run": tmp_path}, "no metrics.jsonl")]
+    cases = [
+        ({}, "nothing to show"),
+        ({"run": tmp_path}, "metrics.jsonl: no such file; expected a run directory"),
+    ]
     cases.append(({"answers": "no.jsonl"}, "--answers no.jsonl: no such file"))
     for flags, message in cases:
         with pytest.raises(UserError, match=message):

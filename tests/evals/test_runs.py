@@ -1,6 +1,7 @@
 """Runs are drawn over each other, and their ends tabulated."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -30,6 +31,11 @@ def sweep(folder, losses, **settings):
         yield out
 
 
+def rows_of(told):
+    """The printed tables with a bar between their columns, which stand two spaces apart."""
+    return re.sub("(?m)^| {2,}|$", " | ", told).replace("\n ", "\n").replace(" \n", "\n")
+
+
 def test_seeds_end_in_a_table_with_paired_differences(tmp_path, call, capsys):
     """By hand: 0.5, 0.6, 0.7 has mean 0.6 and deviation 0.1; with 0.1 less on each of two shared
     seeds but for 0.02, the difference is -0.09 ± 12.706 * 0.0141421 / sqrt 2."""
@@ -37,7 +43,7 @@ def test_seeds_end_in_a_table_with_paired_differences(tmp_path, call, capsys):
     b = list(sweep(tmp_path, {2: 0.6, 1: 0.52, 7: 0.3}, loss="ins_dpo"))
     one = list(sweep(tmp_path, {0: 0.25}, loss="ipo"))
     call(evaluate, "runs", *a, *b, *one, "--out", tmp_path / "runs.png")
-    told = capsys.readouterr().out
+    told = rows_of(capsys.readouterr().out)
     names = "best eval loss | its accuracy | its plain margin |"
     assert f"| group | seeds | {names}" in told
     assert "| loss dpo | 3 | 0.6000 ± 0.1000 | 0.5000 ± 0.0000 | 0.4000 ± 0.1000 |" in told
@@ -53,7 +59,7 @@ def test_a_group_is_named_by_what_sets_it_apart(tmp_path, call, capsys):
     for lr in (1e-5, 2e-5):
         runs += sweep(tmp_path / f"{lr}", {0: 0.5}, loss="dpo", lr=lr)
     call(evaluate, "runs", *runs, "--out", tmp_path / "runs.png")
-    told = capsys.readouterr().out
+    told = rows_of(capsys.readouterr().out)
     assert "| lr 1e-05 | 2 | 0.5500 ±" in told and "| lr 2e-05 | 1 | 0.5000 |" in told
     assert f"{runs[2]}: lr 1e-05, seed 0 is there already; left out of the groups" in told
 
@@ -73,7 +79,7 @@ def test_runs_are_drawn_over_each_other_and_their_ends_tabulated(tmp_path, call,
     b = write(tmp_path / "b", steps(2, 3.0))
     figure = tmp_path / "figures" / "runs.png"
     call(evaluate, "runs", a, b, "--out", figure)
-    table = capsys.readouterr().out
+    table = rows_of(capsys.readouterr().out)
     assert f"| {a} | 4 | 0.2500 | - | 0.2500 | 2 | 0.7500 | - | 0.5000 | 2.0000 |" in table
     assert f"| {b} | 2 | 1.5000 | - | - | - | - | - | - | 2.0000 |" in table
     assert figure.read_bytes().startswith(b"\x89PNG")

@@ -151,7 +151,7 @@ def flipped_bit(path):
 def truncated(path):
     file = path / "rank-0.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    return "rank-0.safetensors is truncated"
+    return "rank-0.safetensors does not match its checksum"
 
 
 def missing_rank(path):
@@ -190,15 +190,17 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(damage, whole, 
     directory = shutil.copytree(whole["out"] / "checkpoints", tmp_path / "checkpoints")
     said = []
     path, state = newest(directory, say=said.append)
-    assert path.name == "step-6" and not said
+    assert path.name == "step-6" and said == [f"resuming from {path}"]
     owner = state["owner"]
+    assert [*owner] == ["model", "objective", "reference", "train data", "validation data", "plan"]
+    said.clear()
     message = damage(directory / "step-6")
     path, state = newest(directory, owner, said.append)
     assert (path.name, state["step"]) == ("step-4", 4)
-    assert len(said) == 1 and message in said[0] and "step-6" in said[0]
+    assert len(said) == 2 and message in said[0] and "step-6" in said[0]
     for older in ("step-4", "step-2"):
         damage(directory / older)
-    assert newest(directory, owner, said.append) is None and len(said) == 4
+    assert newest(directory, owner, said.append) is None and len(said) == 6
 
 
 # ----------------------------------------------------------------------------- another run's
@@ -257,9 +259,10 @@ def test_a_checkpoint_of_an_older_version_says_what_is_not_compared(whole, tmp_p
     assert [*owner] == ["model", "objective", "reference", "train data", "validation data", "plan"]
     old = state | {"owner": {name: owner[name] for name in ("model", "objective")}}
     (directory / "step-6" / "state.json").write_text(json.dumps(old))
+    said.clear()
     assert newest(directory, owner, said.append)[0].name == "step-6"
     told = "of an older version; not compared: reference, train data, validation data, plan"
-    assert len(said) == 1 and told in said[0]
+    assert len(said) == 2 and told in said[0]
     with pytest.raises(UserError, match="belongs to another model .*, now 0123"):
         newest(directory, owner | {"model": "0123"}, said.append)
 
