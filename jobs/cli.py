@@ -146,7 +146,8 @@ def parse(settings, description, argv=None, command="", before=None):
         if type(value) not in (int, float):
             continue
         tests = {f"{BOUNDS[n][0]} {b}": BOUNDS[n][1](value, b) for n, b in bounds.items()}
-        for must, holds in ({"a finite number": math.isfinite(value)} | tests).items():
+        tests = {"a finite number": math.isfinite(value)} | tests
+        for must, holds in reversed(tests.items()):  # the flag's own bounds first
             if not holds:
                 raise UserError(f"--{field.name} {value}: must be {must}")
     return s

@@ -57,7 +57,8 @@ def open_out(s, ranks):
             if s.out or s.resume:
                 fault = " holds a run; add --resume to go on, or choose another"
                 raise UserError(f"--out {out}{fault if held else ': another run is writing to it'}")
-            held and held.close()
+            if held:
+                held.close()
 
     with lock:
         yield ranks.share(choose)
