@@ -268,7 +268,7 @@ def score_margin(record, where, names=("chosen", "rejected")):
     if found and None not in found:
         return max(found) - min(found)
     for w, l in score_columns(names, tuple(record)):
-        w, l = score(record[w], w, where), score(record[l], l, where)
+        w, l = score(record.get(w), w, where), score(record.get(l), l, where)
         if w is not None and l is not None:
             return w - l
     return None
@@ -277,7 +277,7 @@ def score_margin(record, where, names=("chosen", "rejected")):
 @lru_cache(4096)
 def score_columns(names, columns):
     pairs = [[form.format(name) for name in names] for form in SCORES]
-    return [pair for pair in pairs if set(pair) <= set(columns)]
+    return [pair for pair in pairs if set(pair) & set(columns)]  # also one without the other
 
 
 def shp(record, where):
