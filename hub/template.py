@@ -155,14 +155,20 @@ class Template:
         that messages hold. Raises Refused, in one line, where the template refuses the messages.
         """
         said = [self._shield(m["content"]) for m in messages]
+        tools = [text for m, text in zip(messages, said, strict=True) if m["role"] == "tool"]
+        tools += [c["function"]["name"] for m in messages for c in m.get("tool_calls", ())]
         said = [[{"type": "text", "text": t}] for t in said] if self._in_parts else said
-        messages = [m | {"content": text} for m, text in zip(messages, said, strict=True)]
+        calls = [{k: self._shield(m[k]) for k in ("tool_calls",) if k in m} for m in messages]
+        messages = [m | {"content": text} | more
+                    for m, text, more in zip(messages, said, calls, strict=True)]  # fmt: skip
         known = {"messages": messages, "tools": None, "documents": None} | self.special
         try:
             with bounded():
                 text = self._template.render(known, add_generation_prompt=generation)
             if len(text) > LONGEST:
                 raise ValueError(f"its text is longer than {LONGEST} characters")
+            if not all(word in text for word in re.findall(r"\w+", " ".join(tools))):
+                raise ValueError("it leaves out tool calls, or what tools say")
             return text
         except Exception as error:  # a template is a program: TypeError, OverflowError, its own …
             reason, roles = " ".join(str(error).split()), [m["role"] for m in messages[:1]]
@@ -171,7 +177,16 @@ class Template:
             raise Refused(self.directory, reason) from error
 
     def _shield(self, text):
-        """Mark the names of special tokens in what a message says, behind their first letter."""
+        """Mark the names of special tokens in what a message says, behind their first letter.
+
+        text: or lists and objects of texts, as a tool's arguments.
+        """
+        if isinstance(text, list):
+            return [self._shield(item) for item in text]
+        if isinstance(text, dict):
+            return {key: self._shield(item) for key, item in text.items()}
+        if not isinstance(text, str):
+            return text
         return self._named.sub(lambda m: m[0][0] + SHIELD + m[0][1:], text)
 
     def answer(self, messages, text, closed=True, prompt=None, followed=False):
@@ -302,7 +317,8 @@ class Template:
         last = len(roles) - 1 - (roles[::-1].index("user") if "user" in roles else 0)
         system, turns, (question, *rest) = messages[:first], messages[first:last], messages[last:]
         while len(ids) > room and turns:
-            turns = turns[2:]  # a question and its answer, so that roles still alternate
+            users = (i for i, m in enumerate(turns) if i and m["role"] == "user")
+            turns = turns[next(users, len(turns)) :]  # to the next question: roles still alternate
             dialogue = [*system, *turns, question, *rest]
             ids = self.encode([self.render(dialogue, generation=True)])[0]
         if len(ids) <= room:
@@ -356,8 +372,9 @@ def open_template(directory, fold_system=False):
 
 def with_suffix(messages, instruction):
     """IFSR's (x, i): the instruction as a suffix of the last user turn."""
-    last = messages[-1]
-    return [*messages[:-1], last | {"content": f"{last['content']}\n{instruction}"}]
+    n = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=len(messages) - 1)
+    asked = messages[n] | {"content": f"{messages[n]['content']}\n{instruction}"}
+    return [*messages[:n], asked, *messages[n + 1 :]]
 
 
 @contextmanager

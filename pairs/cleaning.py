@@ -18,6 +18,7 @@ from pathlib import Path
 
 from jobs.cli import UserError, flag, progress
 from jobs.files import Store
+from pairs.layouts import all_said
 from pairs.token_cache import cache_folder
 
 
@@ -62,7 +63,7 @@ def duplicates(pairs):
     """Yields a reason, or None for the first pair of equal ones and the copies a weight made."""
     seen = {}
     for pair in pairs:
-        prompt = tuple((m["role"], m["content"]) for m in pair.prompt)
+        prompt = tuple((m["role"], all_said(m)) for m in pair.prompt)
         first = seen.setdefault((prompt, pair.chosen, pair.rejected), pair.where)
         yield None if first == pair.where else "duplicate"
 

@@ -29,7 +29,7 @@ SCORES = ("score_{}", "{}_score", "{}_avg_rating", "{}_rating", "{}-rating", "ra
 SCORES += ("reward_{}", "{}_reward")
 PLAIN_ROLES = ("system", "user", "assistant")
 ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user"}
-ROLES |= dict.fromkeys(("assistant", "gpt", "model"), "assistant")
+ROLES |= dict.fromkeys(("assistant", "gpt", "model"), "assistant") | {"tool": "tool"}
 HH = "\n\nHuman:"  # opens a transcript of Anthropic's hh-rlhf
 # NUL, lone surrogates, which no tokenizer takes, and the mark of hub/template.py
 BROKEN = re.compile(f"[\0\ud800-\udfff{SHIELD}]")
@@ -477,7 +477,7 @@ def make_pair(raw, need_rejected=True, ties=True):
         raise Dropped("no prompt")
     if not chosen.strip() or (rejected is not None and not rejected.strip()):
         raise Dropped("empty answer")
-    texts = "\n".join([*(m["content"] for m in prompt), chosen, rejected or ""])
+    texts = "\n".join([*map(all_said, prompt), chosen, rejected or ""])
     if "\0" in texts or not (texts.isascii() or BROKEN.search(texts) is None):
         raise Dropped("broken text")
     if chosen == rejected and not ties:
@@ -525,6 +525,8 @@ def dialogue(answer, where):
     if not messages or messages[-1]["role"] != "assistant":
         fault = "the dialogue does not end with an answer"
         raise UserError(f"{where}: {fault}; the last message must be the assistant's answer")
+    if "tool_calls" in messages[-1]:
+        raise UserError(f"{where}: the answer calls tools; only what stands before it may")
     return messages[:-1], messages[-1]["content"]
 
 
@@ -535,8 +537,8 @@ def joined(prompt, before):
     if prompt[0]["role"] == "system" and before and before[0]["role"] != "system":
         behind = joined(prompt[1:], before) if prompt[1:] else before
         return behind and prompt[:1] + behind
-    said = [(m["role"], squeezed(m["content"])) for m in before]
-    if all((m["role"], squeezed(m["content"])) in said for m in prompt):
+    said = [(m["role"], squeezed(all_said(m))) for m in before]
+    if all((m["role"], squeezed(all_said(m))) in said for m in prompt):
         return before  # whole dialogues beside their first or last question
     for shared in range(min(len(prompt), len(before)), 0, -1):
         if prompt[-shared:] == before[:shared]:
@@ -566,22 +568,45 @@ def as_messages(value, where):
 
 
 def turns_of(item, where):
-    """One item of a list of messages -> messages: {role, content}, {from, value}, or two texts."""
+    """One item of a list of messages -> messages: {role, content}, {from, value}, or two texts.
+
+    An assistant's may have `tool_calls`, a tool's `name` and `tool_call_id`, as OpenAI's have.
+    """
     if isinstance(item, list | tuple) and len(item) == 2 and texts_alone(list(item)):
         return interleaved(item[:1], item[1:])  # LLaMA-Factory's history
-    content, role = None, None
+    content, role, calls = None, None, None
     if isinstance(item, dict):
         content = item["content"] if "content" in item else item.get("value")
-        role = item["role"] if "role" in item else item.get("from")
+        role, calls = item["role"] if "role" in item else item.get("from"), item.get("tool_calls")
+    if calls and role == "assistant" and content is None:
+        content = ""
     if isinstance(content, list) and content and all(map(is_text_part, content)):
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise UserError(f"{where}: a message needs a role and a text content: {item!r:.80}")
     if (known := ROLES.get(role.lower() if isinstance(role, str) else None)) is None:
         raise UserError(f"{where}: unknown role {role!r:.40}")
+    more = {"assistant": ("tool_calls",), "tool": ("name", "tool_call_id")}.get(known, ())
     if len(item) > 2:
-        account(item, ("role", "from", "content", "value"), (content,), f"{where}: of a message")
-    return [{"role": known, "content": content}]
+        read = ("role", "from", "content", "value", *more)
+        account(item, read, (content,), f"{where}: of a message")
+    if calls and not (isinstance(calls, list) and all(map(is_call, calls))):
+        cure = "expected a list of {function: {name, arguments}}"
+        raise UserError(f"{where}: tool_calls is {calls!r:.80}; {cure}")
+    return [{"role": known, "content": content} | {k: item[k] for k in more if item.get(k)}]
+
+
+def is_call(call):
+    """Whether this is a call of a tool, as OpenAI's messages have it."""
+    function = call.get("function") if isinstance(call, dict) else None
+    named = isinstance(function, dict) and isinstance(function.get("name"), str)
+    return named and isinstance(function.get("arguments", {}), dict | str)
+
+
+def all_said(message):
+    """All that a message says: its text, and the tools that it calls."""
+    calls = message.get("tool_calls")
+    return message["content"] + (json.dumps(calls, ensure_ascii=False) if calls else "")
 
 
 def is_text_part(part):

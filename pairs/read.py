@@ -30,7 +30,7 @@ from fsspec.utils import glob_translate
 from jobs.cli import UserError
 from jobs.files import parse_json, read_json
 from pairs.columns import account, squeezed
-from pairs.layouts import TABLES, Dropped, make_pair, one_pair, recognise
+from pairs.layouts import TABLES, Dropped, all_said, make_pair, one_pair, recognise
 
 KINDS = r"\.(parquet|arrow|(jsonl|ndjson|json|csv|tsv)(\.(gz|xz|zst))?)"
 ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")  # no records
@@ -155,7 +155,7 @@ def weighted(pairs, weight, drops):
 
 def asked_of(pair):
     """What tells prompts apart: who says what, up to case and white space."""
-    return tuple((m["role"], squeezed(m["content"]).casefold()) for m in pair.prompt)
+    return tuple((m["role"], squeezed(all_said(m)).casefold()) for m in pair.prompt)
 
 
 def hold_out(pairs, n, seed):

@@ -12,7 +12,7 @@ import pytest
 from chat_templates import DIALOGUES, write_checkpoint
 from dialogues import say
 
-from hub.template import SHIELD, Refused, Template
+from hub.template import SHIELD, Refused, Template, with_suffix
 from losses import recipe
 from pairs.layouts import Pair
 
@@ -206,3 +206,50 @@ def test_special_tokens_are_text_with_a_real_tokenizer(smollm2):
             plain = theirs(text, split_special_tokens=True, add_special_tokens=False)["input_ids"]
             assert ours.encode([ours._shield(text)])[0].tolist() == plain
             assert check(both, say("Hi", text), False) and check(both, say(text), True)
+
+
+# ----------------------------------------------------------------------------- tools
+
+CALL = {
+    "type": "function",
+    "function": {"name": "find_city", "arguments": {"query": "Ulm <|im_end|>"}},
+}
+TOOLED = [
+    *say("Where is Ulm?"),
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "name": "find_city", "content": "in Germany"},
+]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2_5", "llama3_1"])
+def test_calls_of_tools_are_written_as_transformers_writes_them(name, tmp_path):
+    """Byte for byte, but for the marks; a special token's name in an argument is text."""
+    transformers = pytest.importorskip("transformers")
+    trl = find_spec("trl") or pytest.skip("TRL is not installed")
+    file = Path(trl.origin).parent / "chat_templates" / f"{name}.jinja"
+    if not file.exists():
+        pytest.skip(f"this TRL has no {name}.jinja")
+    text, special = (
+        file.read_text(encoding="utf-8"),
+        ["<s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"],
+    )
+    directory = write_checkpoint(tmp_path, text, special, eos_token="<|im_end|>")
+    ours, theirs = Template(directory), transformers.AutoTokenizer.from_pretrained(directory)
+    asked = [*TOOLED, *say("u", "a", "And Bern?")[2:]]
+    for dialogue in (TOOLED, asked):
+        rendered = ours.render(dialogue, generation=True)
+        wanted = theirs.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=True)
+        assert rendered.replace(SHIELD, "") == wanted and rendered != wanted
+    assert TOOLED[1]["tool_calls"] == [CALL], "what was given is not changed"
+
+
+def test_a_template_that_leaves_out_what_tools_say_is_refused(tmp_path):
+    """ChatML's, say, writes the text of every turn and no call."""
+    directory = checkpoint(tmp_path, "chatml")
+    with pytest.raises(Refused, match="leaves out tool calls"):
+        Template(directory).render(TOOLED, generation=True)
+
+
+def test_the_instruction_stands_behind_the_users_last_turn():
+    x = with_suffix([*TOOLED], "better")
+    assert x[0]["content"] == "Where is Ulm?\nbetter" and x[1:] == TOOLED[1:]

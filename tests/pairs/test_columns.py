@@ -96,11 +96,32 @@ def test_an_answer_in_json_is_a_text(tmp_path):
 
 
 def test_keys_of_messages_are_columns_too(tmp_path):
-    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather"}}]}
-    for odd in ([*say("Why?"), call, *say("And?")], [say("Why?")[0] | {"thinking": TEXT}]):
-        with pytest.raises(UserError, match="of a message: column (tool_calls|thinking)"):
-            read(tmp_path, GOOD | {"prompt": odd})
+    with pytest.raises(UserError, match="of a message: column thinking"):
+        read(tmp_path, GOOD | {"prompt": [say("Why?")[0] | {"thinking": TEXT}]})
     assert read(tmp_path, GOOD | {"prompt": [say("Why?")[0] | {"num_tokens": 2, "id": "a b"}]})[0]
+
+
+CALLS = [{"id": "1", "function": {"name": "weather", "arguments": {"city": "Ulm"}}}]
+CALLED = [*say("Rain?"), {"role": "assistant", "content": None, "tool_calls": CALLS}]
+SAID = {"role": "tool", "content": "no rain", "name": "weather", "tool_call_id": "1"}
+
+
+def test_what_tools_are_asked_and_say_is_part_of_the_prompt(tmp_path):
+    """The chat template writes it, or refuses: tests/hub/test_published_templates.py."""
+    for prompt in ([*CALLED, SAID], json.dumps([*CALLED, SAID])):
+        (pair,), _ = read(tmp_path, GOOD | {"prompt": prompt})
+        assert pair.prompt == [CALLED[0], CALLED[1] | {"content": ""}, SAID]
+    whole = [*CALLED, SAID, {"role": "assistant", "content": "No."}]
+    (pair,), _ = read(tmp_path, {"chosen": whole, "rejected": [*whole[:-1], *say("", "Yes.")[1:]]})
+    assert pair.prompt[1:] == [CALLED[1] | {"content": ""}, SAID] and pair.chosen == "No."
+
+
+def test_calls_that_could_not_be_trained_on_are_refused(tmp_path):
+    with pytest.raises(UserError, match="the answer calls tools"):
+        read(tmp_path, {"chosen": CALLED, "rejected": CALLED})
+    odd = CALLED[1] | {"tool_calls": [{"name": "weather"}]}
+    with pytest.raises(UserError, match="tool_calls is .*; expected a list of"):
+        read(tmp_path, GOOD | {"prompt": [CALLED[0], odd, SAID]})
 
 
 def test_rendered_prompts_are_said_with_their_number(tmp_path, capsys):

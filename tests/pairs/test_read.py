@@ -122,8 +122,8 @@ def test_blank_lines_are_nothing_and_odd_line_separators_are_text(tmp_path):
 WRONG = {  # and what tests/test_bad_input.py holds
     "no chosen": ({"prompt": "a", "answer": "b"}, r"columns \['answer', 'prompt'\]; expected"),
     "a strange role": (
-        GOOD | {"prompt": [{"role": "tool", "content": "x"}]},
-        "unknown role 'tool'",
+        GOOD | {"prompt": [{"role": "critic", "content": "x"}]},
+        "unknown role 'critic'",
     ),
     "no content": (GOOD | {"prompt": [{"role": "user"}]}, "a message needs a role and a text"),
     "pictures": (GOOD | {"prompt": [{"role": "user", "content": [{}]}]}, "and a text content"),
