@@ -84,7 +84,10 @@ DROPPED = {
     "an empty answer": (GOOD | {"rejected": ""}, "empty answer"),
     "white space for an answer": (GOOD | {"chosen": " \n\t\u2003"}, "empty answer"),
     "no question": (GOOD | {"prompt": " "}, "no prompt"),
-    "no question at all": (first(H4, chosen=say("", "a"), rejected=say("", "b")), "no prompt"),
+    "no question at all": (
+        first(H4, chosen=say("", "a"), rejected=say("", "b"), messages=None),
+        "no prompt",
+    ),
     "identical answers": (GOOD | {"rejected": GOOD["chosen"]}, "identical answers"),
     "differing prompts": (first(H4, chosen=say("Why not?", "a")), "prompts differ"),
     "a lone surrogate": (GOOD | {"chosen": "a\ud800"}, "broken text"),

@@ -5,11 +5,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
-from bench import known_preference, known_preference_report
+from bench import known_preference, known_preference_report, small_world
 from bench.prompts import prompts
 
 pytest.importorskip("vaderSentiment", reason="vaderSentiment is in requirements-dev.txt")
+
+
+@pytest.fixture(autouse=True)
+def no_group_is_left():
+    """A run here is this process's only rank, which other tests must not find."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        small_world.ranks.cache_clear()
+
+
 START = Path(__file__).parent.parent / "assets" / "start"
 GLAD, SAD = "What a wonderful, happy day!", "This is a terrible, sad failure."
 

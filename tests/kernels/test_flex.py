@@ -56,6 +56,7 @@ def test_flex_equals_the_plain_rule_in_values_and_gradients(family, tmp_path):
 def test_blocks_are_traced_whole_and_once_per_length(family, graphs, tmp_path, monkeypatch):
     """Two graphs, with gradient and without, for all layers of a window and rows of a length."""
     monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", False)
+    torch._dynamo.utils.counters.clear()  # of other tests
     traced = []
 
     def counted(graph, inputs):
