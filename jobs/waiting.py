@@ -7,7 +7,7 @@ once costs an idle machine a sixth. So: spin for some microseconds, then sleep.
 
 import os
 
-SPINS = {"GOMP_SPINCOUNT": "300", "KMP_BLOCKTIME": "1"}  # libgomp (Linux); libomp (macOS), in ms
+SPINS = {"GOMP_SPINCOUNT": "4000", "KMP_BLOCKTIME": "1"}  # libgomp (Linux); libomp (macOS), in ms
 
 if not {"OMP_WAIT_POLICY", *SPINS} & os.environ.keys():  # what the user has chosen holds
     os.environ.update(SPINS)
