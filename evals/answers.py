@@ -11,7 +11,8 @@ from evals.results import rows_of
 from hub.benchmarks import ANSWER_FORMATS, json_digest, question_id, transcript
 from jobs.cli import UserError
 from pairs.asks import about_of, read_asks
-from pairs.layouts import as_messages, to_pair
+from pairs.layouts import to_pair
+from pairs.messages import as_messages
 from pairs.read import Drops
 
 CHOSEN = "chosen"  # the name of who gave the chosen answers of pairs

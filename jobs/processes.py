@@ -192,14 +192,12 @@ class SharedWork:
             yield from self._block({key: items[key] for key in keys[i : i + self.block]})
 
     def _lead(self, make):
-        made = fault = None
         try:
             made = make()
-        except TOLD as error:
-            fault = error
-        self._block(None)  # the others may go on
-        if fault:
-            raise fault
+        except TOLD:
+            self._block(None)  # the others may go on
+            raise
+        self._block(None)
         return made
 
     def _help(self):

@@ -4,7 +4,8 @@ import sys
 from typing import NamedTuple
 
 from jobs.cli import UserError
-from pairs.layouts import as_messages, prompt_of, to_pair
+from pairs.layouts import prompt_of, to_pair
+from pairs.messages import as_messages
 from pairs.read import Drops, data_files, records
 
 # what an answer's row keeps of its question

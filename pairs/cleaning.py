@@ -18,7 +18,7 @@ from pathlib import Path
 
 from jobs.cli import UserError, flag, progress
 from jobs.files import Store
-from pairs.layouts import all_said
+from pairs.messages import all_said
 from pairs.token_cache import cache_folder
 
 

@@ -30,7 +30,8 @@ from fsspec.utils import glob_translate
 from jobs.cli import UserError
 from jobs.files import parse_json, read_json
 from pairs.columns import account, squeezed
-from pairs.layouts import TABLES, Dropped, all_said, make_pair, one_pair, recognise
+from pairs.layouts import TABLES, Dropped, make_pair, one_pair, recognise
+from pairs.messages import all_said
 
 KINDS = r"\.(parquet|arrow|(jsonl|ndjson|json|csv|tsv)(\.(gz|xz|zst))?)"
 ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")  # no records
@@ -69,9 +70,8 @@ class Drops:
         return "; ".join(f"{len(self.rules[rule])} {rule} ({few[rule]})" for rule in few) or "none"
 
 
-def read_pairs(
-    source, drops=None, limit=None, need_rejected=True, bad_rows="stop", revision=None, ignore=None
-):
+def read_pairs(source, drops=None, limit=None, need_rejected=True, bad_rows="stop", revision=None,
+               ignore=None):  # fmt: skip
     """Reads all pairs of the sources in `source` (grammar above) -> list of Pair.
 
     limit: stop after that many. need_rejected: False takes rows without a rejected answer too, for
@@ -84,9 +84,8 @@ def read_pairs(
     ignored = frozenset(filter(None, (ignore or "").split(",")))
     for files, weight in parse_sources(source, revision):
         rest = sys.maxsize if limit is None else max(0, limit - len(pairs))
-        pairs += weighted(
-            pairs_of(files, rest, drops, need_rejected, bad_rows, ignored), weight, drops
-        )
+        found = pairs_of(files, rest, drops, need_rejected, bad_rows, ignored)
+        pairs += weighted(found, weight, drops)
     if not pairs:
         raise UserError(f"{source}: no usable pairs; dropped: {drops}")
     if drops.unread:

@@ -16,7 +16,7 @@ from generate import Ask, read_asks
 from hub.benchmarks import markdown_counts, token_counter, transcript
 from jobs.cli import UserError
 from jobs.files import read_lines
-from pairs.layouts import as_messages
+from pairs.messages import as_messages
 
 ROOT = Path(__file__).parents[2]
 
