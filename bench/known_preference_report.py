@@ -107,7 +107,6 @@ def write(known):
     write_json(JSON, {"machine": machine(), "cells": cells})
     draw(cells, JSON.with_suffix(".png"))
     text = PAGE.read_text(encoding="utf-8")
-    if MARKS[0] in text:
-        head, tail = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
-        PAGE.write_text(f"{head}{MARKS[0]}\n{tables(cells)}\n{MARKS[1]}{tail}", encoding="utf-8")
+    head, tail = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
+    PAGE.write_text(f"{head}{MARKS[0]}\n{tables(cells)}\n{MARKS[1]}{tail}", encoding="utf-8")
     return tables(cells)

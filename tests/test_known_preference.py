@@ -75,7 +75,13 @@ def test_one_run_from_samples_to_the_table(tmp_path, monkeypatch):
     assert all(0 < rate < 1 for rate in known[jobs[0]]["wins"]["shown"])
     rows = known_preference.labelled(s, "separable", 0)
     assert len(rows) <= 12 and all(row["chosen"] != row["rejected"] for row in rows)
-    table = known_preference_report.tables(known_preference_report.cells_of(known))
+    report, page = known_preference_report, tmp_path / "results.md"
+    page.write_text(report.PAGE.read_text(encoding="utf-8"), encoding="utf-8")  # has the marks
+    monkeypatch.setattr(report, "PAGE", page)
+    monkeypatch.setattr(report, "JSON", tmp_path / "known_preference.json")
+    table = report.write(known)
+    assert f"{report.MARKS[0]}\n{table}\n{report.MARKS[1]}" in page.read_text(encoding="utf-8")
+    assert (tmp_path / "known_preference.png").exists()
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [
         "plain",
         "irft, ifsr",
