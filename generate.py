@@ -79,8 +79,10 @@ def candidates(probs, top_p, few=256):
     """The likeliest tokens' probabilities, descending, and ids, (B, N) each, N enough for top_p.
 
     A nucleus seldom has hundreds of tokens, and sorting a whole vocabulary costs as much as a
-    forward pass of a small model.
+    forward pass of a small model; where all of it is the nucleus, no order is needed.
     """
+    if top_p >= 1:
+        return probs, torch.arange(probs.shape[-1], device=probs.device).expand_as(probs)
     top, ids = probs.topk(min(few, probs.shape[-1]))
     enough = (top.sum(-1) >= top_p).all()  # for every sequence of the batch
     return (top, ids) if enough else probs.sort(-1, descending=True)

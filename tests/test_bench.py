@@ -27,6 +27,7 @@ from bench import (
     generation,
     growth,
     inputs,
+    known_preference,
     measuring,
     memory,
     pairs_per_second,
@@ -46,7 +47,7 @@ from train import TrainFlags
 
 ROOT = Path(__file__).parent.parent
 MODULES = (busy, context_grad, data_preparation, generation, growth, memory, pairs_per_second)
-MODULES += (profile_step, row_fill, small_world)
+MODULES += (known_preference, profile_step, row_fill, small_world)
 COMMANDS = {module.__name__.partition(".")[2]: module for module in MODULES}
 
 
