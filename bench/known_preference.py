@@ -6,24 +6,27 @@
                                                 docs/results.md from what is done so far
 
 The controlled setting of the DPO paper (section 6): the pairs are the start's own, two samples to
-each of 600 short prompts (bench/prompts.py), labelled at random by a known P(y > y' | x):
+each of 360 short prompts, which a seed draws from the 600 of bench/prompts.py, labelled at random
+by a known P(y > y' | x):
 
     separable       Bradley-Terry on the sentiment of a lexicon (VADER, Hutto and Gilbert 2014)
     intransitive    three observable classes of a text, length, sentiment and form, each of which
                     beats the next and loses to the one after, as rock, paper and scissors do
 
 A run is train.py's own: one pass over the pairs, the same pairs in the same order for every form.
-Then the policy answers 200 other prompts by fresh samples at temperature 1, which the start's
-samples meet under the known P, so no judge is needed:
+Then the policy answers 200 other prompts by fresh samples at temperature 1, which four samples of
+the start meet under the known P, so no judge is needed:
 
     plain       expected win rate of prompt-only answers: what gets deployed
-    shown       the same when the policy is asked to better the very answer that it is to beat
+    shown       the same when the policy is asked to better the very answer that it is to beat, by
+                the bridge of its training, on half of the prompts
     refined     the same when it is asked to better an answer of its own: IFSR's stage III
     reward      mean sentiment of the plain answers; kl: their mean log pi - log start, in nats
     length      their mean tokens
 
 The learning rate of a form is the one of RATES under which the plain policy's implicit reward
-foretells the known P of pairs held out best (cross-entropy at DPO's beta), on a seed of its own.
+foretells the known P of pairs held out best (cross-entropy at DPO's beta), under the separable
+preference, on a seed of its own.
 """
 
 import json
@@ -51,9 +54,11 @@ from pairs.layouts import Pair
 
 KINDS = ("separable", "intransitive")
 SEEDS, TUNING_SEED, TEST_SEED = range(3), 100, 10**6
-RATES = (5e-6, 1.5e-5, 4.5e-5)
-BATCH, ANSWERS, HELD, BETA = 16, 48, 60, 0.1
-DRAW = Sampling(max_new_tokens=64, temperature=1.0, top_p=1.0)  # the policy itself, unsharpened
+RATES = (2e-5, 6e-5, 1.8e-4)
+TAKEN, HELD = 360, 60  # prompts of a seed, and how many of their pairs are held out
+BATCH, BETA, ANSWERS = 12, 0.1, 50
+OPPONENTS, ASKED = 4, 100  # answers of the start to a prompt; prompts with an answer to better
+DRAW = Sampling(max_new_tokens=32, temperature=1.0, top_p=1.0)  # the policy itself, unsharpened
 FORMS = {  # name: stages of (--loss, --condition, --bridge, share of the pass over the pairs)
     "plain": (("dpo", None, None, 1.0),),
     "ins": (("ins_dpo", None, None, 1.0),),
@@ -101,8 +106,8 @@ def sentiment(text):
 def classes(text):
     """(3,) classes 0, 1 or 2 of a text by length, sentiment and form."""
     words, feeling = len(text.split()), sentiment(text)
-    form = 0 if re.search(r"\b(I|my|me|we|our)\b", text) else 1 if re.search("[?!]", text) else 2
-    return np.array([(words > 15) + (words > 35), (feeling > -0.05) + (feeling > 0.4), form])
+    form = 0 if re.search(r"\b(I|my|me|we|our)\b", text) else 1 if "," in text else 2
+    return np.array([(words > 18) + (words > 24), (feeling > -0.05) + (feeling > 0.4), form])
 
 
 def prefers(kind, first, second):
@@ -127,13 +132,14 @@ def as_prompt(text):
     return [{"role": "user", "content": text}]
 
 
-def sample(model, template, texts, seed, mode="plain", drafts=None):
-    """One answer to each prompt, in their order; drafts: texts to be refined instead."""
+def sample(model, template, texts, seed, drafts=None, bridge="turn"):
+    """One answer to each prompt, in their order; drafts: texts to be bettered, behind a bridge."""
     sampling = DRAW._replace(stop_ids=stop_ids(template))
     asks = [Ask(as_prompt(text), draft) for text, draft in
             zip(texts, drafts or [None] * len(texts), strict=True)]  # fmt: skip
+    mode = "refine" if drafts else "plain"
     dialogues = [Dialogue(ask, n, mode, seed=seed) for n, ask in enumerate(asks)]
-    rows = dict(Answers(model, template, sampling, ANSWERS)(dialogues))
+    rows = dict(Answers(model, template, sampling, ANSWERS, bridge=bridge)(dialogues))
     return [rows[n]["answer"] for n in range(len(asks))]
 
 
@@ -159,21 +165,28 @@ def opened(directory):
     return load_model(directory, "bf16", "cpu")
 
 
-def start_samples(s, name, seed):
-    """The start's answers to all prompts of a split, made once: a text per prompt."""
-    file = Path(s.out) / f"start-{name}-{seed}.json"
+def asked(seed):
+    """The prompts that a seed's pairs answer; of TEST_SEED and above: those of the test."""
+    if seed >= TEST_SEED:
+        return prompts()["test"]
+    order = np.random.default_rng((seed, 2)).permutation(len(prompts()["train"]))
+    return [prompts()["train"][n] for n in order[:TAKEN]]
+
+
+def start_samples(s, seed, number):
+    """The start's answers to the prompts of a seed, made once: a text per prompt."""
+    file = Path(s.out) / f"start-{seed}-{number}.json"
     if not file.exists():
         model, template = opened(s.model)
-        texts = sample(model, template, prompts()[name], seed)
-        write_json(file, texts)
+        write_json(file, sample(model, template, asked(seed), 10 * seed + number))
     return json.loads(file.read_text(encoding="utf-8"))
 
 
 def labelled(s, kind, seed):
     """The pairs of one seed: rows {prompt, chosen, rejected}, both of them the start's own."""
-    one, two = (start_samples(s, "train", 2 * seed + n) for n in (0, 1))
+    one, two = (start_samples(s, seed, n) for n in (0, 1))
     rng, rows = np.random.default_rng((seed, 1)), []
-    for x, y, z in zip(prompts()["train"], one, two, strict=True):
+    for x, y, z in zip(asked(seed), one, two, strict=True):
         first = rng.random() < prefers(kind, y, z)  # drawn also where a pair is left out
         if y.strip() and z.strip() and y.strip() != z.strip():
             rows.append({"prompt": x, "chosen": y if first else z, "rejected": z if first else y})
@@ -215,15 +228,20 @@ def foresight(kind, start, policy, template, held):
 
 def measure(s, job, start, policy, template):
     """The numbers at the head of this file, on the test prompts."""
-    texts, others = prompts()["test"], start_samples(s, "test", TEST_SEED)
-    seed = TEST_SEED + 1 + job.seed
+    texts, seed = prompts()["test"], TEST_SEED + 1 + job.seed
+    others = [start_samples(s, TEST_SEED, n) for n in range(OPPONENTS)]
     answers = {"plain": sample(policy, template, texts, seed)}
-    for name, drafts in (("shown", others), ("refined", answers["plain"])):
-        answers[name] = sample(policy, template, texts, seed, "refine", drafts)
-    wins = {view: win_rates(job.kind, own, others).round(4) for view, own in answers.items()}
+    for name, drafts in (("shown", others[0]), ("refined", answers["plain"])):
+        few = texts[:ASKED], seed, drafts[:ASKED]
+        answers[name] = sample(policy, template, *few, bridge_of(job))
+    wins = {}  # {view: by prompt}
+    for view, own in answers.items():
+        against = others[:1] if view == "shown" else others
+        each = [win_rates(job.kind, own, other[: len(own)]) for other in against]
+        wins[view] = np.mean(each, axis=0).round(4).tolist()
     own, tokens = logps(policy, template, texts, answers["plain"])
     return {
-        "wins": {view: values.tolist() for view, values in wins.items()},  # by prompt
+        "wins": wins,
         "reward": float(np.mean([sentiment(text) for text in answers["plain"]])),
         "kl": float((own - logps(start, template, texts, answers["plain"])[0]).mean()),
         "length": float(tokens.mean()),
@@ -231,27 +249,31 @@ def measure(s, job, start, policy, template):
     }
 
 
+def bridge_of(job):
+    """What stands before and after the answer to better: as in the form's last stage."""
+    loss, condition, bridge, _ = FORMS[job.form][-1]
+    rule = recipe(loss, condition, bridge)
+    return "turn" if rule.condition == "none" else rule.bridge
+
+
 # ----------------------------------------------------------------------------- all runs
 
 
 def tuning_jobs():
-    return [Job(kind, form, TUNING_SEED, lr) for kind in KINDS for form in FORMS for lr in RATES]
+    return [Job(KINDS[0], form, TUNING_SEED, lr) for form in FORMS for lr in RATES]
 
 
 def best_rates(known):
-    """{(kind, form): lr} with the lowest `held` of the tuning runs."""
-    tuned = {}
-    for job, result in known.items():
-        if job.seed == TUNING_SEED:
-            best = tuned.setdefault((job.kind, job.form), (job.lr, result["held"]))
-            if result["held"] < best[1]:
-                tuned[job.kind, job.form] = job.lr, result["held"]
-    return {key: lr for key, (lr, _) in tuned.items()}
+    """{form: lr} with the lowest `held` of the tuning runs."""
+    held = {(job.form, job.lr): known[job]["held"] for job in tuning_jobs()}
+    return {form: min(RATES, key=lambda lr: held[form, lr]) for form in FORMS}
 
 
 def form_jobs(rates):
     """Seed by seed, so that a table can be drawn before all are done."""
-    return [Job(*key, seed, lr) for seed in SEEDS for key, lr in rates.items()]
+    return [
+        Job(kind, form, seed, rates[form]) for seed in SEEDS for kind in KINDS for form in FORMS
+    ]
 
 
 def read_results(file):
@@ -267,8 +289,9 @@ def main():
     file = Path(s.out) / "results.jsonl"
     known = read_results(file)
     if not s.report:
-        first = [("test", TEST_SEED)]  # samples of the start, which the runs share
-        first += [("train", 2 * seed + n) for seed in (TUNING_SEED, *SEEDS) for n in (0, 1)]
+        # samples of the start, which the runs share
+        first = [(seed, n) for seed in (TUNING_SEED, *SEEDS) for n in (0, 1)]
+        first += [(TEST_SEED, n) for n in range(OPPONENTS)]
         file.parent.mkdir(parents=True, exist_ok=True)
         with workers(s.workers, file.parent / "log") as pool:
             list(pool.map(partial(start_samples, s), *zip(*first, strict=True)))
