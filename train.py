@@ -34,7 +34,7 @@ from jobs import checkpoint, cli, processes, rundir
 from jobs.cli import UserError, as_user_error, flag, progress, run
 from jobs.files import ASSETS, written_whole
 from jobs.processes import Ranks, Stopped
-from kernels import chains, detached, flex, memory
+from kernels import chains, check, detached, flex, memory
 from losses import by_path, summed, unique
 from model import export, load_weights, outline, path_limit, read_config, stored_dtype
 from pairs.cleaning import CleaningFlags, clean
@@ -234,6 +234,9 @@ def fit(s, ranks, recipe, asked):
     job = Run(s, ranks, recipe, model, owner, sets, plan)
     # another run's is refused here
     found = checkpoint.newest(job.saver.directory, owner, ranks.say) if s.resume else None
+    if ranks.kind in check.KINDS:
+        row = next(job.rows(job.train, plan.pairs(0), recipe.paths))
+        ranks.say(check.check_kernels(model, row, s, ranks))
     ranks.deferred = True  # from here on a signal waits for the next place to save or stop
     reference = job.score_reference(reference_source, digests[reference_source])
     if found:

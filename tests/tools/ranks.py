@@ -1,5 +1,6 @@
 """Runs a function in several processes of a run, as torchrun starts them, without its seconds."""
 
+import gc
 import multiprocessing
 import os
 import traceback
@@ -31,6 +32,7 @@ def _rank(rank, made, world, port, work):
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in places.items()}
+    gc.freeze()  # what tests before this left is never torn down here, where its threads are not
     torch.set_num_threads(1)
     told = value = None
     try:
