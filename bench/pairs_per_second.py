@@ -55,6 +55,7 @@ class SpeedFlags(WorkloadFlags):
     out: str = flag("bench/out/pairs_per_second.json", "where the figures go")
 
 
+HERE = training.CONTENDERS | training.SAVERS
 PEER = {
     "TRL dpo, reference precomputed": {"precompute": True},
     "TRL dpo, compiled": {"precompute": True, "compile": True},
@@ -67,7 +68,8 @@ PEER = {
 def names_of(s):
     """The contenders that are asked for and installed."""
     peers = [n for n in PEER if s.dtype == "bf16" or "bf16" not in n]
-    names = measuring.chosen(s.only, [*training.CONTENDERS, *peers])
+    savers = training.SAVERS if s.only else {}  # only where they are named
+    names = measuring.chosen(s.only, [*training.CONTENDERS, *savers, *peers])
     if not importlib.util.find_spec("trl") and set(names) & set(PEER):
         print("TRL is not installed (requirements-dev.txt): its rows are left out")
         names = [name for name in names if name not in PEER]
@@ -80,8 +82,8 @@ def names_of(s):
 def measure(s, model, data, name):
     """Figures of one contender in a process of its own."""
     common = {"batch": s.batch, "steps": max(1, s.pairs // s.batch), "uncounted": s.uncounted}
-    if name in training.CONTENDERS:
-        flags = training.CONTENDERS[name] | s.train_flags(model, data) | common
+    if name in HERE:
+        flags = HERE[name] | s.train_flags(model, data) | common
         return measuring.fresh("training.measure", **flags, row_tokens=s.row_tokens)
     flags = {"model": model, "data": data, "pairs": s.pairs, "micro": s.micro, "dtype": s.dtype}
     flags |= common | {"max_len": s.max_len, "device": s.device} | PEER[name]
@@ -116,7 +118,8 @@ def start_rows(runs):
 
 # ----------------------------------------------------------------------------- work
 
-CHEAPER = {"context_grad", "compile"}  # flags that change what a token costs, not which there are
+# flags that change what a token costs, not which there are
+CHEAPER = {"context_grad", "compile", "checkpoint_activations", "offload"}
 WORK = ("contender", "tokens/pair", "reference tokens", "over dpo", "FLOPs over dpo, 8B")
 WORK += ("alone over dpo",)
 
@@ -157,7 +160,7 @@ def work_rows(counts):
 def main():
     s = parse(SpeedFlags, __doc__.splitlines()[0])
     names = names_of(s)
-    here = {n: training.CONTENDERS[n] for n in names if n in training.CONTENDERS}
+    here = {n: HERE[n] for n in names if n in HERE}
     with s.ready() as (model, data):
         counts = {n: work(s, model, data, f) for n, f in here.items() if not f.keys() & CHEAPER}
         tables, runs = [table(WORK, work_rows(counts))], {}

@@ -41,6 +41,11 @@ CONTENDERS = {  # what train.py can be told to do, as flags
     "averaged, sep": {"loss": "ins_dpo", "condition": "averaged"},
     "averaged, turn": {"loss": "ins_dpo", "condition": "averaged", "bridge": "turn"},
 }
+SAVERS = {  # of memory, at the price of time
+    "ins_dpo, half kept": {"loss": "ins_dpo", "keep_activations": 0.5, "compile": True},
+    "ins_dpo, recomputed": {"loss": "ins_dpo", "checkpoint_activations": True},
+    "ins_dpo, offload": {"loss": "ins_dpo", "offload": True},
+}
 STAGES = ("import", "template", "data", "load", "reference", "first step", "step")
 
 

@@ -8,6 +8,7 @@ import ctypes
 import dataclasses
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -20,10 +21,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import train
 from bench import (
     busy,
     context_grad,
     data_preparation,
+    defaults,
     generation,
     growth,
     inputs,
@@ -46,7 +49,16 @@ from model import load
 from train import TrainFlags
 
 ROOT = Path(__file__).parent.parent
-MODULES = (busy, context_grad, data_preparation, generation, growth, memory, pairs_per_second)
+MODULES = (
+    busy,
+    context_grad,
+    data_preparation,
+    defaults,
+    generation,
+    growth,
+    memory,
+    pairs_per_second,
+)
 MODULES += (known_preference, profile_step, row_fill, small_world)
 COMMANDS = {module.__name__.partition(".")[2]: module for module in MODULES}
 
@@ -316,6 +328,67 @@ def test_gradients_without_contexts(measured, tiny_model_dir, pairs_file):
     assert all(0 < cosine < 1 for cosine, _ in written["figures"]["gradient"].values())
 
 
+@pytest.fixture
+def few(tiny_model_dir, pairs_file):
+    """Flags of bench.defaults: two steps of two pairs."""
+    return f"--model {tiny_model_dir} --data {pairs_file} --batch 2 --steps 2 --max_len 256 "
+
+
+def test_defaults_are_held_against_the_plain_rule(measured, few, monkeypatch):
+    """In bf16; and defaults that see beyond a branch move the weights elsewhere: an error."""
+    lines, _ = measured(defaults, few + "--only plain --dtype bf16")
+    assert first_column(lines)[1:] == ["plain rule in fp32", "plain rule", "defaults"]
+    assert lines[3][1:] == lines[4][1:] != lines[2][1:], "on a CPU the plain rule is the default"
+    trained = defaults.trained
+
+    def broken(flags):
+        attend = train.chains.attend
+        if flags.get("compile") is None:
+            monkeypatch.setattr(train.chains, "attend", lambda row, c: attend(beyond(row), c))
+        return trained(flags)
+
+    def beyond(row):
+        return dataclasses.replace(row, until=row.until + 1)
+
+    monkeypatch.setattr(defaults, "trained", broken)
+    with pytest.raises(UserError, match="of the defaults are .* where rounding explains 0"):
+        measured(defaults, few + "--only plain")
+
+
+@pytest.mark.slow  # four processes that each import torch
+def test_a_stopped_run_goes_on_bitwise_on_a_cpu(measured, few):
+    lines, _ = measured(defaults, few + "--only resume")
+    assert first_column(lines)[1:] == ["stopped and resumed, bitwise equal"]
+    assert len(lines[2][1].split()) == 4 and lines[2][2:] == ["0.00%", "0.00%"]
+
+
+def test_savers_of_memory_are_measured_where_they_are_named(measured, in_process):
+    flags = "--shape small --mix hh --pairs 2 --batch 1 --repeat 1 --max_len 256"
+    lines, _ = measured(pairs_per_second, flags + " --only 'ins_dpo, recomputed; ins_dpo, offload'")
+    assert first_column(lines)[1:3] == ["ins_dpo, recomputed", "ins_dpo, offload"]
+
+
+@pytest.mark.parametrize("outcome", ["ok", "failed", "out of time"])
+def test_a_part_of_the_gpu_script_that_fails_leaves_the_others_theirs(outcome, tmp_path):
+    """In order of worth, within ten minutes; the commands are stood in for."""
+    script = (ROOT / "bench" / "gpu.sh").read_text(encoding="utf-8")
+    parts = re.findall(r"^measure (\d+) (\w+)", script, re.M)
+    assert sum(int(limit) for limit, _ in parts) <= 590
+    names = [name for _, name in parts]
+    assert names[:4] == ["plain", "resume", "utilisation", "trl"]
+    assert names[4:] == ["offload", "recomputation", "generation"]
+    stand_in, status = tmp_path / "python", {"ok": 0, "failed": 1, "out of time": 124}[outcome]
+    stand_in.write_text(f"#!/bin/sh\ncase $* in *utilisation*) exit {status};; esac\necho table\n")
+    stand_in.chmod(0o755)
+    words = ["bash", str(ROOT / "bench" / "gpu.sh"), str(tmp_path / "out")]
+    env = os.environ | {"PYTHON": str(stand_in)}
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    told = [f"{name}: {outcome if name == 'utilisation' else 'ok'}" for name in names]
+    assert done.stdout.split("== summary\n")[1].splitlines() == told
+    assert (done.returncode == 0) is (outcome == "ok")
+    assert (tmp_path / "out" / "generation.md").read_text() == "table\n"
+
+
 def test_a_run_in_the_small_world(tmp_path):
     """Every number is told, and what is kept of a run is read again as it was."""
     stages = (small_world.Stage("ins_dpo", 3e-4, steps=1),)
@@ -392,6 +465,8 @@ def test_the_peer_is_measured_beside_us(measured, tiny_model_dir, pairs_file):
 def calls():
     """Every call of bench/ in gpu.sh, the docs and the files' own heads -> (name, flags)."""
     script = (ROOT / "bench" / "gpu.sh").read_text(encoding="utf-8").replace("\\\n", " ")
+    for name, words in re.findall(r"^(\w+)=\((.*)\)$", script, re.M):
+        script = script.replace(f'"${{{name}[@]}}"', words)
     yield from re.findall(r"^measure \d+ \w+ (\w+) (.*)$", script, re.M)
     texts = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     for text in (*texts, *(Path(m.__file__) for m in COMMANDS.values())):
