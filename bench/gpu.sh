@@ -32,14 +32,14 @@ measure() {
 
 noise=(--shape llama-3.2-1b --dtype bf16)
 pairs=(--mix ultrafeedback --batch 16 --max_len 2048 --repeat 1)
-measure 110 plain defaults "${noise[@]}" --mix hh --pairs 32 --only plain
-measure 110 resume defaults --shape small --dtype bf16 --mix hh --pairs 64 --only resume
-measure 90 utilisation growth --fill --utilisation --only row_tokens --row_tokens 8192 --rows 4 \
+measure 100 plain defaults "${noise[@]}" --mix hh --pairs 32 --only plain
+measure 150 resume defaults --shape small --dtype bf16 --mix hh --pairs 64 --only resume
+measure 80 utilisation growth --fill --utilisation --only row_tokens --row_tokens 8192 --rows 4 \
     --shape llama-3-8b --layers 4 --width 0 --vocab 0 --steps 4 --dtype bf16
-measure 95 trl pairs_per_second "${noise[@]}" "${pairs[@]}" --pairs 48 --micro 8 \
+measure 90 trl pairs_per_second "${noise[@]}" "${pairs[@]}" --pairs 48 --micro 8 \
     --only "ins_dpo; TRL dpo, bf16 weights"
-measure 50 offload pairs_per_second "${noise[@]}" "${pairs[@]}" --pairs 16 --only "ins_dpo, offload"
-measure 80 recomputation pairs_per_second "${noise[@]}" "${pairs[@]}" --pairs 16 \
+measure 45 offload pairs_per_second "${noise[@]}" "${pairs[@]}" --pairs 16 --only "ins_dpo, offload"
+measure 75 recomputation pairs_per_second "${noise[@]}" "${pairs[@]}" --pairs 16 \
     --only "ins_dpo, half kept; ins_dpo, recomputed"
 measure 50 generation generation "${noise[@]}" --mix hh --pairs 32 --repeat 1 --batches 16
 
