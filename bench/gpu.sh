@@ -32,7 +32,7 @@ measure() {
 
 noise=(--shape llama-3.2-1b --dtype bf16)
 pairs=(--mix ultrafeedback --batch 16 --max_len 2048 --repeat 1)
-measure 100 plain defaults "${noise[@]}" --mix hh --pairs 32 --only plain
+measure 100 plain defaults "${noise[@]}" --mix hh --pairs 16 --batch 4 --only plain
 measure 150 resume defaults --shape small --dtype bf16 --mix hh --pairs 64 --only resume
 measure 80 utilisation growth --fill --utilisation --only row_tokens --row_tokens 8192 --rows 4 \
     --shape llama-3-8b --layers 4 --width 0 --vocab 0 --steps 4 --dtype bf16

@@ -108,7 +108,8 @@ def test_fused_attention_of_a_real_model_differs_from_the_plain_rule_by_rounding
 
 
 def test_contexts_without_gradient_and_a_new_reward_head_pass(ranks, tiny_model_dir):
-    model, s = sharded(tiny_model_dir, ranks, context_grad=False)
+    """The one with its weights offloaded, too."""
+    model, s = sharded(tiny_model_dir, ranks, context_grad=False, offload=True)
     check.check_kernels(model, row_of(tiny_model_dir, "ins_dpo"), s, ranks)
     model = train.build_model(s, ranks, tiny_model_dir, "reward")
     check.check_kernels(model, row_of(tiny_model_dir, "reward"), s, ranks)
