@@ -7,6 +7,7 @@ import torch
 from functorch.compile import aot_function, min_cut_rematerialization_partition
 from torch import Tensor
 from torch._functorch import config as functorch_config
+from torch._inductor.decomposition import select_decomp_table
 from torch.func import functional_call
 
 from model import ScoredLogps, Transformer, rope_table
@@ -39,8 +40,9 @@ def measure(config, tokens, dtype=torch.bfloat16):
 def saved_bytes(block, config, tokens, dtype):
     """Bytes that the backward of one compiled block needs of its forward, parameters left out.
 
-    torch.compile cuts a block's joint graph so that little is kept, and what is cheap is computed
-    again. That cut alone is made here, on shapes: what is kept is what the forward graph gives out.
+    torch.compile takes a block's operations apart and cuts their joint graph so that little is
+    kept, and what is cheap is computed again. That alone is done here, on shapes: what is kept is
+    what the forward graph gives out.
     """
     with torch.device("meta"):
         x = torch.zeros(1, tokens, config.width, dtype=dtype, requires_grad=True)
@@ -61,6 +63,7 @@ def saved_bytes(block, config, tokens, dtype):
         return graph.forward
 
     options = {"fw_compiler": forward, "bw_compiler": lambda graph, inputs: graph.forward}
+    options |= {"decompositions": select_decomp_table()}  # apart, Gemma's norms keep 20% less
     cut = aot_function(body, partition_fn=min_cut_rematerialization_partition, **options)
     cut(x, cos, sin, *parameters)
     return sum(kept.values())
