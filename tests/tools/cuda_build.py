@@ -5,23 +5,29 @@ In an environment of its own with the CUDA build of torch (5 GB) and the require
     python -m venv cuda && cuda/bin/pip install torch===2.13.0 -r requirements.txt
     cuda/bin/python tests/tools/cuda_build.py
 
-It prints the table of docs/guarantees.md, in some minutes. Nothing runs on a GPU: tensors are fake
-(pretend.py), kernels are compiled by ptxas and not loaded, ranks are pretended.
+It prints the table of docs/guarantees.md, in some twenty minutes. Nothing runs on a GPU: tensors
+are fake (pretend.py), kernels compiled by ptxas and not loaded, or interpreted (interpreted.py),
+ranks pretended.
 
-kernels   compiled blocks of a published shape, with FlexAttention, forward and backward: the
-          largest shared memory of a kernel under the card's limit, bytes kept against the plan's
-step      sharded steps of 8 pretended ranks: forward, backward, clipping, AdamW; two row lengths
-memory    the peak of pretended ranks against the plan's
+kernels      compiled blocks of a published shape, with FlexAttention, forward and backward: the
+             largest shared memory of a kernel under the card's limit, bytes kept against the plan's
+interpreter  the same kernels of narrower blocks, run in bf16 by Triton's interpreter on a row of
+             tries: values and all gradients against SDPA under a dense mask, in fp32
+step         sharded steps of 8 pretended ranks: forward, backward, clipping, AdamW; two row lengths
+memory       the peak of pretended ranks against the plan's
 
 Each check is a process: cuda_build.py CHECK ARGUMENT… runs one, and prints its row.
 """
 
 import contextlib
 import dataclasses
+import itertools
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,10 +36,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "tools")]
 
 SHAPES = ("llama-3-8b", "mistral-7b-v0.1", "qwen2-7b", "qwen3-8b", "gemma-2-9b", "pythia-2.8b")
 CHECKS = [("kernels", shape, card) for shape in SHAPES for card in ("a100", "h100")]
+CHECKS += [("kernels", shape, "a100", "half") for shape in ("llama-3-8b", "gemma-2-9b")]
+CHECKS += [("interpreter", shape, card) for shape in SHAPES for card in ("a100", "h100")]
 CHECKS += [("step", "llama-3-8b", "a100", how) for how in ("kept", "recomputed")]
 CHECKS += [("memory", "llama-3-8b", n, "kept") for n in ("4", "8", "64")]
-CHECKS += [("memory", "llama-3-8b", "8", "recomputed"), ("memory", "gemma-2-9b", "8", "kept")]
+CHECKS += [("memory", "llama-3-8b", "8", how) for how in ("half", "recomputed")]
+CHECKS += [("memory", "gemma-2-9b", "8", how) for how in ("kept", "half")]
 CHECKS += [("memory", "llama-3.2-1b", "1", "kept")]
+HALF = {"half": 0.5}  # --keep_activations; else all is kept, or recomputed
 
 
 def config_named(shape, layers):
@@ -51,7 +61,7 @@ def config_named(shape, layers):
 
 
 def fake_model(config, dtype=None, device="cuda"):
-    """A model without values; in FakeTensorMode."""
+    """A model, which in FakeTensorMode has no values."""
     import torch
 
     from model import Transformer
@@ -73,12 +83,13 @@ def fake_row(size, device="cuda"):
     return Row(*vector, spans=[(0, size)], pairs=[0, 1, 2, 3], n_paths=4)
 
 
-def kernels(shape, card, size="8192"):
-    """One row: what of a shape, on which card, graphs, shared memory, bytes kept, those planned."""
+def kernels(shape, card, how="kept", size="8192"):
+    """One row: shared memory and the card's limit; bytes kept and those planned."""
     import pretend
 
     properties, compiled = pretend.start(card)
     import torch
+    from torch._functorch import config as functorch_config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -88,6 +99,7 @@ def kernels(shape, card, size="8192"):
 
     tokens, kept, graphs = int(size), [], []
     config = config_named(shape, layers=2)
+    functorch_config.activation_memory_budget = HALF.get(how, 1.0)
 
     def inner(graph, inputs, **options):
         if not options.get("is_backward"):
@@ -117,9 +129,95 @@ def kernels(shape, card, size="8192"):
     assert shared <= limit, f"{shared} bytes of shared memory, {limit} are there"
     found, planned = kept[0], memory.measure(config, tokens)["block"]
     assert abs(found / planned - 1) < 0.15, f"{found} bytes are kept, {planned} planned"
-    cells = f"{len(compiled)} kernels compiled, {shared / 1024:.0f} of {limit / 1024:.0f} KB"
-    cells += f" shared; keeps {found / 2**20:.0f} MiB a layer, planned {planned / 2**20:.0f}"
-    return f"{shape}, {card}", cells
+    cells = f"{card} {shared / 1024:.0f}/{limit / 1024:.0f} KB"
+    cells += f", {found / 2**20:.0f}/{planned / 2**20:.0f} MiB"
+    return named(shape, how), cells
+
+
+def interpreter(shape, card):
+    """One row: the largest difference of a narrow block's compiled values and gradients."""
+    os.environ["TRITON_INTERPRET"] = "1"  # before there is a Triton
+    import pretend
+
+    pretend.start(card)
+    import torch
+    from interpreted import Shadows, mend
+
+    from jobs.processes import compile_block
+    from kernels import chains, flex
+    from model import rope_table, visible
+
+    mend()
+    torch.default_generator.manual_seed(0)
+    config, row, shadows = narrow(config_named(shape, layers=2)), row_of_tries(384), Shadows()
+    fakes, exact = shadowed_model(config, shadows)
+    size = (1, len(row.tokens), config.width)
+    given = [torch.randn(size).bfloat16() for _ in range(2)]  # input, gradient of the output
+    given += rope_table(config, row.positions[None], torch.bfloat16)
+    vectors = {name: v for name, v in vars(row).items() if torch.is_tensor(v)}
+    fake_row = dataclasses.replace(row, **{name: shadows.fake(v) for name, v in vectors.items()})
+    worst = 0
+    for layer in {window: i for i, window in enumerate(config.windows)}.values():
+        with shadows.mode:
+            rule = flex.attend(fake_row, config)[layer]
+        rules = rule, flex.attend(row, config)[layer]
+        masks = [vars(rule.keywords["block_mask"]).values() for rule in rules]
+        for fake, value in zip(*masks, strict=True):
+            shadows.put(fake, value)
+        compile_block(block := fakes.blocks[layer], "flex", shadows.backend)
+        inputs = [shadows.fake(v) for v in given]
+        with shadows.mode:
+            found = gradients(block, *inputs, rule)
+        mask = visible(row.until, row.positions, config.windows[layer])
+        dense = partial(chains.fast_attention, mask=mask, scale=config.scale, cap=config.attn_cap)
+        expected = gradients(exact.blocks[layer], *(v.float() for v in given), dense)
+        for mine, theirs in zip(map(shadows.value, found), expected, strict=True):
+            worst = max(worst, ((mine.float() - theirs).norm() / theirs.norm()).item())
+    assert worst < 0.02, f"values and gradients differ by {worst:.1%} from SDPA's"
+    return shape, f"{card} {worst:.1%}"
+
+
+def narrow(config):
+    """A Config of the same kinds of layers, of sizes for the interpreter; heads are as wide."""
+    few = {"width": 128, "ffn": 256, "vocab": 64, "heads": 2}
+    few |= {"kv_heads": 2 if config.heads == config.kv_heads else 1}
+    few |= {"windows": tuple(w and 100 for w in config.windows), "attn_cap": config.attn_cap and 2}
+    return dataclasses.replace(config, **few)
+
+
+def shadowed_model(config, shadows):
+    """(a fake model in bf16 with random values behind it, a real one of the same in fp32)."""
+    import torch
+
+    exact = fake_model(config, device="cpu")
+    with shadows.mode:
+        fakes = fake_model(config, torch.bfloat16)
+    for fake, p in zip(fakes.parameters(), exact.parameters(), strict=True):
+        torch.nn.init.normal_(p, p.dim() == 1, 0.3 if p.dim() == 1 else p.shape[-1] ** -0.5)
+        shadows.put(fake, p.detach().bfloat16())
+        p.data = p.data.bfloat16().float()
+    return fakes, exact
+
+
+def gradients(block, x, grad, *rest):
+    """[output, gradients of the input and of every parameter] of a block."""
+    import torch
+
+    out = block(x.requires_grad_(), *rest)
+    return [out, *torch.autograd.grad(out, (x, *block.parameters()), grad)]
+
+
+def row_of_tries(size):
+    """A row of two pairs as ins_dpo has them, the first over several blocks of 128, and padding."""
+    import numpy as np
+
+    from data import build_row, lay_out
+
+    def trie(*sizes):
+        x, w, l, sep = (np.arange(n, dtype=np.int32) + n for n in sizes)  # noqa: E741
+        return lay_out([([x, sep, l, sep, w], len(w)), ([x, sep, w, sep, l], len(l))])
+
+    return build_row([trie(130, 50, 40, 2), trie(10, 9, 8, 1)], [0, 1], 2, size)
 
 
 def pretended_ranks(world, kind):
@@ -138,7 +236,7 @@ def pretended_ranks(world, kind):
     return ranks, settings
 
 
-def step(shape, card, recompute):
+def step(shape, card, how):
     """One row: a whole step, for rows of two lengths with a pass without gradient between."""
     import pretend
 
@@ -151,7 +249,7 @@ def step(shape, card, recompute):
     from kernels import flex
 
     ranks, settings = pretended_ranks(8, "cuda")
-    settings["checkpoint_activations"] = recompute == "recomputed"
+    settings["checkpoint_activations"] = how == "recomputed"
     config, traced = config_named(shape, layers=4), []
 
     def counted(graph, inputs):
@@ -183,15 +281,16 @@ def step(shape, card, recompute):
     graphs = 2 * 2 * len(set(config.windows))  # lengths, with gradient and without
     assert len(traced) == graphs, f"{len(traced)} graphs, {graphs} are enough"
     assert not torch._dynamo.utils.counters["graph_break"]
-    cells = "3 steps of 2 rows, clipped, fused AdamW: "
-    return f"{shape}, {recompute}", f"{cells}{len(traced)} graphs for two lengths, no break"
+    return named(shape, how), f"{len(traced)} graphs, no break"
 
 
-def memory(shape, world, recompute, size="8192"):
+def memory(shape, world, how, size="8192"):
     """One row: the peak of a pretended rank while a row goes forward and backward; the plan's."""
     from live import Live
     from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch import config as functorch_config
     from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from jobs import processes
@@ -199,11 +298,14 @@ def memory(shape, world, recompute, size="8192"):
     from model import ScoredLogps, read_config
 
     ranks, settings = pretended_ranks(int(world), "cpu")
-    recomputed, tokens = recompute == "recomputed", int(size)
-    settings["checkpoint_activations"] = recomputed
+    recomputed, tokens = how == "recomputed", int(size)
+    settings |= {"checkpoint_activations": recomputed, "keep_activations": HALF.get(how, 1.0)}
+    functorch_config.activation_memory_budget = settings["keep_activations"]
     _, config = read_config(ROOT / "bench" / "shapes" / shape)
     graph = lambda graph, inputs: boxed(graph.forward)  # noqa: E731
-    cut = aot_autograd(fw_compiler=graph, partition_fn=min_cut_rematerialization_partition)
+    options = {"partition_fn": min_cut_rematerialization_partition}
+    options |= {"decompositions": select_decomp_table()}  # as inductor does
+    cut = aot_autograd(fw_compiler=graph, **options)
     sizes = memory.measure(config, tokens)
     planned = sum(memory.per_gpu(sizes, ranks.world).values())
     planned += sizes["recomputed" if recomputed else "activations"]
@@ -223,8 +325,12 @@ def memory(shape, world, recompute, size="8192"):
     moments = sum(2 * p._local_tensor.nbytes for p in model.parameters())
     found = live.peak + moments
     assert abs(found / planned - 1) < 0.15, f"{found / 1e9:.1f} GB, {planned / 1e9:.1f} planned"
-    cells = f"peak {found / 1e9:.1f} GB, planned {planned / 1e9:.1f}"
-    return f"{shape}, {world} ranks, {recompute}", cells
+    return named(shape, f"{world} ranks", how), f"{found / 1e9:.1f}/{planned / 1e9:.1f} GB"
+
+
+def named(*of):
+    """What a row is of; kept whole is not said."""
+    return ", ".join(word for word in of if word != "kept")
 
 
 def boxed(function):
@@ -256,19 +362,21 @@ def main():
     print("| check | of | result |\n| --- | --- | --- |", flush=True)
     failed = False
     with ThreadPoolExecutor(2) as pool:
-        for (name, *_), (of, told) in zip(chosen, pool.map(alone, chosen), strict=True):
+        for (name, of), rows in itertools.groupby(pool.map(alone, chosen), lambda row: row[:2]):
+            told = "; ".join(row[2] for row in rows)
             print(f"| {name} | {of} | {told} |", flush=True)
-            failed |= told.startswith("FAILED")
+            failed |= "FAILED" in told
     sys.exit(failed)
 
 
 def alone(check):
-    """(what of, result) of one check in a process of its own."""
+    """(check, what of, result) of one check in a process of its own."""
     words = [sys.executable, __file__, *check]
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
-        return ", ".join(check[1:]), f"FAILED: {(done.stderr.strip().splitlines() or ['?'])[-1]}"
-    return json.loads(done.stdout.splitlines()[-1])
+        *_, fault = ["?", *done.stderr.strip().splitlines()]
+        return check[0], ", ".join(check[1:]), f"FAILED: {fault}"
+    return check[0], *json.loads(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":
