@@ -35,9 +35,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "tools")]
 
 SHAPES = ("llama-3-8b", "mistral-7b-v0.1", "qwen2-7b", "qwen3-8b", "gemma-2-9b", "pythia-2.8b")
-CHECKS = [("kernels", shape, card) for shape in SHAPES for card in ("a100", "h100")]
-CHECKS += [("kernels", shape, "a100", "half") for shape in ("llama-3-8b", "gemma-2-9b")]
-CHECKS += [("interpreter", shape, card) for shape in SHAPES for card in ("a100", "h100")]
+BOTH, HALVED = ("a100", "h100"), ("llama-3-8b", "gemma-2-9b")
+CHECKS = []  # those of a row of the table side by side
+for shape in SHAPES:
+    CHECKS += [("kernels", shape, card) for card in BOTH]
+    CHECKS += [("kernels", shape, "a100", "half")] * (shape in HALVED)
+CHECKS += [("interpreter", shape, card) for card in BOTH for shape in SHAPES]
 CHECKS += [("step", "llama-3-8b", "a100", how) for how in ("kept", "recomputed")]
 CHECKS += [("memory", "llama-3-8b", n, "kept") for n in ("4", "8", "64")]
 CHECKS += [("memory", "llama-3-8b", "8", how) for how in ("half", "recomputed")]
@@ -129,9 +132,8 @@ def kernels(shape, card, how="kept", size="8192"):
     assert shared <= limit, f"{shared} bytes of shared memory, {limit} are there"
     found, planned = kept[0], memory.measure(config, tokens)["block"]
     assert abs(found / planned - 1) < 0.15, f"{found} bytes are kept, {planned} planned"
-    cells = f"{card} {shared / 1024:.0f}/{limit / 1024:.0f} KB"
-    cells += f", {found / 2**20:.0f}/{planned / 2**20:.0f} MiB"
-    return named(shape, how), cells
+    cells = f"{named(card, how)} {shared / 1024:.0f}/{limit / 1024:.0f}"
+    return shape, f"{cells}, {found / 2**20:.0f}/{planned / 2**20:.0f}"
 
 
 def interpreter(shape, card):
@@ -174,7 +176,7 @@ def interpreter(shape, card):
         for mine, theirs in zip(map(shadows.value, found), expected, strict=True):
             worst = max(worst, ((mine.float() - theirs).norm() / theirs.norm()).item())
     assert worst < 0.02, f"values and gradients differ by {worst:.1%} from SDPA's"
-    return shape, f"{card} {worst:.1%}"
+    return card, f"{shape} {worst:.1%}"
 
 
 def narrow(config):
@@ -281,7 +283,7 @@ def step(shape, card, how):
     graphs = 2 * 2 * len(set(config.windows))  # lengths, with gradient and without
     assert len(traced) == graphs, f"{len(traced)} graphs, {graphs} are enough"
     assert not torch._dynamo.utils.counters["graph_break"]
-    return named(shape, how), f"{len(traced)} graphs, no break"
+    return shape, named(how, f"{len(traced)} graphs", "no break")
 
 
 def memory(shape, world, how, size="8192"):
@@ -325,12 +327,12 @@ def memory(shape, world, how, size="8192"):
     moments = sum(2 * p._local_tensor.nbytes for p in model.parameters())
     found = live.peak + moments
     assert abs(found / planned - 1) < 0.15, f"{found / 1e9:.1f} GB, {planned / 1e9:.1f} planned"
-    return named(shape, f"{world} ranks", how), f"{found / 1e9:.1f}/{planned / 1e9:.1f} GB"
+    return shape, f"{named(world, how)}: {found / 1e9:.1f}/{planned / 1e9:.1f}"
 
 
-def named(*of):
-    """What a row is of; kept whole is not said."""
-    return ", ".join(word for word in of if word != "kept")
+def named(*words):
+    """What a result is of; that all is kept is not said."""
+    return ", ".join(word for word in words if word != "kept")
 
 
 def boxed(function):
