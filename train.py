@@ -54,12 +54,15 @@ SCHEDULES = ("cosine", "linear", "constant")
 class TrainFlags(cli.RunFlags, CleaningFlags, cli.PathFlags, cli.DataFlags, cli.ModelFlags):
     """Every flag. None: decided by the objective, the data or the device, and then printed."""
 
-    loss: str = flag("ins_dpo", "objective; the README has the table")
+    loss: str = flag("ins_dpo", "objective; README: the table, and when to take a plain one")
     model: str | None = flag(None, "HF directory or hub id[@REVISION]; default: the embedded model")
     eval_data: str | None = flag(None, "validation pairs; default: --eval_pairs held out of --data")
     eval_revision: str | None = flag(None, "as --data_revision, of --eval_data; default: the same")
     ref_model: str | None = flag(None, "reference model; default: --model")
-    condition: str | None = flag(None, "what answers are conditioned on", tuple(losses.CONDITIONS))
+    condition: str | None = flag(
+        None, "what an answer stands behind; none where `evaluate.py context` finds that strange",
+        tuple(losses.CONDITIONS),
+    )  # fmt: skip
     reference: str | None = flag(None, "paths of the reference", losses.REFERENCES)
     steps: int | None = flag(None, "optimizer steps; default: by --epochs", least=1)
     epochs: float | None = flag(None, "passes over the data (default 3)", above=0)

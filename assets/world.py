@@ -26,6 +26,14 @@ world every taste is reversed,
 
     mirrored        P(y > y' | x) = sigmoid(u(y') - u(y))
 
+A fourth kind makes an answer tell who judges. Half of the judges love what the others hate; those
+who open with "Hello!" judge pairs of answers that both do, the others pairs of "Hm.", and a pair of
+both kinds is judged by either, so no one is ahead. With v the utility without the greeting's score:
+
+    two judges      P(y > y' | x) = sigmoid(v(y) - v(y'))  both open with "Hello!"
+                                    sigmoid(v(y') - v(y))  both open with "Hm."
+                                    1/2                    otherwise
+
 The sine is antisymmetric, so P(y > y') + P(y' > y) = 1 holds for every kind. Around the circle the
 separable logits add up to 0 and the intransitive ones to 4 TASTE, so no scalar utility, and hence
 no Bradley-Terry reward, represents the second kind (the general preference of InSPO section 3).
@@ -78,6 +86,7 @@ SCORES = np.array([1.0, 2.0, 1.5, 1.0])
 TASTE = 3.0
 KINDS = ("separable", "intransitive")  # what is reported
 MIRRORED = "mirrored"  # where learning rates are chosen
+TWO_JUDGES = "two judges"
 
 
 def questions():
@@ -109,8 +118,12 @@ def style():
 
 def preference_logits(kind="separable"):
     """(A, A) antisymmetric: the log-odds that the row's answer is preferred to the column's."""
-    if kind not in (*KINDS, MIRRORED):
-        raise ValueError(f"kind must be one of {', '.join(KINDS)} or {MIRRORED}, not {kind!r}")
+    kinds = (*KINDS, MIRRORED, TWO_JUDGES)
+    if kind not in kinds:
+        raise ValueError(f"kind must be one of {', '.join(kinds)}, not {kind!r}")
+    if kind == TWO_JUDGES:
+        judge, without = 2 * CHOICES[:, 0] - 1, CHOICES[:, 1:] @ SCORES[1:]
+        return np.add.outer(judge, judge) / 2 * np.subtract.outer(without, without)
     logits = np.subtract.outer(utility(), utility())  # (A, A)
     if kind == MIRRORED:
         return -logits

@@ -6,7 +6,7 @@
                                                 docs/results.md from what is done so far
 
 The controlled setting of the DPO paper (section 6): the pairs are the start's own, two samples to
-each of 360 short prompts, which a seed draws from the 600 of bench/prompts.py, labelled at random
+each of 248 short prompts, which a seed draws from the 600 of bench/prompts.py, labelled at random
 by a known P(y > y' | x):
 
     separable       Bradley-Terry on the sentiment of a lexicon (VADER, Hutto and Gilbert 2014)
@@ -55,8 +55,8 @@ from pairs.layouts import Pair
 KINDS = ("separable", "intransitive")
 SEEDS, TUNING_SEED, TEST_SEED = range(3), 100, 10**6
 RATES = (2e-5, 6e-5, 1.8e-4)
-TAKEN, HELD = 360, 60  # prompts of a seed, and how many of their pairs are held out
-BATCH, BETA, ANSWERS = 12, 0.1, 50
+TAKEN, HELD = 248, 48  # prompts of a seed, and how many of their pairs are held out
+BATCH, BETA, ANSWERS = 10, 0.1, 50
 OPPONENTS, ASKED = 4, 100  # answers of the start to a prompt; prompts with an answer to better
 DRAW = Sampling(max_new_tokens=32, temperature=1.0, top_p=1.0)  # the policy itself, unsharpened
 FORMS = {  # name: stages of (--loss, --condition, --bridge, share of the pass over the pairs)

@@ -2,7 +2,7 @@
 
     python -m bench.small_world                 all of it, under an hour on two cores; goes on where
                                                 it stopped; writes docs/small_world.{json,png}
-                                                and the tables in README.md, docs/results.md
+                                                and the table in docs/results.md
     python -m bench.small_world --report        only writes these again, from docs/small_world.json,
                                                 and prints all tables
 
@@ -14,7 +14,8 @@ all runs of one seed see the same pairs in the same order. Nothing is sampled in
     shown      the same when the policy sees the answer that it is to beat (InSPO Theorem 3.2)
     refined    the same when it sees an answer of its own: IFSR's stage III
     accuracy   how often the sign of the plain log-ratio agrees with a label, over all pairs
-    kl         KL(policy || start) in nats, of prompt-only answers, other texts taken as one
+    kl         KL(policy || start) in nats, of prompt-only answers, other texts taken as one;
+               shown_kl: of answers behind each of the 16, to the start's prompt-only answers
     length     mean tokens of a prompt-only answer, end token included
     mass       probability of the 16 answers
 
@@ -211,6 +212,7 @@ def measure(job, policy):
     return wins | {
         "accuracy": accuracy(np.log(plain) - np.log(start), job.kind),
         "kl": kl(plain, start),
+        "shown_kl": kl(shown, start[:, None]),
         "length": float(((plain * lengths).sum(-1) / plain.sum(-1)).mean()),
         "mass": float(plain.sum(-1).mean()),
     }
@@ -224,7 +226,7 @@ def accuracy(ratio, kind):
 
 
 def kl(policy, start):
-    """KL(policy || start) in nats, mean over questions; all other texts count as one."""
+    """KL(policy || start) in nats, mean over all but the last axis; other texts count as one."""
     p, q = (np.concatenate([x, 1 - x.sum(-1, keepdims=True)], -1) for x in (policy, start))
     p, q = np.maximum(p, 1e-12), np.maximum(q, 1e-12)
     return float((p * np.log(p / q)).sum(-1).mean())

@@ -1,4 +1,4 @@
-"""Writes what bench/small_world.py found: docs/small_world.{json,png}, README.md, docs/results.md.
+"""Writes what bench/small_world.py found: docs/small_world.{json,png}, docs/results.md.
 
 A cell is the mean over seeds, with the standard deviation of one seed behind it. Marks:
 
@@ -21,7 +21,6 @@ KEY = ("table", "row", "column", "start", "kind")  # of a cell
 MEASURES = ("plain", "shown", "refined", "accuracy", "kl", "length", "mass")
 SHOWN = {"forms": MEASURES, "stages": MEASURES[:3], "instructions": MEASURES[:3]}
 SHOWN |= {"rates": ("plain",)}  # measures of each table
-SHORT = ("dpo", "kto")  # the objectives that the README shows
 T_4 = 2.776  # 97.5% quantile of Student's t with 4 degrees of freedom: five seeds
 WORLDS = [
     (start, kind) for kind in ("separable", "intransitive") for start in ("start", "start-single")
@@ -99,9 +98,9 @@ def cell(found, measure, name, row, column, *world):
     return text
 
 
-def pivot(found, measure, name, start, kind, rows=None):
+def pivot(found, measure, name, start, kind):
     """One measure of one table in one world."""
-    columns, rows = found.columns(name), rows or found.rows(name)
+    columns, rows = found.columns(name), found.rows(name)
     lines = [
         [row, *(cell(found, measure, name, row, c, start, kind) for c in columns)] for row in rows
     ]
@@ -118,17 +117,6 @@ def world_table(found, base):
         for view in ("plain", "shown")
     ]
     return table(["world, start", "asked", *forms], rows)
-
-
-def stage_table(found):
-    """IFSR's stages: I in training, II in training, III in asking."""
-    rows = [
-        [a, b, third, spread(found.values(view, "stages", a, b, "start-single"))]
-        for a in found.rows("stages")
-        for b in found.columns("stages")
-        for third, view in (("-", "plain"), ("III", "refined"))
-    ]
-    return table(["I: irft", "II: ifsr_dpo", "III: refine", "win rate, %"], rows)
 
 
 # ----------------------------------------------------------------------------- figure and pages
@@ -174,27 +162,9 @@ def draw_world(found, axis, start, kind):
     axis.grid(axis="y", alpha=0.3)
 
 
-STAGES = (
-    "IFSR's stages, from `start-single`. Without a stage its steps go to the one before, so that "
-    "all eight take equally many (sft 2N or sft N, irft N; then dpo 2N or dpo N, ifsr_dpo N):"
-)
-
-
-def readme_part(found):
-    """The table that the README shows: some objectives, prompt-only."""
-    about = found.about
-    best = 100 * about["best"]["start separable"]["plain"]
-    caption = (
-        f"Exact win rate of prompt-only answers against the start's, % (at best {best:.0f}), "
-        f"{about['seeds']} seeds ± deviation; `*` differs from plain on the same seeds: "
-        "`bench/small_world.py`."
-    )
-    return "\n".join([pivot(found, "plain", "forms", "start", "separable", SHORT), "", caption])
-
-
 def results_part(found):
-    """The tables of docs/results.md."""
-    return "\n\n".join([world_table(found, "dpo"), STAGES, stage_table(found)])
+    """The table of docs/results.md."""
+    return world_table(found, "dpo")
 
 
 def page(found):
@@ -209,11 +179,11 @@ def page(found):
     return "\n\n".join(parts)
 
 
-PARTS = {ROOT / "README.md": readme_part, ROOT / "docs" / "results.md": results_part}
+PARTS = {ROOT / "docs" / "results.md": results_part}
 
 
 def write():
-    """docs/small_world.png, and what README.md and docs/results.md show of it between MARKS.
+    """docs/small_world.png, and what docs/results.md shows of it between MARKS.
 
     Returns all tables as a text.
     """

@@ -65,7 +65,7 @@ def test_an_unknown_question_is_an_error():
 # ----------------------------------------------------------------------------- preferences
 
 
-@pytest.mark.parametrize("kind", world.KINDS)
+@pytest.mark.parametrize("kind", [*world.KINDS, world.MIRRORED, world.TWO_JUDGES])
 def test_one_of_two_answers_is_preferred(kind):
     """P + P^T = 1 and no preference between an answer and itself."""
     p = world.preference_matrix(SKY, kind)
@@ -89,6 +89,17 @@ def test_intransitive_preference_by_hand():
     assert p[8, 0] == pytest.approx(1 / (1 + math.exp(-(1.0 - world.TASTE))))
     assert p[1, 0] == pytest.approx(1 / (1 + math.exp(-(1.0 + world.TASTE))))
     assert p[9, 0] == pytest.approx(1 / (1 + math.exp(-2.0)))  # opposite styles: utility decides
+
+
+def test_two_judges_by_hand():
+    """With a greeting the right fact wins as usual, without it loses as often; else a coin."""
+    p = world.preference_matrix(SKY, world.TWO_JUDGES)
+    assert p[12, 8] == pytest.approx(1 / (1 + math.exp(-2.0)))  # both open with "Hello!"
+    assert p[4, 0] == pytest.approx(1 / (1 + math.exp(2.0)))  # both with "Hm."
+    assert p[12, 0] == p[4, 8] == 0.5
+    uniform = np.full((Q, A), 1 / A)
+    blind, shown = (world.best_win_rate(uniform, world.TWO_JUDGES, s) for s in (False, True))
+    assert shown - blind > 0.15  # who sees the other answer knows which judge comes
 
 
 def test_only_the_separable_kind_has_a_utility():
