@@ -27,6 +27,7 @@ from bench import (
     context_grad,
     data_preparation,
     defaults,
+    frontier,
     generation,
     growth,
     inputs,
@@ -54,12 +55,16 @@ MODULES = (
     context_grad,
     data_preparation,
     defaults,
+    frontier,
     generation,
     growth,
+    known_preference,
     memory,
     pairs_per_second,
+    profile_step,
+    row_fill,
+    small_world,
 )
-MODULES += (known_preference, profile_step, row_fill, small_world)
 COMMANDS = {module.__name__.partition(".")[2]: module for module in MODULES}
 
 
