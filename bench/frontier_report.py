@@ -129,9 +129,8 @@ def readme_part(found):
         for base in found.names(0)
     ]
     caption = (
-        "Exact win rate of prompt-only answers against the start's within a KL of "
-        f"{SHORT[1]:g} nat, %; forms: points more than plain, [95% interval] over {SEEDS} seeds, "
-        "bold where it leaves out 0: `bench/frontier.py`."
+        f"Exact prompt-only win rate against the start within KL {SHORT[1]:g}, %; forms: "
+        f"points more, [95% interval] over {SEEDS} seeds: `bench/frontier.py`."
     )
     return "\n".join([table(["", *found.names(1)], rows), "", caption])
 
