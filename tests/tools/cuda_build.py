@@ -5,7 +5,7 @@ In an environment of its own with the CUDA build of torch (5 GB) and the require
     python -m venv cuda && cuda/bin/pip install torch===2.13.0 -r requirements.txt
     cuda/bin/python tests/tools/cuda_build.py
 
-It prints the table of docs/guarantees.md, in some twenty minutes. Nothing runs on a GPU: tensors
+It prints the table of docs/guarantees.md, in under ten minutes. Nothing runs on a GPU: tensors
 are fake (pretend.py), kernels compiled by ptxas and not loaded, or interpreted (interpreted.py),
 ranks pretended.
 
