@@ -166,8 +166,10 @@ def draw(found, file):
     import matplotlib.pyplot as plt
 
     budgets = np.linspace(0, 2.5, 51)
-    every, across = panels(found), 5
-    figure, axes = plt.subplots(-(-len(every) // across), across, figsize=(18, 7), squeeze=False)
+    every, across = panels(found), 4
+    down = -(-len(every) // across)
+    size = {"figsize": (4 * across, 3.5 * down), "squeeze": False}
+    figure, axes = plt.subplots(down, across, **size)
     for axis, (base, _, world) in zip(axes.flat, every, strict=False):
         for n, form in enumerate(found.names(1)):
             for view, dashes in (("plain", "-"), ("shown", ":")):
