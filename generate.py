@@ -63,7 +63,7 @@ def draw_tokens(logits, uniforms, sampling):
     if sampling.temperature == 0:
         return logits.argmax(-1)
     probs = (logits.float() / sampling.temperature).softmax(-1)  # (B, V)
-    top, ids = candidates(probs, sampling.top_p)  # (B, N), in descending order
+    top, ids = candidates(probs, sampling.top_p)  # (B, N), likeliest first if not all count
     # a token is in the nucleus if the tokens before it do not fill it yet
     keep = top.cumsum(-1) - top < sampling.top_p
     # Inverse CDF: on a line where every token of the nucleus takes a stretch as long as its

@@ -1,7 +1,7 @@
 """Is a conditioned form ahead of plain training anywhere? The frontier in the small world.
 
     python -m bench.frontier            every run, some hours on two cores; goes on where it stopped
-    python -m bench.frontier --report   docs/frontier.{json,png} and the tables in docs/results.md
+    python -m bench.frontier --report   only the pages again, from docs/frontier.json; all tables
 
 What a policy wins costs divergence from the start, so forms are compared along their frontiers:
 exact win rate (bench/small_world.py) against exact KL, over learning rates, beta and steps. A run
@@ -20,7 +20,6 @@ has seen no further attempts, with labels turned around, with fewer pairs that a
 and with more.
 """
 
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +27,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-import train
 from assets import world
 from assets.build import as_jsonl
 from bench import frontier_report
 from bench.measuring import ROOT
-from bench.small_world import BATCH, FORMS, form, measure, ranks, run_all
+from bench.small_world import BATCH, FORMS, form, measure, read_results, run_all, train_stage
 from bench.small_world import Job as Asked
 from evals.extract import ExtractFlags, extract
 from generate import load_model
@@ -127,17 +125,14 @@ def pairs_of(job):
 
 def run(job):
     """Train one curve and measure its points -> the job's result, a list by SHARES per measure."""
-    stage = form(job.base, job.form, job.lr)
+    stage = form(job.base, job.form, job.lr)._replace(steps=job.steps)
     asked = Asked((), job.start, job.kind, job.seed, (stage,))
     with tempfile.TemporaryDirectory() as work:
         data, out = Path(work) / "pairs.jsonl", Path(work) / "run"
         data.write_text(as_jsonl(pairs_of(job)))
-        flags = stage._asdict() | {"beta": job.beta, "seed": job.seed, "steps": job.steps}
-        flags |= {"model": str(ROOT / "assets" / job.start), "data": str(data), "out": str(out)}
-        flags |= {"batch": BATCH, "max_len": 256, "eval_pairs": 0, "device": "cpu"}
-        each = round(SHARES[0] * job.steps)
-        flags |= {"schedule": "constant", "save_every": each, "keep": round(1 / SHARES[0])}
-        train.train(train.TrainFlags(**flags), ranks())
+        flags = {"beta": job.beta, "schedule": "constant", "keep": round(1 / SHARES[0])}
+        flags |= {"save_every": round(SHARES[0] * job.steps)}
+        train_stage(stage, ROOT / "assets" / job.start, data, out, job.seed, **flags)
         points = []
         for share in SHARES:
             model = Path(work) / f"share-{share}"
@@ -147,17 +142,10 @@ def run(job):
     return {"job": job} | {name: [round(point[name], 5) for point in points] for name in names}
 
 
-def read_results(file):
-    """{Job: result} of the runs that are done."""
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else ()
-    results = [json.loads(line) for line in lines]
-    return {Job(*result["job"]): result | {"job": Job(*result["job"])} for result in results}
-
-
 def main():
     s = parse(FrontierFlags, __doc__.splitlines()[0])
     file = Path(s.out) / "results.jsonl"
-    known = read_results(file)
+    known = read_results(file, Job)
     jobs = [*validation_jobs(), *(x for n in SEEDS for x in grid(n, "separable")), *varied_jobs()]
     if not s.report:
         known = run_all(jobs, file, known, s.workers, run)

@@ -9,14 +9,14 @@ import json
 
 import numpy as np
 
-from bench.measuring import ROOT, machine, table
+from bench.measuring import ROOT, machine, put_between, table
 from bench.small_world_report import T_4
 from jobs.files import write_json
 
 JSON = ROOT / "docs" / "frontier.json"
 MARKS = "<!-- bench/frontier.py -->", "<!-- /bench/frontier.py -->"
 KL = {"plain": "kl", "shown": "shown_kl"}  # of each view
-MEASURES = (*KL, *KL.values())
+MEASURES = (*KL, "refined", *KL.values())
 BUDGETS = (0.25, 0.5, 1.0, 1.5)
 SHORT = (0.5, 1.0)  # those of the pages; the first alone in worlds of a single curve
 SEEDS = 5  # that an interval is of
@@ -68,7 +68,7 @@ class Found:
         return {seed: settings[tuple(setting)][view][place] for seed, settings in seeds}
 
     def names(self, place):
-        """The bases (0), forms (1) or worlds (2), in the order of their runs."""
+        """The bases (0) or forms (1), in the order of their runs."""
         return list(dict.fromkeys(key[place] for key in self.curves))
 
 
@@ -159,7 +159,7 @@ def panels(found):
 
 
 def draw(found, file):
-    """Best win rate within a KL: prompt-only (full) and shown (dashed), a base or world a panel."""
+    """Best win rate within a KL: prompt-only (full) and shown (dotted), a base or world a panel."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -192,7 +192,5 @@ def write():
     found = Found()
     draw(found, JSON.with_suffix(".png"))
     for file, part in PARTS.items():
-        text = file.read_text(encoding="utf-8")
-        head, tail = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
-        file.write_text(f"{head}{MARKS[0]}\n{part(found)}\n{MARKS[1]}{tail}", encoding="utf-8")
+        put_between(MARKS, part(found), file)
     return page(found)

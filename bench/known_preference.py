@@ -43,7 +43,7 @@ from smollm2 import smollm2_dir
 import train
 from bench import known_preference_report
 from bench.prompts import prompts
-from bench.small_world import ranks, run_all, workers
+from bench.small_world import ranks, read_results, run_all, workers
 from data import Dataset, Limits, path_sums
 from generate import Answers, Ask, Dialogue, Sampling, load_model, stop_ids
 from jobs.cli import flag, parse
@@ -276,18 +276,11 @@ def form_jobs(rates):
     ]
 
 
-def read_results(file):
-    """{Job: result} of the runs that are done."""
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else ()
-    results = [json.loads(line) for line in lines]
-    return {Job(*result["job"]): result | {"job": Job(*result["job"])} for result in results}
-
-
 def main():
     s = parse(KnownPreferenceFlags, __doc__.splitlines()[0])
     s = replace(s, model=str(s.model or smollm2_dir(build=True)))
     file = Path(s.out) / "results.jsonl"
-    known = read_results(file)
+    known = read_results(file, Job)
     if not s.report:
         # samples of the start, which the runs share
         first = [(seed, n) for seed in (TUNING_SEED, *SEEDS) for n in (0, 1)]

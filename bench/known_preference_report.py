@@ -6,7 +6,7 @@ A cell is the mean over seeds and test prompts with its 95% bootstrap interval, 
 
 import numpy as np
 
-from bench.measuring import ROOT, machine, table
+from bench.measuring import ROOT, machine, put_between, table
 from jobs.files import write_json
 
 JSON = ROOT / "docs" / "known_preference.json"
@@ -106,7 +106,5 @@ def write(known):
         return "no run is done yet"
     write_json(JSON, {"machine": machine(), "cells": cells})
     draw(cells, JSON.with_suffix(".png"))
-    text = PAGE.read_text(encoding="utf-8")
-    head, tail = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
-    PAGE.write_text(f"{head}{MARKS[0]}\n{tables(cells)}\n{MARKS[1]}{tail}", encoding="utf-8")
+    put_between(MARKS, tables(cells), PAGE)
     return tables(cells)

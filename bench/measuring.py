@@ -256,6 +256,13 @@ def datasheet_rate():
 # ----------------------------------------------------------------------------- telling them
 
 
+def put_between(marks, part, file):
+    """Replace what stands between two marks of a page."""
+    text = file.read_text(encoding="utf-8")
+    head, tail = text.split(marks[0])[0], text.split(marks[1])[1]
+    file.write_text(f"{head}{marks[0]}\n{part}\n{marks[1]}{tail}", encoding="utf-8")
+
+
 def table(headers, rows):
     """Markdown. Cells: text, or numbers, of which three digits are shown; None is a dash."""
     lines = [list(headers), ["---"] * len(headers)]

@@ -180,6 +180,13 @@ def start_of(name):
     return template, policy, lengths.reshape(policy.shape)
 
 
+def train_stage(stage, start, data, out, seed, **more):
+    """One run of train.py, in this process; more: flags beside the stage's."""
+    flags = {"model": str(start), "data": str(data), "out": str(out), "seed": seed}
+    flags |= {"batch": BATCH, "max_len": 256, "eval_pairs": 0, "device": "cpu"}
+    train.train(TrainFlags(**flags | stage._asdict() | more), ranks())
+
+
 def run(job):
     """Train the job's stages one after the other and measure the last -> the job's result."""
     cpu = time.process_time()
@@ -188,10 +195,7 @@ def run(job):
         data.write_text(as_jsonl(world.sample_pairs(STEPS * BATCH, job.seed, job.kind)))
         for n, stage in enumerate(job.stages):
             out = Path(work) / f"stage-{n}"
-            flags = {"model": str(model), "data": str(data), "out": str(out), "seed": job.seed}
-            flags |= {"batch": BATCH, "max_len": 256, "eval_pairs": 0, "device": "cpu"}
-            flags |= stage._asdict() | {"save_every": stage.steps}
-            train.train(TrainFlags(**flags), ranks())
+            train_stage(stage, model, data, out, job.seed, save_every=stage.steps)
             model = out / "final"
         policy, _ = load_model(model, "fp32", "cpu")
         result = {"job": job, **measure(job, policy)}
@@ -275,15 +279,19 @@ def quiet(log):
     os.dup2(out, 1), os.dup2(out, 2)
 
 
-def read_results(file):
-    """{Job: result} of the runs that are already done."""
+def read_results(file, kind):
+    """{job: result} of the runs that are already done; kind: what makes a job of its fields."""
     known = {}
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         result = json.loads(line)
-        name, start, kind, seed, stages = result["job"]
-        job = Job(tuple(name), start, kind, seed, tuple(Stage(*s) for s in stages))
+        job = kind(*result["job"])
         known[job] = result | {"job": job}
     return known
+
+
+def as_job(name, start, kind, seed, stages):
+    """A Job as JSON has it, in lists."""
+    return Job(tuple(name), start, kind, seed, tuple(Stage(*s) for s in stages))
 
 
 def main():
@@ -291,7 +299,7 @@ def main():
     if not s.report:
         file = Path(s.out) / "results.jsonl"
         jobs = list(rate_jobs())
-        known = run_all(jobs, file, read_results(file), s.workers)
+        known = run_all(jobs, file, read_results(file, as_job), s.workers)
         rates = best_rates(known)
         for kind_of_jobs in (form_jobs, stage_jobs, instruction_jobs):
             jobs += [job for seed in SEEDS for job in kind_of_jobs(rates, seed)]

@@ -12,7 +12,7 @@ import json
 
 import numpy as np
 
-from bench.measuring import ROOT, machine, table
+from bench.measuring import ROOT, machine, put_between, table
 from jobs.files import write_json
 
 JSON = ROOT / "docs" / "small_world.json"
@@ -190,7 +190,5 @@ def write():
     found = Found()
     draw(found, JSON.with_suffix(".png"))
     for file, part in PARTS.items():
-        text = file.read_text(encoding="utf-8")
-        head, tail = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
-        file.write_text(f"{head}{MARKS[0]}\n{part(found)}\n{MARKS[1]}{tail}", encoding="utf-8")
+        put_between(MARKS, part(found), file)
     return page(found)

@@ -6,6 +6,7 @@ others.
 
 import ctypes
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -27,11 +28,9 @@ from bench import (
     context_grad,
     data_preparation,
     defaults,
-    frontier,
     generation,
     growth,
     inputs,
-    known_preference,
     measuring,
     memory,
     pairs_per_second,
@@ -50,22 +49,8 @@ from model import load
 from train import TrainFlags
 
 ROOT = Path(__file__).parent.parent
-MODULES = (
-    busy,
-    context_grad,
-    data_preparation,
-    defaults,
-    frontier,
-    generation,
-    growth,
-    known_preference,
-    memory,
-    pairs_per_second,
-    profile_step,
-    row_fill,
-    small_world,
-)
-COMMANDS = {module.__name__.partition(".")[2]: module for module in MODULES}
+FILES = [file for file in (ROOT / "bench").glob("[a-z]*.py") if "\ndef main(" in file.read_text()]
+COMMANDS = {file.stem: importlib.import_module(f"bench.{file.stem}") for file in FILES}
 
 
 @pytest.fixture
@@ -400,7 +385,7 @@ def test_a_run_in_the_small_world(tmp_path):
     job = small_world.Job(("forms", "dpo", "ins"), "start", "separable", 0, stages)
     file = tmp_path / "results.jsonl"
     known = small_world.run_all([job], file, {}, 1)
-    assert small_world.read_results(file) == known
+    assert small_world.read_results(file, small_world.as_job) == known
     assert known[job].keys() >= {*small_world_report.MEASURES, "cpu_seconds"}
     assert 0.9 < known[job]["mass"] <= 1 and 0.3 < known[job]["plain"] < 0.7
 

@@ -21,9 +21,9 @@ def test_one_curve_in_a_process_of_its_own(tmp_path):
     job = frontier.Job("dpo", "ins turn", 6e-4, 0.1, 0, world.TWO_JUDGES, pairs=96, steps=8)
     file = tmp_path / "results.jsonl"
     known = run_all([job], file, {}, 1, frontier.run)
-    assert frontier.read_results(file) == known
+    assert frontier.read_results(file, frontier.Job) == known
     point = known[job]
-    assert [len(point[name]) for name in frontier_report.MEASURES] == [len(frontier.SHARES)] * 4
+    assert [len(point[name]) for name in frontier_report.MEASURES] == [len(frontier.SHARES)] * 5
     assert 0 <= point["kl"][0] < point["kl"][-1]  # the policy moves on along its curve
 
 
@@ -34,7 +34,7 @@ def kept(tmp_path, monkeypatch):
     for seed in range(5):
         for form, more in (("plain", 0.0), ("ins", 0.02 + 0.001 * seed)):
             rates = [0.55 + more, 0.65 + more, 0.6 + more, 0.4]
-            curve = {"plain": rates, "shown": rates} | dict.fromkeys(("kl", "shown_kl"))
+            curve = {"plain": rates, "shown": rates, "refined": rates}
             curve |= dict.fromkeys(("kl", "shown_kl"), [0.2, 0.9, 2.0, 3.0])
             known[frontier.Job("dpo", form, 1e-4, 0.1, seed)] = curve
     page = tmp_path / "results.md"
