@@ -5,28 +5,29 @@
     python -m bench.known_preference --report   docs/known_preference.{json,png} and the table in
                                                 docs/results.md from what is done so far
 
-The controlled setting of the DPO paper (section 6): the pairs are the start's own, two samples to
-each of 248 short prompts, which a seed draws from the 600 of bench/prompts.py, labelled at random
-by a known P(y > y' | x):
+The controlled setting of the DPO paper (section 6): the start answers each of 208 short prompts,
+which a seed draws from the 600 of bench/prompts.py, four times. The two answers of which P is
+farthest from 1/2 are the pair (so a label has P 0.89 on average; of two samples it would be 0.70),
+labelled at random by a known P(y > y' | x):
 
     separable       Bradley-Terry on the sentiment of a lexicon (VADER, Hutto and Gilbert 2014)
     intransitive    three observable classes of a text, length, sentiment and form, each of which
                     beats the next and loses to the one after, as rock, paper and scissors do
 
-A run is train.py's own: one pass over the pairs, the same pairs in the same order for every form.
-Then the policy answers 200 other prompts by fresh samples at temperature 1, which four samples of
-the start meet under the known P, so no judge is needed:
+A run is train.py's own: one pass over 160 pairs, the same in the same order for every form, at each
+of RATES, since at one rate a conditioned form moves less. Then the policy answers 200 other prompts
+by fresh samples at temperature 1, which four samples of the start meet under the known P, so no
+judge is needed:
 
     plain       expected win rate of prompt-only answers: what gets deployed
     shown       the same when the policy is asked to better the very answer that it is to beat, by
-                the bridge of its training, on half of the prompts
+                the bridge of its training, on every second prompt
     refined     the same when it is asked to better an answer of its own: IFSR's stage III
-    reward      mean sentiment of the plain answers; kl: their mean log pi - log start, in nats
-    length      their mean tokens
+    reward      mean sentiment of the plain answers; kl and length: mean
+                log pi - log start, in nats, and tokens of every second one
 
-The learning rate of a form is the one of RATES under which the plain policy's implicit reward
-foretells the known P of pairs held out best (cross-entropy at DPO's beta), under the separable
-preference, on a seed of its own.
+    held        cross-entropy of the known P of 48 pairs held out, under the implicit reward (DPO's
+                beta) of the prompt-only policy: what chooses a form's learning rate
 """
 
 import json
@@ -34,6 +35,7 @@ import re
 import tempfile
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,11 +55,11 @@ from losses import recipe
 from pairs.layouts import Pair
 
 KINDS = ("separable", "intransitive")
-SEEDS, TUNING_SEED, TEST_SEED = range(3), 100, 10**6
-RATES = (2e-5, 6e-5, 1.8e-4)
-TAKEN, HELD = 248, 48  # prompts of a seed, and how many of their pairs are held out
-BATCH, BETA, ANSWERS = 10, 0.1, 50
-OPPONENTS, ASKED = 4, 100  # answers of the start to a prompt; prompts with an answer to better
+SEEDS, TEST_SEED = range(3), 10**6
+RATES = (6e-5, 1.2e-4)
+TAKEN, HELD = 208, 48  # prompts of a seed, and how many of their pairs are held out
+BATCH, BETA, ANSWERS = 8, 0.1, 50
+SAMPLES = 4  # answers of the start to a prompt
 DRAW = Sampling(max_new_tokens=32, temperature=1.0, top_p=1.0)  # the policy itself, unsharpened
 FORMS = {  # name: stages of (--loss, --condition, --bridge, share of the pass over the pairs)
     "plain": (("dpo", None, None, 1.0),),
@@ -70,7 +72,7 @@ FORMS = {  # name: stages of (--loss, --condition, --bridge, share of the pass o
 
 
 class Job(NamedTuple):
-    """One policy: what raters prefer, how it is trained, and whether it is only tuned on."""
+    """One policy: what raters prefer, and how it is trained."""
 
     kind: str
     form: str
@@ -184,12 +186,15 @@ def start_samples(s, seed, number):
 
 def labelled(s, kind, seed):
     """The pairs of one seed: rows {prompt, chosen, rejected}, both of them the start's own."""
-    one, two = (start_samples(s, seed, n) for n in (0, 1))
+    samples = zip(*(start_samples(s, seed, n) for n in range(SAMPLES)), strict=True)
     rng, rows = np.random.default_rng((seed, 1)), []
-    for x, y, z in zip(asked(seed), one, two, strict=True):
-        first = rng.random() < prefers(kind, y, z)  # drawn also where a pair is left out
-        if y.strip() and z.strip() and y.strip() != z.strip():
-            rows.append({"prompt": x, "chosen": y if first else z, "rejected": z if first else y})
+    for x, answers in zip(asked(seed), samples, strict=True):
+        both = list(combinations(dict.fromkeys(y for y in answers if y.strip()), 2))
+        draw = rng.random()  # also where a pair is left out
+        if both:
+            y, z = max(both, key=lambda pair: abs(prefers(kind, *pair) - 0.5))
+            y, z = (y, z) if draw < prefers(kind, y, z) else (z, y)
+            rows.append({"prompt": x, "chosen": y, "rejected": z})
     return rows
 
 
@@ -212,7 +217,7 @@ def run(s, job):
         policy, template = opened(model)
     start, _ = opened(s.model)
     result["held"] = foresight(job.kind, start, policy, template, held)
-    return result if job.seed == TUNING_SEED else result | measure(s, job, start, policy, template)
+    return result | measure(s, job, start, policy, template)
 
 
 def foresight(kind, start, policy, template, held):
@@ -229,21 +234,21 @@ def foresight(kind, start, policy, template, held):
 def measure(s, job, start, policy, template):
     """The numbers at the head of this file, on the test prompts."""
     texts, seed = prompts()["test"], TEST_SEED + 1 + job.seed
-    others = [start_samples(s, TEST_SEED, n) for n in range(OPPONENTS)]
+    others = [start_samples(s, TEST_SEED, n) for n in range(SAMPLES)]
     answers = {"plain": sample(policy, template, texts, seed)}
-    for name, drafts in (("shown", others[0]), ("refined", answers["plain"])):
-        few = texts[:ASKED], seed, drafts[:ASKED]
-        answers[name] = sample(policy, template, *few, bridge_of(job))
+    few, half = texts[::2], [other[::2] for other in others]
+    for view, drafts in (("shown", half[0]), ("refined", answers["plain"][::2])):
+        answers[view] = sample(policy, template, few, seed, drafts, bridge_of(job))
     wins = {}  # {view: by prompt}
-    for view, own in answers.items():
-        against = others[:1] if view == "shown" else others
-        each = [win_rates(job.kind, own, other[: len(own)]) for other in against]
+    for view, met in (("plain", others), ("shown", half[:1]), ("refined", half)):
+        each = [win_rates(job.kind, answers[view], other) for other in met]
         wins[view] = np.mean(each, axis=0).round(4).tolist()
-    own, tokens = logps(policy, template, texts, answers["plain"])
+    own, tokens = logps(policy, template, few, answers["plain"][::2])
+    its, _ = logps(start, template, few, answers["plain"][::2])
     return {
         "wins": wins,
         "reward": float(np.mean([sentiment(text) for text in answers["plain"]])),
-        "kl": float((own - logps(start, template, texts, answers["plain"])[0]).mean()),
+        "kl": float((own - its).mean()),
         "length": float(tokens.mean()),
         "examples": {view: texts[:3] for view, texts in answers.items()},
     }
@@ -259,21 +264,10 @@ def bridge_of(job):
 # ----------------------------------------------------------------------------- all runs
 
 
-def tuning_jobs():
-    return [Job(KINDS[0], form, TUNING_SEED, lr) for form in FORMS for lr in RATES]
-
-
-def best_rates(known):
-    """{form: lr} with the lowest `held` of the tuning runs."""
-    held = {(job.form, job.lr): known[job]["held"] for job in tuning_jobs()}
-    return {form: min(RATES, key=lambda lr: held[form, lr]) for form in FORMS}
-
-
-def form_jobs(rates):
-    """Seed by seed, so that a table can be drawn before all are done."""
-    return [
-        Job(kind, form, seed, rates[form]) for seed in SEEDS for kind in KINDS for form in FORMS
-    ]
+def all_jobs():
+    """Rate by rate, so that a table can be drawn before all are done."""
+    return [Job(kind, form, seed, lr)
+            for lr in RATES for kind in KINDS for seed in SEEDS for form in FORMS]  # fmt: skip
 
 
 def main():
@@ -283,13 +277,11 @@ def main():
     known = read_results(file, Job)
     if not s.report:
         # samples of the start, which the runs share
-        first = [(seed, n) for seed in (TUNING_SEED, *SEEDS) for n in (0, 1)]
-        first += [(TEST_SEED, n) for n in range(OPPONENTS)]
+        first = [(seed, n) for seed in (*SEEDS, TEST_SEED) for n in range(SAMPLES)]
         file.parent.mkdir(parents=True, exist_ok=True)
         with workers(s.workers, file.parent / "log") as pool:
             list(pool.map(partial(start_samples, s), *zip(*first, strict=True)))
-        known = run_all(tuning_jobs(), file, known, s.workers, partial(run, s))
-        known = run_all(form_jobs(best_rates(known)), file, known, s.workers, partial(run, s))
+        known = run_all(all_jobs(), file, known, s.workers, partial(run, s))
     print(known_preference_report.write(known))
 
 

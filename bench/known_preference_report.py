@@ -1,8 +1,13 @@
 """Writes what bench/known_preference.py found: docs/known_preference.{json,png}, docs/results.md.
 
-A cell is the mean over seeds and test prompts with its 95% bootstrap interval, both drawn anew;
-`*`: the difference to the plain form, on the same seeds and prompts, has an interval without 0.
+Of plain training: means over seeds and test prompts, in percent. Of the other forms: differences to
+it on the same seeds and prompts, in points, with a 95% bootstrap interval, both drawn anew, bold
+where it leaves out 0. `own rate`: each form at the one of its learning rates that foretells the
+held-out pairs of all seeds best. `KL 1`: read over sqrt(KL) between the start, which wins half, and
+a form's runs; `-` where a seed's runs do not go as far.
 """
+
+from collections import defaultdict
 
 import numpy as np
 
@@ -13,98 +18,130 @@ JSON = ROOT / "docs" / "known_preference.json"
 PAGE = ROOT / "docs" / "results.md"
 MARKS = "<!-- bench/known_preference.py -->", "<!-- /bench/known_preference.py -->"
 VIEWS = ("plain", "shown", "refined")
-DIGITS = {"reward": 3, "kl": 2, "length": 0}
+KL = 1.0  # nats, at which forms are compared
+DIGITS = {"reward": 3, "kl": 2, "length": 1, "held": 3}
 
 
 def cells_of(known):
     """{Job: result} -> rows {kind, form, lr, seeds, wins {view: (seeds, prompts)}, reward, …}."""
     cells = {}
     for job, result in sorted(known.items(), key=lambda item: item[0].seed):
-        if "wins" in result:
-            fresh = {"kind": job.kind, "form": job.form, "lr": job.lr, "seeds": []}
-            fresh |= {"wins": {view: [] for view in VIEWS}} | {name: [] for name in DIGITS}
-            cell = cells.setdefault((job.kind, job.form), fresh)
-            cell["seeds"].append(job.seed)
-            for view in VIEWS:
-                cell["wins"][view].append(result["wins"][view])
-            for name in DIGITS:
-                cell[name].append(round(result[name], 4))
+        fresh = {"kind": job.kind, "form": job.form, "lr": job.lr, "seeds": []}
+        fresh |= {"wins": {view: [] for view in VIEWS}} | {name: [] for name in DIGITS}
+        cell = cells.setdefault((job.kind, job.form, job.lr), fresh)
+        cell["seeds"].append(job.seed)
+        for view in VIEWS:
+            cell["wins"][view].append(result["wins"][view])
+        for name in DIGITS:
+            cell[name].append(round(result[name], 4))
     return list(cells.values())
 
 
-def interval(values, draws=2000):
-    """95% bootstrap interval of the mean of (seeds, prompts) values, both drawn anew."""
-    values, rng = np.array(values), np.random.default_rng(0)
-    n, m = values.shape
-    means = [
-        values[rng.integers(n, size=n)][:, rng.integers(m, size=m)].mean() for _ in range(draws)
-    ]
-    return np.quantile(means, (0.025, 0.975))
+def own_rate(cells):
+    """The one of a form's cells that foretells held-out pairs best, of those with every seed."""
+    most = max(len(cell["seeds"]) for cell in cells)
+    whole = [cell for cell in cells if len(cell["seeds"]) == most]
+    return min(whole, key=lambda cell: np.mean(cell["held"]))
 
 
-def rate(cell, plain, view):
-    """One win rate in percent, with its interval and mark."""
-    values = np.array(cell["wins"][view])
-    low, high = interval(values)
-    text = f"{100 * values.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-    shared = [seed for seed in cell["seeds"] if seed in plain["seeds"]]
-    if cell is plain or not shared:
-        return text
-    own, its = (
-        np.array([c["wins"][view][c["seeds"].index(seed)] for seed in shared])
-        for c in (cell, plain)
-    )
-    low, high = interval(own - its)
-    return text + ("*" if low > 0 or high < 0 else "")
+def by_seed(cell, view):
+    """{seed: (prompts,) win rates} of a cell."""
+    return dict(zip(cell["seeds"], map(np.array, cell["wins"][view]), strict=True))
 
 
-def tables(cells):
-    """One table per kind of preference."""
-    parts = []
-    for kind in dict.fromkeys(cell["kind"] for cell in cells):
-        own = [cell for cell in cells if cell["kind"] == kind]
-        plain = next((cell for cell in own if cell["form"] == "plain"), own[0])
-        rows = [
-            [cell["form"], f"{cell['lr']:g}", str(len(cell["seeds"]))]
-            + [rate(cell, plain, view) for view in VIEWS]
-            + [f"{np.mean(cell[name]):.{digits}f}" for name, digits in DIGITS.items()]
-            for cell in own
-        ]
-        head = [kind, "lr", "seeds", *(f"{view}, %" for view in VIEWS), *DIGITS]
-        parts.append(table(head, rows))
-    return "\n\n".join(parts)
+def at_kl(cells, kl):
+    """{seed: (prompts,) plain win rates} of a form's cells, one per rate, at a KL to the start."""
+    found = {}
+    for seed in sorted({seed for cell in cells for seed in cell["seeds"]}):
+        runs = [(cell, cell["seeds"].index(seed)) for cell in cells if seed in cell["seeds"]]
+        runs.sort(key=lambda run: run[0]["kl"][run[1]])
+        far = np.maximum(0, [0.0, *(cell["kl"][n] for cell, n in runs)])
+        if far[-1] >= kl:
+            wins = np.array([cell["wins"]["plain"][n] for cell, n in runs])
+            wins = np.concatenate([np.full_like(wins[:1], 0.5), wins])
+            found[seed] = [np.interp(kl**0.5, far**0.5, row) for row in np.eye(len(far))] @ wins
+    return found
+
+
+def difference(values, others, draws=2000):
+    """Of two {seed: (prompts,) win rates}: mean difference in points, and its interval."""
+    shared = sorted(set(values) & set(others))
+    if not shared or len(shared) < len(others):
+        return "-"
+    gaps = 100 * np.array([values[seed] - others[seed] for seed in shared])
+    (n, m), rng = gaps.shape, np.random.default_rng(0)
+    means = [gaps[rng.integers(n, size=n)][:, rng.integers(m, size=m)].mean() for _ in range(draws)]
+    low, high = np.quantile(means, (0.025, 0.975))
+    text = f"{gaps.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def rows_of(kind, forms):
+    """Table rows of one preference; forms: {form: its cells, one per rate}."""
+    best = {form: own_rate(cells) for form, cells in forms.items()}
+    wins = {(view, "own rate"): {form: by_seed(cell, view) for form, cell in best.items()}
+            for view in VIEWS}  # fmt: skip
+    wins["plain", f"KL {KL:g}"] = {form: at_kl(cells, KL) for form, cells in forms.items()}
+    for (view, where), found in sorted(wins.items(), key=lambda item: VIEWS.index(item[0][0])):
+        plain, *others = found.values()
+        mean = f"{100 * np.mean([*plain.values()]):.1f}" if plain else "-"
+        yield [kind, view, where, mean, *(difference(other, plain) for other in others)]
+    for name, digits in DIGITS.items():
+        yield [kind, name, "own rate", *(f"{np.mean(c[name]):.{digits}f}" for c in best.values())]
+    yield [kind, "lr", "own rate", *(f"{cell['lr']:g}" for cell in best.values())]
+
+
+def by_form(cells):
+    """{kind: {form: its cells}}."""
+    kinds = defaultdict(lambda: defaultdict(list))
+    for cell in cells:
+        kinds[cell["kind"]][cell["form"]].append(cell)
+    return kinds
+
+
+def results_table(cells):
+    kinds = by_form(cells)
+    rows = [row for kind, forms in kinds.items() for row in rows_of(kind, forms)]
+    return table(["preference", "measure", "at", *next(iter(kinds.values()))], rows)
 
 
 def draw(cells, file):
-    """Win rate against KL: prompt-only (full) and shown the answer to beat (hollow), by seed."""
+    """Win rates against KL: a column per preference, a row per view; small: single runs."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    kinds = list(dict.fromkeys(cell["kind"] for cell in cells))
-    figure, axes = plt.subplots(1, len(kinds), figsize=(6 * len(kinds), 4.2), squeeze=False)
-    for axis, kind in zip(axes[0], kinds, strict=True):
-        for n, cell in enumerate(cell for cell in cells if cell["kind"] == kind):
-            for view, full in (("plain", f"C{n}"), ("shown", "none")):
-                rates = 100 * np.array(cell["wins"][view]).mean(1)
-                label = cell["form"] if view == "plain" else None
-                axis.plot(cell["kl"], rates, "o", color=f"C{n}", mfc=full, label=label)
-        axis.axhline(50, color="k", lw=0.7)
-        axis.set(title=kind, xlabel="KL(policy || start), nats", ylabel="win rate, %")
-        axis.grid(alpha=0.3)
-    axes[0, 0].legend(frameon=False, fontsize=8, title="full: prompt only; hollow: shown")
+    kinds = by_form(cells)
+    size = {"figsize": (5 * len(kinds), 3 * len(VIEWS)), "squeeze": False, "sharex": "col"}
+    figure, axes = plt.subplots(len(VIEWS), len(kinds), **size)
+    for column, (kind, forms) in enumerate(kinds.items()):
+        for axis, view in zip(axes[:, column], VIEWS, strict=True):
+            for n, (form, rates) in enumerate(forms.items()):
+                runs = [(cell["kl"], 100 * np.array(cell["wins"][view]).mean(1)) for cell in rates]
+                means = sorted((np.mean(kl), wins.mean()) for kl, wins in runs)
+                if view == "plain":
+                    means.insert(0, (0, 50))  # the start
+                axis.plot(*zip(*means, strict=True), "o-", color=f"C{n}", label=form)
+                for kl, wins in runs:
+                    axis.plot(kl, wins, ".", color=f"C{n}", alpha=0.5, ms=4)
+            axis.axhline(50, color="k", lw=0.7)
+            axis.set(title=f"{kind}, {view}", ylabel="win rate, %")
+            axis.set_xscale("function", functions=(lambda kl: np.maximum(kl, 0) ** 0.5, np.square))
+            axis.grid(alpha=0.3)
+        axis.set(xlabel="KL(prompt-only policy || start), nats", xlim=(0, None))
+    axes[0, 0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    figure.savefig(file, dpi=100)
+    figure.savefig(file, dpi=80)
     plt.close(figure)
 
 
 def write(known):
-    """The files named above, from {Job: result}; returns the tables."""
+    """The files named above, from {Job: result}; returns the table."""
     cells = cells_of(known)
     if not cells:
         return "no run is done yet"
     write_json(JSON, {"machine": machine(), "cells": cells})
     draw(cells, JSON.with_suffix(".png"))
-    put_between(MARKS, tables(cells), PAGE)
-    return tables(cells)
+    put_between(MARKS, results_table(cells), PAGE)
+    return results_table(cells)

@@ -1,5 +1,6 @@
 """Tests of bench/known_preference.py: the preferences' closed forms, and one run end to end."""
 
+import json
 import math
 from pathlib import Path
 
@@ -67,11 +68,9 @@ def test_one_run_from_samples_to_the_table(tmp_path, monkeypatch):
     monkeypatch.setattr(known_preference, "HELD", 4)
     monkeypatch.setattr(known_preference, "DRAW", known_preference.DRAW._replace(max_new_tokens=12))
     s = known_preference.KnownPreferenceFlags(out=str(tmp_path), model=str(START))
-    jobs = [
-        known_preference.Job("separable", form, 0, 1e-4) for form in ("plain", "irft, ifsr")
-    ] + [known_preference.Job("intransitive", "ins turn", known_preference.TUNING_SEED, 1e-4)]
+    jobs = [known_preference.Job("separable", form, 0, lr)
+            for form, lr in (("plain", 1e-4), ("irft, ifsr", 1e-4), ("plain", 5e-5))]  # fmt: skip
     known = {job: known_preference.run(s, job) for job in jobs}
-    assert all(result["held"] > 0 for result in known.values()) and "wins" not in known[jobs[2]]
     assert all(0 < rate < 1 for rate in known[jobs[0]]["wins"]["shown"])
     rows = known_preference.labelled(s, "separable", 0)
     assert len(rows) <= 12 and all(row["chosen"] != row["rejected"] for row in rows)
@@ -82,14 +81,44 @@ def test_one_run_from_samples_to_the_table(tmp_path, monkeypatch):
     table = report.write(known)
     assert f"{report.MARKS[0]}\n{table}\n{report.MARKS[1]}" in page.read_text(encoding="utf-8")
     assert (tmp_path / "known_preference.png").exists()
-    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [
-        "plain",
-        "irft, ifsr",
-    ]
+    assert table.splitlines()[0].split("|")[4:6] == [" plain ", " irft, ifsr "]
+    assert read_results_again(tmp_path, known) == known
 
 
-def test_the_rate_of_a_form_is_the_one_that_foretells_best():
-    rates, jobs = known_preference.RATES, known_preference.tuning_jobs()
-    held = {job: 0.7 - 0.1 * (job.lr == rates[job.form == "ins"]) for job in jobs}
-    best = known_preference.best_rates({job: {"held": value} for job, value in held.items()})
-    assert best["ins"] == rates[1] and {best[form] for form in best if form != "ins"} == {rates[0]}
+def read_results_again(tmp_path, known):
+    file = tmp_path / "results.jsonl"
+    file.write_text("".join(json.dumps(x) + "\n" for x in known.values()), encoding="utf-8")
+    return small_world.read_results(file, known_preference.Job)
+
+
+def test_the_pair_is_the_one_that_raters_are_surest_of(tmp_path, monkeypatch):
+    """Of four answers, the gladdest and the saddest; an empty answer is never one of them."""
+    monkeypatch.setattr(known_preference, "asked", lambda seed: ["x"])
+    answers = ["", GLAD, "A chair.", SAD]
+    monkeypatch.setattr(known_preference, "start_samples", lambda s, seed, n: [answers[n]])
+    (row,) = known_preference.labelled(None, "separable", 0)
+    assert {row["chosen"], row["rejected"]} == {GLAD, SAD}
+
+
+def cell(form, kl, wins, seed=0, held=0.7):
+    return {"kind": "separable", "form": form, "lr": kl, "seeds": [seed], "kl": [kl],
+            "wins": {"plain": [wins]}, "held": [held]}  # fmt: skip
+
+
+def test_win_rates_at_a_kl_are_read_over_its_root():
+    """Between the start, at one half, and the runs; nothing is read behind the last of them."""
+    cells = [cell("plain", 4.0, [0.7, 0.9]), cell("plain", 1.0, [0.6, 0.6])]
+    at_kl = known_preference_report.at_kl
+    assert np.allclose(at_kl(cells, 0.25)[0], [0.55, 0.55])
+    assert np.allclose(at_kl(cells, 2.25)[0], [0.65, 0.75])
+    assert at_kl(cells, 5.0) == {}
+
+
+def test_differences_are_paired_and_bold_without_zero():
+    report = known_preference_report
+    plain = {seed: np.array([0.2, 0.8]) for seed in (0, 1)}
+    assert report.difference({s: x + 0.1 for s, x in plain.items()}, plain).startswith("**+10.0")
+    assert report.difference({s: x[::-1] for s, x in plain.items()}, plain)[0] != "*"
+    assert report.difference({0: plain[0]}, plain) == "-"  # a seed is missing
+    best = report.own_rate([cell("ins", 1.0, [0.5], held=0.7), cell("ins", 2.0, [0.5], held=0.6)])
+    assert best["lr"] == 2.0
