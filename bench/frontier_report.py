@@ -9,7 +9,7 @@ import json
 
 import numpy as np
 
-from bench.measuring import ROOT, machine, put_between, table
+from bench.measuring import ROOT, gap, machine, put_between, table
 from bench.small_world_report import T_4
 from jobs.files import write_json
 
@@ -91,8 +91,7 @@ def difference(values, others):
     if len(gaps) < SEEDS:
         return "-"
     half = T_4 * gaps.std(ddof=1) / SEEDS**0.5
-    text = f"{gaps.mean():+.1f} [{gaps.mean() - half:+.1f}, {gaps.mean() + half:+.1f}]"
-    return f"**{text}**" if abs(gaps.mean()) > half else text
+    return gap(gaps.mean(), gaps.mean() - half, gaps.mean() + half)
 
 
 def line(head, values):

@@ -11,7 +11,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from bench.measuring import ROOT, machine, put_between, table
+from bench.measuring import ROOT, gap, machine, put_between, table
 from jobs.files import write_json
 
 JSON = ROOT / "docs" / "known_preference.json"
@@ -71,9 +71,7 @@ def difference(values, others, draws=2000):
     gaps = 100 * np.array([values[seed] - others[seed] for seed in shared])
     (n, m), rng = gaps.shape, np.random.default_rng(0)
     means = [gaps[rng.integers(n, size=n)][:, rng.integers(m, size=m)].mean() for _ in range(draws)]
-    low, high = np.quantile(means, (0.025, 0.975))
-    text = f"{gaps.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
-    return f"**{text}**" if low > 0 or high < 0 else text
+    return gap(gaps.mean(), *np.quantile(means, (0.025, 0.975)))
 
 
 def rows_of(kind, forms):

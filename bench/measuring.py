@@ -263,6 +263,12 @@ def put_between(marks, part, file):
     file.write_text(f"{head}{marks[0]}\n{part}\n{marks[1]}{tail}", encoding="utf-8")
 
 
+def gap(mean, low, high):
+    """A difference with its interval as text, bold where the interval leaves out 0."""
+    text = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
 def table(headers, rows):
     """Markdown. Cells: text, or numbers, of which three digits are shown; None is a dash."""
     lines = [list(headers), ["---"] * len(headers)]

@@ -69,3 +69,9 @@ def test_the_pages_show_what_is_kept():
     found = frontier_report.Found()
     for file, part in frontier_report.PARTS.items():
         assert part(found) in file.read_text(encoding="utf-8"), file
+
+
+@pytest.mark.parametrize("file", frontier_report.PARTS, ids=lambda file: file.name)
+def test_the_pages_hold_the_tables_of_the_kept_values(file):
+    part = frontier_report.PARTS[file](frontier_report.Found())
+    assert part in file.read_text(encoding="utf-8")

@@ -122,3 +122,9 @@ def test_differences_are_paired_and_bold_without_zero():
     assert report.difference({0: plain[0]}, plain) == "-"  # a seed is missing
     best = report.own_rate([cell("ins", 1.0, [0.5], held=0.7), cell("ins", 2.0, [0.5], held=0.6)])
     assert best["lr"] == 2.0
+
+
+def test_the_page_holds_the_table_of_the_kept_values():
+    report = known_preference_report
+    cells = json.loads(report.JSON.read_text(encoding="utf-8"))["cells"]
+    assert report.results_table(cells) in report.PAGE.read_text(encoding="utf-8")
